@@ -1,0 +1,46 @@
+"""Array types of the annotations, and the checks that every public function makes of its arrays.
+
+One legend of dimensions for the whole package: N stars, P pixels, K experts (or cells), F gate features, B bootstrap
+resamples, A alphas, E epochs, G groups, R components of the model grid.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+AnyArray = jax.Array | np.ndarray
+
+
+class InputError(ValueError):
+    """Input that cannot be used; its message is one sentence: file or array, field, what was found, what is expected."""
+
+
+def require_same_length(**arrays: AnyArray) -> int:
+    """Raises unless all arrays have the same first dimension N and those after the first have no more than one dimension.
+
+    Args:
+        **arrays: arrays by the name that the message uses; the first may be (N,) or (N, P), the others are (N,).
+
+    Returns:
+        N.
+
+    Raises:
+        InputError: shapes that disagree, an (N, 1) among the (N,), or no stars at all.
+    """
+    (first, reference), *others = arrays.items()
+    n = reference.shape[0] if reference.ndim else 0
+    if n == 0:
+        raise InputError(f"{first} has shape {reference.shape}, expected at least one row")
+    for name, array in others:
+        if array.shape != (n,):
+            raise InputError(f"{name} has shape {array.shape}, expected ({n},) like the rows of {first} {reference.shape}")
+    return n
+
+
+def require_vectors(**arrays: AnyArray) -> int:
+    """Like ``require_same_length``, where the first array must be (N,) too: no silent (N, 1) against (N,)."""
+    name, array = next(iter(arrays.items()))
+    if array.ndim != 1:
+        raise InputError(f"{name} has shape {array.shape}, expected (N,)")
+    return require_same_length(**arrays)
