@@ -37,7 +37,7 @@ class BuildConfig:
     log_g: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0)
     M_H: tuple[float, ...] = (-2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 0.75)
     a_M: tuple[float, ...] = (-0.25, 0.125, 0.5)
-    n_components: int = 160
+    n_components: int = 320
     """Principal components that are kept of the normalised flux."""
     jobs: int = os.cpu_count() or 1
     """Nodes computed at the same time."""

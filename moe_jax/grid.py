@@ -1,8 +1,8 @@
 """The grid of LTE model spectra that ships with the package: compressed, read, interpolated.
 
-The continuum-normalised flux of the nodes is kept as principal components, the log continuum as Legendre polynomials. A
-spectrum between the nodes is a tensor product of not-a-knot cubic splines (a parabola along an axis of three nodes) in the
-coefficients, which is the same as in every pixel, since both are linear.
+The continuum-normalised flux of the nodes and the log of their continuum are kept as principal components. A spectrum between
+the nodes is a tensor product of not-a-knot cubic splines (a parabola along an axis of three nodes) in the coefficients,
+which is the same as in every pixel, since both are linear.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from moe_jax.files import atomic_path
 
 GRID_FILE = Path(__file__).parent / "data" / "lte_grid.npz"
 AXIS_NAMES = ("T_eff", "log_g", "M_H", "a_M")
-CONTINUUM_DEGREE = 12
 
 
 class SpectralGrid(NamedTuple):
@@ -37,8 +36,9 @@ class SpectralGrid(NamedTuple):
     norm_mean: Float[AnyArray, " P"]  #: mean normalised flux of the nodes
     norm_basis: Float[AnyArray, "R P"]  #: principal components of the normalised flux
     norm_coef: Float[AnyArray, "T G Z M R"]
-    continuum_basis: Float[AnyArray, "D P"]  #: Legendre polynomials in wavelength
-    continuum_coef: Float[AnyArray, "T G Z M D"]  #: of the natural log of the continuum, mean 0 over the pixels
+    continuum_mean: Float[AnyArray, " P"]  #: mean over the nodes of the natural log of the continuum
+    continuum_basis: Float[AnyArray, "D P"]  #: principal components of the log continuum
+    continuum_coef: Float[AnyArray, "T G Z M D"]
 
 
 class GridSpectra(NamedTuple):
@@ -49,32 +49,33 @@ class GridSpectra(NamedTuple):
 
 
 def compress_grid(
-    axes: Sequence[Sequence[float]], norm: np.ndarray, log_continuum: np.ndarray, *, n_components: int
+    axes: Sequence[Sequence[float]],
+    norm: np.ndarray,
+    log_continuum: np.ndarray,
+    *,
+    n_components: int = 320,
+    n_continuum_components: int = 24,
 ) -> SpectralGrid:
-    """Compresses computed nodes; float64 inside, float32 out.
+    """Compresses computed nodes into principal components; float64 inside, float32 out.
 
     Args:
         axes: increasing nodes of T_eff, log g, [M/H] and [alpha/M].
         norm: (T, G, Z, M, P) continuum-normalised flux.
         log_continuum: (T, G, Z, M, P) natural log of the continuum.
-        n_components: R; all of the variance is kept where R reaches the number of nodes.
+        n_components: R, components kept of the normalised flux.
+        n_continuum_components: D, components kept of the log continuum.
     """
-    shape, n_pixels = norm.shape[:-1], norm.shape[-1]
-    flat = norm.reshape(-1, n_pixels).astype(np.float64)
+    components = (*_principal_components(norm, n_components), *_principal_components(log_continuum, n_continuum_components))
+    return SpectralGrid(*(np.asarray(array, np.float32) for array in (*axes, *components)))
+
+
+def _principal_components(nodes: np.ndarray, n_components: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean (P,), components (R, P) and coefficients (T, G, Z, M, R) of the nodes (T, G, Z, M, P)."""
+    flat = nodes.reshape(-1, nodes.shape[-1]).astype(np.float64)
     mean = flat.mean(axis=0)
     left, singular, basis = np.linalg.svd(flat - mean, full_matrices=False)
-    r = min(n_components, len(singular))
-    continuum_basis = np.polynomial.legendre.legvander(np.linspace(-1, 1, n_pixels), CONTINUUM_DEGREE).T
-    continuum_coef = np.linalg.lstsq(continuum_basis.T, log_continuum.reshape(-1, n_pixels).T.astype(np.float64), rcond=None)[0].T
-    grid = SpectralGrid(
-        *(np.asarray(axis, np.float64) for axis in axes),
-        norm_mean=mean,
-        norm_basis=basis[:r],
-        norm_coef=(left[:, :r] * singular[:r]).reshape(*shape, r),
-        continuum_basis=continuum_basis,
-        continuum_coef=continuum_coef.reshape(*shape, -1),
-    )
-    return SpectralGrid(*(np.asarray(array, np.float32) for array in grid))
+    coef = (left * singular)[:, :n_components]
+    return mean, basis[:n_components], coef.reshape(*nodes.shape[:-1], -1)
 
 
 def save_grid(path: Path | str, grid: SpectralGrid) -> None:
@@ -99,9 +100,19 @@ def load_grid(path: Path | str = GRID_FILE) -> SpectralGrid:
 
 def reconstruct_nodes(grid: SpectralGrid) -> GridSpectra:
     """All nodes of the grid, uncompressed: (T, G, Z, M, P)."""
-    norm = jnp.matmul(grid.norm_coef, grid.norm_basis, precision=lax.Precision.HIGHEST)
-    log_continuum = jnp.matmul(grid.continuum_coef, grid.continuum_basis, precision=lax.Precision.HIGHEST)
-    return GridSpectra(norm + jnp.expand_dims(grid.norm_mean, range(norm.ndim - 1)), log_continuum)
+    return _expand(grid, jnp.asarray(grid.norm_coef), jnp.asarray(grid.continuum_coef))
+
+
+def _expand(grid: SpectralGrid, norm_coef: jax.Array, continuum_coef: jax.Array) -> GridSpectra:
+    """From coefficients (..., R) and (..., D) to spectra (..., P)."""
+
+    def expand(coef: jax.Array, basis: AnyArray, mean: AnyArray) -> jax.Array:
+        return jnp.matmul(coef, basis, precision=lax.Precision.HIGHEST) + jnp.expand_dims(mean, range(coef.ndim - 1))
+
+    return GridSpectra(
+        expand(norm_coef, grid.norm_basis, grid.norm_mean),
+        expand(continuum_coef, grid.continuum_basis, grid.continuum_mean),
+    )
 
 
 def spline_weights(nodes: Float[np.ndarray, " n"], x: Float[AnyArray, " N"]) -> Float[jax.Array, "N n"]:
@@ -130,22 +141,15 @@ def interpolate_grid(grid: SpectralGrid, labels: Float[AnyArray, "N 4"]) -> Grid
     Returns:
         (N, P) normalised flux and log continuum.
     """
-    weights = [spline_weights(np.asarray(axis, np.float64), labels[:, i]) for i, axis in enumerate(grid[:4])]
+    axis_weights = [spline_weights(np.asarray(axis, np.float64), labels[:, i]) for i, axis in enumerate(grid[:4])]
+    weights = jnp.einsum("nt,ng,nz,nm->ntgzm", *axis_weights).reshape(len(labels), -1)
 
-    def interpolate(coef: jax.Array) -> jax.Array:
-        # The first contraction is one matmul; what is left is small.
-        t, g, z, m, r = coef.shape
-        partial = jnp.matmul(weights[0], coef.reshape(t, -1), precision=lax.Precision.HIGHEST).reshape(-1, g, z, m, r)
-        return jnp.einsum("ngzmr,ng,nz,nm->nr", partial, *weights[1:], precision=lax.Precision.HIGHEST)
+    def interpolate(coef: AnyArray) -> jax.Array:
+        return jnp.matmul(weights, coef.reshape(weights.shape[1], -1), precision=lax.Precision.HIGHEST)
 
-    norm = jnp.matmul(interpolate(jnp.asarray(grid.norm_coef)), grid.norm_basis, precision=lax.Precision.HIGHEST)
-    continuum_coef = interpolate(jnp.asarray(grid.continuum_coef))
-    log_continuum = jnp.matmul(continuum_coef, grid.continuum_basis, precision=lax.Precision.HIGHEST)
-    return GridSpectra(norm + grid.norm_mean[None, :], log_continuum)
+    return _expand(grid, interpolate(grid.norm_coef), interpolate(grid.continuum_coef))
 
 
 def grid_range(grid: SpectralGrid) -> dict[str, tuple[float, float]]:
     """Lowest and highest node of each axis."""
     return {name: (float(axis[0]), float(axis[-1])) for name, axis in zip(AXIS_NAMES, grid[:4], strict=True)}
-
-

@@ -1,0 +1,400 @@
+r"""Ridge regression in closed form, with an unpenalised intercept, and its exact cross-validation.
+
+The fit minimises |y - X w - b|^2 + alpha |w|^2. X and y are centred first, which is the same as leaving b unpenalised. For
+N < P the dual form is solved, (X X' + alpha I) a = y and w = X' a; otherwise the primal form, (X'X + alpha I) w = X' y. Both
+by Cholesky.
+
+What keeps a small alpha stable in float32:
+
+- All products are computed with ``Precision.HIGHEST`` (a GPU's default would be TF32, with 10 bits).
+- The centred kernel X X' has the eigenvalue 0 along the vector of ones. As a has no part along it, a constant may be added
+  to all of the kernel: it moves that eigenvalue into the middle of the spectrum and changes nothing else.
+- The matrix that is factorised carries a jitter of a few units in the last place of its mean eigenvalue, so that the
+  factorisation succeeds however small alpha is. It only preconditions: the solution is refined against X itself, not
+  against the rounded X X', until the residual of the equations is at rounding level.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.linalg as jsl
+import numpy as np
+from jax import lax
+from jaxtyping import Float, Int
+
+from moe_jax.arrays import AnyArray, InputError, require_same_length
+
+matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+REFINEMENT_STEPS = 3
+JITTER_ULPS = 4.0
+
+
+class Ridge(NamedTuple):
+    """A fitted linear model, y = x @ coef + intercept."""
+
+    coef: Float[jax.Array, " P"]
+    intercept: Float[jax.Array, ""]
+
+
+class RidgeCV(NamedTuple):
+    """Exact cross-validation of a ridge regression over several alphas."""
+
+    mse: Float[jax.Array, " A"]  #: mean squared error of the out-of-fold predictions of all N stars
+    predictions: Float[jax.Array, "A N"]  #: prediction of each star by the model fitted without the star's fold
+
+
+class AlphaChoice(NamedTuple):
+    """The alpha of the smallest cross-validated error."""
+
+    alpha: Float[jax.Array, ""]
+    index: Int[jax.Array, ""]  #: its place among the alphas
+    at_edge: jax.Array  #: bool: it is the smallest or the largest of several, so the best may lie outside the grid
+
+
+class Folds(NamedTuple):
+    """Rows of each fold, padded to a common length; ``N`` marks padding and is dropped by gathers and scatters."""
+
+    train: Int[AnyArray, "folds n_train"]
+    held: Int[AnyArray, "folds n_held"]
+
+
+def fit_ridge(x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alpha: float) -> Ridge:
+    """Fits y on x by ridge regression with an unpenalised intercept; exact, by Cholesky, jitted.
+
+    Args:
+        x: features; the computation runs in its precision.
+        y: target.
+        alpha: penalty of the squared coefficients, in the convention of scikit-learn's ``Ridge``; > 0.
+
+    Raises:
+        InputError: shapes that disagree, or an alpha that is not positive.
+    """
+    require_same_length(x=x, y=y)
+    _require_positive(alpha)
+    return _fit(jnp.asarray(x), jnp.asarray(y), alpha)
+
+
+@jax.jit
+def _fit(x: jax.Array, y: jax.Array, alpha: float) -> Ridge:
+    centred = center(x, y, jnp.ones(len(x), x.dtype))
+    return solve(centred, gram(centred.x), jnp.asarray(alpha, x.dtype))
+
+
+@jax.jit
+def predict_ridge(ridge: Ridge, x: Float[AnyArray, "N P"]) -> Float[jax.Array, " N"]:
+    """Predictions x @ coef + intercept."""
+    return matmul(x, ridge.coef[:, None])[:, 0] + ridge.intercept
+
+
+def cross_validate_ridge(
+    x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alphas: Float[AnyArray, " A"], folds: Int[AnyArray, " N"]
+) -> RidgeCV:
+    """Out-of-fold predictions of ridge regressions: exactly those of refitting without each fold, for every alpha.
+
+    One Gram matrix serves all folds and alphas. With few folds each training part is factorised by itself; with many
+    (leave-one-out above all) one factorisation per alpha gives the held-out residuals of all folds. The form that needs
+    fewer operations is chosen.
+
+    Args:
+        x: features.
+        y: target.
+        alphas: penalties, > 0.
+        folds: fold of each star, any integers; concrete, since their sizes set the shapes. At least two folds.
+
+    Returns:
+        Mean squared error by alpha, and the predictions.
+
+    Raises:
+        InputError: shapes that disagree, alphas that are not positive, fewer than two folds.
+    """
+    require_same_length(x=x, y=y, folds=folds)
+    alphas = jnp.asarray(alphas, jnp.asarray(x).dtype)
+    _require_positive(alphas)
+    rows = fold_rows(folds)
+    return _cross_validate(jnp.asarray(x), jnp.asarray(y), alphas, rows)
+
+
+@jax.jit
+def _cross_validate(x: jax.Array, y: jax.Array, alphas: jax.Array, folds: Folds) -> RidgeCV:
+    mask = jnp.ones(len(x), x.dtype)
+    centred = center(x, y, mask)
+    kernel = gram(centred.x) if is_dual(x) else None
+    predictions = out_of_fold(centred, kernel, alphas, folds)
+    return RidgeCV(masked_mse(predictions, y, mask), predictions)
+
+
+def select_alpha(alphas: Float[AnyArray, " A"], mse: Float[AnyArray, " A"]) -> AlphaChoice:
+    """The alpha with the smallest error; a tie goes to the larger alpha."""
+    alphas, mse = jnp.asarray(alphas), jnp.asarray(mse)
+    index = jnp.argmax(jnp.where(mse == jnp.min(mse), alphas, -jnp.inf))
+    alpha = alphas[index]
+    at_edge = ((alpha == jnp.min(alphas)) | (alpha == jnp.max(alphas))) & (len(alphas) > 1)
+    return AlphaChoice(alpha, index, at_edge)
+
+
+# What follows is shared with moe_jax.experts, which calls it on cells padded to a common size: `mask` is 1 for a star and
+# 0 for padding, and padded rows of x and y are 0 once they are centred.
+
+
+class Centred(NamedTuple):
+    """Data with the mean of the unmasked rows removed."""
+
+    x: Float[jax.Array, "N P"]
+    y: Float[jax.Array, " N"]
+    mask: Float[jax.Array, " N"]
+    x_mean: Float[jax.Array, " P"]
+    y_mean: Float[jax.Array, ""]
+
+
+def is_dual(x: AnyArray) -> bool:
+    """Whether the dual form is the cheaper one."""
+    return x.shape[0] < x.shape[1]
+
+
+def center(x: jax.Array, y: jax.Array, mask: jax.Array) -> Centred:
+    """Removes the means over the unmasked rows, and sets masked rows to 0."""
+    n = jnp.sum(mask)
+    y = y.astype(x.dtype)
+    x_mean = matmul(mask[None, :], x)[0] / n
+    # The mean is removed twice: what float32 left of it in the first pass is gone after the second.
+    x_centred = (x - x_mean[None, :]) * mask[:, None]
+    rest = matmul(mask[None, :], x_centred)[0] / n
+    y_mean = jnp.sum(y * mask) / n
+    return Centred((x_centred - rest[None, :]) * mask[:, None], (y - y_mean) * mask, mask, x_mean + rest, y_mean)
+
+
+def gram(x: jax.Array) -> jax.Array:
+    """The smaller of X X' and X'X."""
+    return matmul(x, x.T) if is_dual(x) else matmul(x.T, x)
+
+
+def _cholesky(matrix: jax.Array, alpha: jax.Array, shift: jax.Array) -> jax.Array:
+    """Factor of matrix + alpha I; ``shift`` is the matrix's mean eigenvalue, whose last places set the jitter."""
+    n = len(matrix)
+    jitter = JITTER_ULPS * jnp.finfo(matrix.dtype).eps * shift
+    factor: jax.Array = lax.linalg.cholesky(matrix + (alpha + jitter) * jnp.eye(n, dtype=matrix.dtype), symmetrize_input=False)
+    return factor
+
+
+def _cho_solve(factor: jax.Array, b: jax.Array) -> jax.Array:
+    solution: jax.Array = jsl.cho_solve((factor, True), b)
+    return solution
+
+
+def solve(data: Centred, gram_matrix: jax.Array, alpha: jax.Array) -> Ridge:
+    """Ridge of centred data, given its Gram matrix; refined against the data."""
+    x, y, mask = data.x, data.y, data.mask
+    mean_eigenvalue = jnp.trace(gram_matrix) / len(gram_matrix)
+    if is_dual(x):
+        factor = _cholesky(gram_matrix + mean_eigenvalue * jnp.outer(mask, mask), alpha, mean_eigenvalue)
+
+        def refine(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            a, coef = state
+            residual = (y - matmul(x, coef[:, None])[:, 0] - alpha * a) * mask
+            step = _cho_solve(factor, residual[:, None])
+            return a + step[:, 0], coef + matmul(x.T, step)[:, 0]
+
+        start = jnp.zeros_like(y), jnp.zeros_like(data.x_mean)
+        coef = lax.fori_loop(0, REFINEMENT_STEPS, refine, start)[1]
+    else:
+        factor = _cholesky(gram_matrix, alpha, mean_eigenvalue)
+
+        def refine_primal(_: int, coef: jax.Array) -> jax.Array:
+            residual = y - matmul(x, coef[:, None])[:, 0]
+            gradient = matmul(x.T, residual[:, None])[:, 0] - alpha * coef
+            return coef + _cho_solve(factor, gradient[:, None])[:, 0]
+
+        coef = lax.fori_loop(0, REFINEMENT_STEPS, refine_primal, jnp.zeros_like(data.x_mean))
+    return Ridge(coef, data.y_mean - jnp.sum(data.x_mean * coef))
+
+
+def fold_rows(folds: AnyArray, n_padded: int | None = None, multiple: int = 1) -> Folds:
+    """Training and held-out rows of each fold.
+
+    Args:
+        folds: fold of each star, any integers, at least two different ones.
+        n_padded: number of rows of the padded arrays that the rows index; N by default. It is also the mark of padding.
+        multiple: both lengths are rounded up to a multiple of this.
+
+    Raises:
+        InputError: for fewer than two folds.
+    """
+    folds = np.asarray(folds)
+    n_padded = len(folds) if n_padded is None else n_padded
+    names = np.unique(folds)
+    if len(names) < 2:
+        raise InputError(f"folds holds {len(names)} different values, expected at least 2")
+
+    def padded(parts: list[np.ndarray]) -> np.ndarray:
+        length = -(-max(map(len, parts)) // multiple) * multiple
+        return np.stack([np.pad(part, (0, length - len(part)), constant_values=n_padded) for part in parts]).astype(np.int32)
+
+    held = [np.flatnonzero(folds == name) for name in names]
+    if len(names) == len(folds):  # leave-one-out always takes the many-folds form, which needs no training rows
+        return Folds(np.zeros((len(names), 0), np.int32), padded(held))
+    return Folds(padded([np.flatnonzero(folds != name) for name in names]), padded(held))
+
+
+def masked_mse(predictions: jax.Array, y: jax.Array, mask: jax.Array) -> jax.Array:
+    """(A,) mean over the unmasked stars of the squared errors of (A, N) predictions."""
+    return jnp.sum(((predictions - y[None, :]) * mask[None, :]) ** 2, axis=1) / jnp.sum(mask)
+
+
+def out_of_fold(data: Centred, kernel: jax.Array | None, alphas: jax.Array, folds: Folds) -> jax.Array:
+    """(A, N) out-of-fold predictions of centred data, by the form that needs the fewest operations.
+
+    ``kernel`` is X X' where the dual form is the cheaper one, and not used otherwise.
+    """
+    (n, p), n_folds, n_alphas = data.x.shape, folds.held.shape[0], len(alphas)
+    n_train, n_held = folds.train.shape[1], folds.held.shape[1]
+    leave_one_out = n_train == 0
+    if kernel is not None:
+        by_fold = np.inf if leave_one_out else n_folds * n_train**3 / 3
+        at_once = n**3
+        residuals = _dual_at_once if at_once < by_fold else _dual_by_fold
+        residual = residuals(data, kernel, alphas, folds)
+    else:
+        by_fold = np.inf if leave_one_out else n_alphas * n_folds * p**3 / 3
+        at_once = n_alphas * (p**3 / 3 + n * p**2 + n_folds * (n_held**2 * p + n_held**3 / 3))
+        primal = _primal_at_once if at_once < by_fold else _primal_by_fold
+        residual = primal(data, alphas, folds)
+    return (data.y + data.y_mean)[None, :] - residual
+
+
+def _gather(array: jax.Array, rows: jax.Array) -> jax.Array:
+    return array.at[rows].get(mode="fill", fill_value=0)
+
+
+def _scatter(by_fold: jax.Array, rows: AnyArray, n: int) -> jax.Array:
+    """From (folds, A, n_held) values to (A, N)."""
+    values = jnp.moveaxis(by_fold, 1, 0).reshape(by_fold.shape[1], -1)
+    return jnp.zeros((len(values), n), by_fold.dtype).at[:, jnp.asarray(rows).reshape(-1)].set(values, mode="drop")
+
+
+def _dual_by_fold(data: Centred, kernel: jax.Array, alphas: jax.Array, folds: Folds) -> jax.Array:
+    """Held-out residuals by one Cholesky of the training part of the kernel for each fold and alpha."""
+    shift = jnp.trace(kernel) / len(kernel)
+    refinements = 1 if kernel.dtype == jnp.float32 else 0
+
+    def hold_out(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+        train, held = rows
+        y, mask = _gather(data.y, train), _gather(data.mask, train)
+        k_train = _gather(_gather(kernel, train).T, train) + shift * jnp.outer(mask, mask)
+        k_held = _gather(_gather(kernel, held).T, train).T
+        right = jnp.stack([y, mask], axis=1)
+
+        def one_alpha(alpha: jax.Array) -> jax.Array:
+            factor = _cholesky(k_train, alpha, shift)
+            solution = _cho_solve(factor, right)
+            for _ in range(refinements):
+                solution += _cho_solve(factor, right - matmul(k_train, solution) - alpha * solution)
+            # [[K + alpha I, 1], [1', 0]] [a; b] = [y; 0]
+            intercept = jnp.sum(mask * solution[:, 0]) / jnp.sum(mask * solution[:, 1])
+            a = solution[:, 0] - intercept * solution[:, 1]
+            return _gather(data.y, held) - matmul(k_held, a[:, None])[:, 0] - intercept
+
+        return lax.map(one_alpha, alphas)
+
+    by_fold = lax.map(hold_out, (jnp.asarray(folds.train), jnp.asarray(folds.held)))
+    return _scatter(by_fold, folds.held, len(data.y))
+
+
+def _held_out_residuals(blocks: jax.Array, residuals: jax.Array, held: jax.Array, n: int) -> jax.Array:
+    """Solves (folds, n_held, n_held) blocks for residuals; padding becomes an identity block. (folds, n_held)."""
+    padding = (held == n).astype(blocks.dtype)
+    solution: jax.Array = jnp.linalg.solve(blocks + jax.vmap(jnp.diag)(padding), residuals[..., None])[..., 0]
+    return solution
+
+
+def _dual_at_once(data: Centred, kernel: jax.Array, alphas: jax.Array, folds: Folds) -> jax.Array:
+    """Held-out residuals of all folds from one inverse per alpha.
+
+    With C the upper left block of the inverse of the bordered matrix [[K + alpha I, 1], [1', 0]] and a = C y, the held-out
+    residuals of the fold S are C_SS^-1 a_S (Cawley & Talbot 2004, eq. 11; An, Liu & Venkatesh 2007, eq. 15).
+    """
+    n, held = len(data.y), jnp.asarray(folds.held)
+    shift = jnp.trace(kernel) / n
+    shifted = kernel + shift * jnp.outer(data.mask, data.mask)
+
+    def one_alpha(alpha: jax.Array) -> jax.Array:
+        inverse = _cho_solve(_cholesky(shifted, alpha, shift), jnp.eye(n, dtype=kernel.dtype))
+        column = matmul(inverse, data.mask[:, None])[:, 0]
+        inverse = inverse - jnp.outer(column, column) / jnp.sum(data.mask * column)
+        a = matmul(inverse, data.y[:, None])[:, 0]
+
+        blocks = jax.vmap(lambda rows: inverse.at[rows[:, None], rows[None, :]].get(mode="fill", fill_value=0))(held)
+        return _held_out_residuals(blocks, _gather(a, held), held, n)
+
+    return _scatter(jnp.moveaxis(lax.map(one_alpha, alphas), 0, 1), folds.held, n)
+
+
+def _primal_by_fold(data: Centred, alphas: jax.Array, folds: Folds) -> jax.Array:
+    """Held-out residuals from the Gram matrix of each fold: a fold is held out by subtracting its own from their sum."""
+
+    class Sums(NamedTuple):
+        n: jax.Array
+        x: jax.Array
+        y: jax.Array
+        xx: jax.Array
+        xy: jax.Array
+
+    def fold_sums(held: jax.Array) -> Sums:
+        x, y, mask = (_gather(array, held) for array in (data.x, data.y, data.mask))
+        return Sums(jnp.sum(mask), jnp.sum(x, axis=0), jnp.sum(y), matmul(x.T, x), matmul(x.T, y[:, None])[:, 0])
+
+    by_fold = lax.map(fold_sums, jnp.asarray(folds.held))
+    total = jax.tree.map(lambda sums: jnp.sum(sums, axis=0), by_fold)
+
+    def hold_out(fold: tuple[Sums, jax.Array]) -> jax.Array:
+        own, held = fold
+        train: Sums = jax.tree.map(jnp.subtract, total, own)
+        x_mean, y_mean = train.x / train.n, train.y / train.n
+        scatter = train.xx - train.n * jnp.outer(x_mean, x_mean)
+        right = train.xy - train.n * y_mean * x_mean
+        mean_eigenvalue = jnp.trace(scatter) / len(scatter)
+        x_held = _gather(data.x, held) - x_mean[None, :]
+
+        def one_alpha(alpha: jax.Array) -> jax.Array:
+            coef = _cho_solve(_cholesky(scatter, alpha, mean_eigenvalue), right[:, None])
+            return _gather(data.y, held) - y_mean - matmul(x_held, coef)[:, 0]
+
+        return lax.map(one_alpha, alphas)
+
+    residuals = lax.map(hold_out, (by_fold, jnp.asarray(folds.held)))
+    return _scatter(residuals, folds.held, len(data.y))
+
+
+def _primal_at_once(data: Centred, alphas: jax.Array, folds: Folds) -> jax.Array:
+    """Held-out residuals (I - H_SS)^-1 r_S of all folds from one factorisation per alpha, H the hat matrix."""
+    n, held = len(data.y), jnp.asarray(folds.held)
+    scatter = gram(data.x)
+    mean_eigenvalue = jnp.trace(scatter) / len(scatter)
+    right = matmul(data.x.T, data.y[:, None])
+
+    def one_alpha(alpha: jax.Array) -> jax.Array:
+        factor = _cholesky(scatter, alpha, mean_eigenvalue)
+        residual = data.y - matmul(data.x, _cho_solve(factor, right))[:, 0]
+        whitened = lax.linalg.triangular_solve(factor, data.x, left_side=False, lower=True, transpose_a=True)  # X L'^-1
+
+        def block(rows: jax.Array) -> jax.Array:
+            part, mask = _gather(whitened, rows), _gather(data.mask, rows)
+            # The intercept adds 1 / n to the hat matrix.
+            return jnp.diag(mask) - matmul(part, part.T) - jnp.outer(mask, mask) / jnp.sum(data.mask)
+
+        blocks = lax.map(block, held, batch_size=min(64, len(held)))
+        return _held_out_residuals(blocks, _gather(residual, held), held, n)
+
+    return _scatter(jnp.moveaxis(lax.map(one_alpha, alphas), 0, 1), folds.held, n)
+
+
+def _require_positive(alpha: float | AnyArray) -> None:
+    if isinstance(alpha, jax.core.Tracer):
+        return
+    values = np.asarray(alpha)
+    if not (np.isfinite(values) & (values > 0)).all():
+        raise InputError(f"alpha is {alpha}, expected positive numbers")
