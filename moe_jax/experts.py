@@ -1,0 +1,156 @@
+"""The experts: one ridge regression for each cell, its alpha by exact cross-validation, and one for all stars.
+
+Cells hold different numbers of stars. Each is padded with masked rows to a multiple of ``ROW_MULTIPLE``, so that nine cells
+share a few compiled programs instead of having nine, and nothing of the padding reaches the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
+
+from moe_jax import ridge
+from moe_jax.arrays import AnyArray, InputError, require_same_length
+from moe_jax.ridge import Folds, Ridge, matmul
+
+ROW_MULTIPLE = 512
+
+
+class Experts(NamedTuple):
+    """K fitted ridge experts, stacked, and what cross-validation said of each."""
+
+    coef: Float[jax.Array, "K P"]
+    intercept: Float[jax.Array, " K"]
+    alpha: Float[jax.Array, " K"]  #: the alpha chosen for each
+    at_edge: Bool[jax.Array, " K"]  #: whether that alpha lies at an end of the grid
+    mse: Float[jax.Array, "K A"]  #: cross-validated mean squared error
+    out_of_fold: Float[jax.Array, " N"]  #: each star predicted by its own cell's expert, fitted without its fold; NaN outside
+
+
+class CrossValidatedRidge(NamedTuple):
+    """One ridge regression with its alpha by cross-validation."""
+
+    ridge: Ridge
+    alpha: Float[jax.Array, ""]
+    at_edge: Bool[jax.Array, ""]
+    mse: Float[jax.Array, " A"]
+    out_of_fold: Float[jax.Array, " N"]
+
+
+def assign_folds(key: PRNGKeyArray, n_stars: int, n_folds: int = 5) -> Int[jax.Array, " N"]:
+    """Random folds of sizes that differ by one star at the most."""
+    return jax.random.permutation(key, jnp.arange(n_stars) % n_folds)
+
+
+@jax.jit
+def _fit_padded(
+    x: jax.Array, y: jax.Array, mask: jax.Array, alphas: jax.Array, folds: Folds
+) -> tuple[Ridge, ridge.AlphaChoice, jax.Array, jax.Array]:
+    """Cross-validates over the alphas and fits with the best, all from one Gram matrix."""
+    data = ridge.center(x, y, mask)
+    gram = ridge.gram(data.x)
+    predictions = ridge.out_of_fold(data, gram if ridge.is_dual(x) else None, alphas, folds)
+    mse = ridge.masked_mse(predictions, y, mask)
+    choice = ridge.select_alpha(alphas, mse)
+    return ridge.solve(data, gram, choice.alpha), choice, mse, predictions[choice.index]
+
+
+def fit_experts(
+    x: Float[AnyArray, "N P"],
+    y: Float[AnyArray, " N"],
+    cell: Int[AnyArray, " N"],
+    alphas: Float[AnyArray, " A"],
+    folds: Int[AnyArray, " N"],
+    *,
+    n_experts: int = 9,
+    on_fitted: Callable[[int], None] | None = None,
+) -> Experts:
+    """Fits one ridge expert to the stars of each cell.
+
+    Args:
+        x: noisy flux.
+        y: target (log g).
+        cell: expert of each star, 0 .. n_experts - 1, or -1 for a star that belongs to none; concrete.
+        alphas: penalties to choose from, by cross-validation in each cell.
+        folds: fold of each star; within a cell, the folds that occur there are used.
+        n_experts: K.
+        on_fitted: called with each cell's number when it is done, for progress.
+
+    Returns:
+        Stacked experts; predictions of all experts for all stars are one matmul, ``predict_experts``.
+
+    Raises:
+        InputError: shapes that disagree, or a cell with fewer stars than twice the number of folds.
+    """
+    require_same_length(x=x, y=y, cell=cell, folds=folds)
+    cell, folds = np.asarray(cell), np.asarray(folds)
+    n_folds = len(np.unique(folds))
+    require_cell_sizes("cell", cell, n_experts, 2 * n_folds)
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    alphas = jnp.asarray(alphas, x.dtype)
+    out_of_fold = jnp.full(len(y), jnp.nan, x.dtype)
+    fits = []
+    for k in range(n_experts):
+        stars = np.flatnonzero(cell == k)
+        n_padded = -(-len(stars) // ROW_MULTIPLE) * ROW_MULTIPLE
+        rows = jnp.asarray(np.pad(stars, (0, n_padded - len(stars)), constant_values=len(y)))
+        x_cell, y_cell = (array.at[rows].get(mode="fill", fill_value=0) for array in (x, y))
+        mask = (rows < len(y)).astype(x.dtype)
+        cell_folds = ridge.fold_rows(folds[stars], n_padded, multiple=ROW_MULTIPLE // 4)
+        fit, choice, mse, predictions = _fit_padded(x_cell, y_cell, mask, alphas, cell_folds)
+        out_of_fold = out_of_fold.at[rows].set(predictions, mode="drop")
+        fits.append((fit.coef, fit.intercept, choice.alpha, choice.at_edge, mse))
+        if on_fitted is not None:
+            jax.block_until_ready(out_of_fold)
+            on_fitted(k)
+    coef, intercept, alpha, at_edge, mse = (jnp.stack(column) for column in zip(*fits, strict=True))
+    return Experts(coef, intercept, alpha, at_edge, mse, out_of_fold)
+
+
+def fit_global(
+    x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alphas: Float[AnyArray, " A"], folds: Int[AnyArray, " N"]
+) -> CrossValidatedRidge:
+    """One ridge regression for all stars, its alpha by cross-validation; arguments as those of ``fit_experts``."""
+    require_same_length(x=x, y=y, folds=folds)
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    mask, alphas = jnp.ones(len(y), x.dtype), jnp.asarray(alphas, x.dtype)
+    fit, choice, mse, predictions = _fit_padded(x, y, mask, alphas, ridge.fold_rows(folds))
+    return CrossValidatedRidge(fit, choice.alpha, choice.at_edge, mse, predictions)
+
+
+@jax.jit
+def predict_experts(experts: Experts, x: Float[AnyArray, "N P"]) -> Float[jax.Array, "N K"]:
+    """Predictions of all experts for all stars: one matmul."""
+    return matmul(x, experts.coef.T) + experts.intercept[None, :]
+
+
+def cross_fitted_predictions(
+    predictions: Float[AnyArray, "N K"], out_of_fold: Float[AnyArray, " N"], cell: Int[AnyArray, " N"]
+) -> Float[jax.Array, "N K"]:
+    """Expert predictions that no star had a part in: a star's own expert is replaced by its out-of-fold prediction.
+
+    The other experts were fitted on other cells' stars, so theirs are free of leakage as they stand.
+
+    Args:
+        predictions: of all experts for the stars that the experts were fitted on.
+        out_of_fold: ``Experts.out_of_fold``.
+        cell: own expert of each star; a star of cell -1 keeps its predictions.
+    """
+    require_same_length(predictions=predictions, out_of_fold=out_of_fold, cell=cell)
+    own = jnp.asarray(cell)[:, None] == jnp.arange(predictions.shape[1])[None, :]
+    return jnp.where(own, jnp.asarray(out_of_fold)[:, None], predictions)
+
+
+def require_cell_sizes(source: str, cell: AnyArray, n_experts: int, at_least: int) -> None:
+    """Raises an ``InputError`` in the name of ``source`` where a cell holds too few stars to cross-validate."""
+    counts = np.bincount(np.asarray(cell)[np.asarray(cell) >= 0], minlength=n_experts)
+    if len(counts) > n_experts:
+        raise InputError(f"{source}: found cell {len(counts) - 1}, expected cells 0 to {n_experts - 1} or -1")
+    if counts.min() < at_least:
+        k = int(counts.argmin())
+        raise InputError(f"{source}: found {counts[k]} stars in cell {k}, expected at least {at_least} to cross-validate")

@@ -1,0 +1,100 @@
+"""Gates: from a star's features to the weights of the experts.
+
+A gate is a small frozen description (``LinearGate()``, ``MLPGate(hidden=64)``) with two pure functions: ``init`` makes its
+params, a nested dict of arrays, and ``apply`` turns features into weights. The networks behind them are Flax NNX modules,
+which appear nowhere else.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, PRNGKeyArray
+
+from moe_jax.arrays import AnyArray
+
+Params = dict[str, dict[str, jax.Array]]
+
+
+class _LinearNetwork(nnx.Module):
+    def __init__(self, n_features: int, n_experts: int, *, rngs: nnx.Rngs) -> None:
+        self.head = nnx.Linear(n_features, n_experts, precision="highest", rngs=rngs)
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        return self.head(features)
+
+
+class _MLPNetwork(nnx.Module):
+    def __init__(self, n_features: int, n_experts: int, hidden: int, *, rngs: nnx.Rngs) -> None:
+        self.hidden = nnx.Linear(n_features, hidden, precision="highest", rngs=rngs)
+        self.head = nnx.Linear(hidden, n_experts, precision="highest", rngs=rngs)
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        return self.head(nnx.relu(self.hidden(features)))
+
+
+class Gate(Protocol):
+    """What the training and the routing need of a gate."""
+
+    def build(self, n_features: int, n_experts: int, rngs: nnx.Rngs) -> nnx.Module:
+        """The network, which maps (N, F) features to (N, K) logits."""
+
+    def init(self, key: PRNGKeyArray, n_features: int, n_experts: int) -> Params:
+        """Random params."""
+
+    def apply(self, params: Params, features: Float[AnyArray, "N F"]) -> Float[jax.Array, "N K"]:
+        """Weights of the experts for each star: positive, sum 1."""
+
+
+class _FlaxGate:
+    """``init`` and ``apply`` of any gate that can build its network."""
+
+    def build(self, n_features: int, n_experts: int, rngs: nnx.Rngs) -> nnx.Module:
+        raise NotImplementedError
+
+    def init(self, key: PRNGKeyArray, n_features: int, n_experts: int) -> Params:
+        """Random params: kernels by LeCun's normal initialisation, biases 0."""
+        _, state = nnx.split(self.build(n_features, n_experts, nnx.Rngs(key)))
+        params: Params = nnx.to_pure_dict(state)
+        return params
+
+    def apply(self, params: Params, features: Float[AnyArray, "N F"]) -> Float[jax.Array, "N K"]:
+        """Weights of the experts for each star: the softmax of the network's logits, positive, sum 1."""
+        n_experts = params["head"]["bias"].shape[-1]
+        network = nnx.merge(_graph(self, features.shape[-1], n_experts), params)
+        return jax.nn.softmax(network(jnp.asarray(features)), axis=-1)
+
+
+@functools.cache
+def _graph(gate: _FlaxGate, n_features: int, n_experts: int) -> nnx.GraphDef:
+    """The static part of a gate's network."""
+    network = nnx.eval_shape(lambda: gate.build(n_features, n_experts, nnx.Rngs(0)))
+    return nnx.split(network)[0]
+
+
+@dataclass(frozen=True)
+class LinearGate(_FlaxGate):
+    """softmax(W features + b): the form of a multinomial logistic regression."""
+
+    def build(self, n_features: int, n_experts: int, rngs: nnx.Rngs) -> nnx.Module:
+        return _LinearNetwork(n_features, n_experts, rngs=rngs)
+
+
+@dataclass(frozen=True)
+class MLPGate(_FlaxGate):
+    """softmax of a network with one hidden layer of rectified units."""
+
+    hidden: int = 64
+
+    def build(self, n_features: int, n_experts: int, rngs: nnx.Rngs) -> nnx.Module:
+        return _MLPNetwork(n_features, n_experts, self.hidden, rngs=rngs)
+
+
+def linear_params(kernel: Float[AnyArray, "F K"], bias: Float[AnyArray, " K"]) -> Params:
+    """Params of a ``LinearGate`` from the weights of any softmax regression."""
+    return {"head": {"bias": jnp.asarray(bias), "kernel": jnp.asarray(kernel)}}
