@@ -1,0 +1,1 @@
+"""The experiments, each a command: ``python -m experiments.NAME --help``."""

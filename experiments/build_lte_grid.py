@@ -114,4 +114,3 @@ def main(config: BuildConfig) -> None:
 
 if __name__ == "__main__":
     run_command(main, PRESETS, __doc__)
-

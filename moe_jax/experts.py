@@ -57,7 +57,7 @@ def _fit_padded(
     predictions = ridge.out_of_fold(data, gram if ridge.is_dual(x) else None, alphas, folds)
     mse = ridge.masked_mse(predictions, y, mask)
     choice = ridge.select_alpha(alphas, mse)
-    return ridge.solve(data, gram, choice.alpha), choice, mse, predictions[choice.index]
+    return ridge.solve(data, gram, choice.alpha), choice, mse, predictions[choice.position]
 
 
 def fit_experts(

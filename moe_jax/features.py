@@ -132,8 +132,6 @@ def _fit_pca(key: jax.Array, x: jax.Array, n_components: int) -> PCA:
     return PCA(mean, components * jnp.sign(largest))
 
 
-
-
 def raw_features(flux: Float[AnyArray, "N P"], wave: AnyArray, pca: PCA) -> Float[jax.Array, "N F"]:
     """The 13 features of N stars before standardisation, in the order of ``FEATURE_NAMES``.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ class _MLPNetwork(nnx.Module):
         return self.head(nnx.relu(self.hidden(features)))
 
 
+@runtime_checkable
 class Gate(Protocol):
     """What the training and the routing need of a gate."""
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from moe_jax.arrays import AnyArray, InputError, require_same_length
@@ -32,6 +33,12 @@ matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 REFINEMENT_STEPS = 3
 JITTER_ULPS = 4.0
+
+# Costs of the decompositions in units of n^3, as measured against products on two CPU cores; they decide which of two
+# exact forms is used, so they need not be precise.
+CHOLESKY_COST = 1.0
+EIGH_COST = 16.0
+BLOCK_BATCH = 16  # folds whose held-out blocks are formed at a time, where there are many
 
 
 class Ridge(NamedTuple):
@@ -52,7 +59,7 @@ class AlphaChoice(NamedTuple):
     """The alpha of the smallest cross-validated error."""
 
     alpha: Float[jax.Array, ""]
-    index: Int[jax.Array, ""]  #: its place among the alphas
+    position: Int[jax.Array, ""]  #: its place among the alphas
     at_edge: jax.Array  #: bool: it is the smallest or the largest of several, so the best may lie outside the grid
 
 
@@ -63,7 +70,7 @@ class Folds(NamedTuple):
     held: Int[AnyArray, "folds n_held"]
 
 
-def fit_ridge(x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alpha: float) -> Ridge:
+def fit_ridge(x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alpha: ArrayLike) -> Ridge:
     """Fits y on x by ridge regression with an unpenalised intercept; exact, by Cholesky, jitted.
 
     Args:
@@ -80,7 +87,7 @@ def fit_ridge(x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alpha: float)
 
 
 @jax.jit
-def _fit(x: jax.Array, y: jax.Array, alpha: float) -> Ridge:
+def _fit(x: jax.Array, y: jax.Array, alpha: ArrayLike) -> Ridge:
     centred = center(x, y, jnp.ones(len(x), x.dtype))
     return solve(centred, gram(centred.x), jnp.asarray(alpha, x.dtype))
 
@@ -96,9 +103,9 @@ def cross_validate_ridge(
 ) -> RidgeCV:
     """Out-of-fold predictions of ridge regressions: exactly those of refitting without each fold, for every alpha.
 
-    One Gram matrix serves all folds and alphas. With few folds each training part is factorised by itself; with many
-    (leave-one-out above all) one factorisation per alpha gives the held-out residuals of all folds. The form that needs
-    fewer operations is chosen.
+    One Gram matrix serves all folds and alphas. Either each training part is factorised by itself, for each alpha, or one
+    decomposition gives the held-out residuals of all folds: the eigendecomposition of the kernel, for all alphas, where
+    N < P, one Cholesky factor per alpha otherwise. The form that needs fewer operations is chosen.
 
     Args:
         x: features.
@@ -131,10 +138,10 @@ def _cross_validate(x: jax.Array, y: jax.Array, alphas: jax.Array, folds: Folds)
 def select_alpha(alphas: Float[AnyArray, " A"], mse: Float[AnyArray, " A"]) -> AlphaChoice:
     """The alpha with the smallest error; a tie goes to the larger alpha."""
     alphas, mse = jnp.asarray(alphas), jnp.asarray(mse)
-    index = jnp.argmax(jnp.where(mse == jnp.min(mse), alphas, -jnp.inf))
-    alpha = alphas[index]
+    position = jnp.argmax(jnp.where(mse == jnp.min(mse), alphas, -jnp.inf))
+    alpha = alphas[position]
     at_edge = ((alpha == jnp.min(alphas)) | (alpha == jnp.max(alphas))) & (len(alphas) > 1)
-    return AlphaChoice(alpha, index, at_edge)
+    return AlphaChoice(alpha, position, at_edge)
 
 
 # What follows is shared with moe_jax.experts, which calls it on cells padded to a common size: `mask` is 1 for a star and
@@ -175,9 +182,9 @@ def gram(x: jax.Array) -> jax.Array:
 
 def _cholesky(matrix: jax.Array, alpha: jax.Array, shift: jax.Array) -> jax.Array:
     """Factor of matrix + alpha I; ``shift`` is the matrix's mean eigenvalue, whose last places set the jitter."""
-    n = len(matrix)
+    diagonal = jnp.arange(len(matrix))
     jitter = JITTER_ULPS * jnp.finfo(matrix.dtype).eps * shift
-    factor: jax.Array = lax.linalg.cholesky(matrix + (alpha + jitter) * jnp.eye(n, dtype=matrix.dtype), symmetrize_input=False)
+    factor: jax.Array = lax.linalg.cholesky(matrix.at[diagonal, diagonal].add(alpha + jitter), symmetrize_input=False)
     return factor
 
 
@@ -193,7 +200,7 @@ def solve(data: Centred, gram_matrix: jax.Array, alpha: jax.Array) -> Ridge:
     if is_dual(x):
         factor = _cholesky(gram_matrix + mean_eigenvalue * jnp.outer(mask, mask), alpha, mean_eigenvalue)
 
-        def refine(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def refine(_: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             a, coef = state
             residual = (y - matmul(x, coef[:, None])[:, 0] - alpha * a) * mask
             step = _cho_solve(factor, residual[:, None])
@@ -204,7 +211,7 @@ def solve(data: Centred, gram_matrix: jax.Array, alpha: jax.Array) -> Ridge:
     else:
         factor = _cholesky(gram_matrix, alpha, mean_eigenvalue)
 
-        def refine_primal(_: int, coef: jax.Array) -> jax.Array:
+        def refine_primal(_: jax.Array, coef: jax.Array) -> jax.Array:
             residual = y - matmul(x, coef[:, None])[:, 0]
             gradient = matmul(x.T, residual[:, None])[:, 0] - alpha * coef
             return coef + _cho_solve(factor, gradient[:, None])[:, 0]
@@ -254,13 +261,13 @@ def out_of_fold(data: Centred, kernel: jax.Array | None, alphas: jax.Array, fold
     n_train, n_held = folds.train.shape[1], folds.held.shape[1]
     leave_one_out = n_train == 0
     if kernel is not None:
-        by_fold = np.inf if leave_one_out else n_folds * n_train**3 / 3
-        at_once = n**3
-        residuals = _dual_at_once if at_once < by_fold else _dual_by_fold
-        residual = residuals(data, kernel, alphas, folds)
+        by_fold = np.inf if leave_one_out else n_alphas * n_folds * CHOLESKY_COST * n_train**3
+        at_once = EIGH_COST * n**3 + n_alphas * n_folds * (2 * n_held**2 * n + n_held**3)
+        dual = _dual_at_once if at_once < by_fold else _dual_by_fold
+        residual = dual(data, kernel, alphas, folds)
     else:
-        by_fold = np.inf if leave_one_out else n_alphas * n_folds * p**3 / 3
-        at_once = n_alphas * (p**3 / 3 + n * p**2 + n_folds * (n_held**2 * p + n_held**3 / 3))
+        by_fold = np.inf if leave_one_out else n_alphas * n_folds * CHOLESKY_COST * p**3
+        at_once = n_alphas * (CHOLESKY_COST * p**3 + 2 * n * p**2 + n_folds * (2 * n_held**2 * p + n_held**3))
         primal = _primal_at_once if at_once < by_fold else _primal_by_fold
         residual = primal(data, alphas, folds)
     return (data.y + data.y_mean)[None, :] - residual
@@ -279,7 +286,6 @@ def _scatter(by_fold: jax.Array, rows: AnyArray, n: int) -> jax.Array:
 def _dual_by_fold(data: Centred, kernel: jax.Array, alphas: jax.Array, folds: Folds) -> jax.Array:
     """Held-out residuals by one Cholesky of the training part of the kernel for each fold and alpha."""
     shift = jnp.trace(kernel) / len(kernel)
-    refinements = 1 if kernel.dtype == jnp.float32 else 0
 
     def hold_out(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
         train, held = rows
@@ -289,10 +295,7 @@ def _dual_by_fold(data: Centred, kernel: jax.Array, alphas: jax.Array, folds: Fo
         right = jnp.stack([y, mask], axis=1)
 
         def one_alpha(alpha: jax.Array) -> jax.Array:
-            factor = _cholesky(k_train, alpha, shift)
-            solution = _cho_solve(factor, right)
-            for _ in range(refinements):
-                solution += _cho_solve(factor, right - matmul(k_train, solution) - alpha * solution)
+            solution = _cho_solve(_cholesky(k_train, alpha, shift), right)
             # [[K + alpha I, 1], [1', 0]] [a; b] = [y; 0]
             intercept = jnp.sum(mask * solution[:, 0]) / jnp.sum(mask * solution[:, 1])
             a = solution[:, 0] - intercept * solution[:, 1]
@@ -304,31 +307,43 @@ def _dual_by_fold(data: Centred, kernel: jax.Array, alphas: jax.Array, folds: Fo
     return _scatter(by_fold, folds.held, len(data.y))
 
 
-def _held_out_residuals(blocks: jax.Array, residuals: jax.Array, held: jax.Array, n: int) -> jax.Array:
-    """Solves (folds, n_held, n_held) blocks for residuals; padding becomes an identity block. (folds, n_held)."""
-    padding = (held == n).astype(blocks.dtype)
-    solution: jax.Array = jnp.linalg.solve(blocks + jax.vmap(jnp.diag)(padding), residuals[..., None])[..., 0]
+def _solve_block(block: jax.Array, residual: jax.Array, padding: jax.Array) -> jax.Array:
+    """Solves one fold's symmetric positive (n_held, n_held) block for its residuals; padded rows become the identity."""
+    block = block + jnp.diag(padding.astype(block.dtype))
+    if len(block) == 1:  # leave-one-out
+        return residual / block[0]
+    solution: jax.Array = jnp.linalg.solve(block, residual)
     return solution
 
 
 def _dual_at_once(data: Centred, kernel: jax.Array, alphas: jax.Array, folds: Folds) -> jax.Array:
-    """Held-out residuals of all folds from one inverse per alpha.
+    """Held-out residuals of all folds and alphas from one eigendecomposition of the kernel.
 
     With C the upper left block of the inverse of the bordered matrix [[K + alpha I, 1], [1', 0]] and a = C y, the held-out
-    residuals of the fold S are C_SS^-1 a_S (Cawley & Talbot 2004, eq. 11; An, Liu & Venkatesh 2007, eq. 15).
+    residuals of the fold S are C_SS^-1 a_S (Cawley & Talbot 2004, eq. 11; An, Liu & Venkatesh 2007, eq. 15). From
+    K = V L V' follow (K + alpha I)^-1 = V (L + alpha)^-1 V' for every alpha, and of it only the blocks that are needed.
     """
     n, held = len(data.y), jnp.asarray(folds.held)
     shift = jnp.trace(kernel) / n
-    shifted = kernel + shift * jnp.outer(data.mask, data.mask)
+    eigenvalues, vectors = jnp.linalg.eigh(kernel + shift * jnp.outer(data.mask, data.mask), symmetrize_input=False)
+    # Rounding leaves eigenvalues a little below 0 where there should be none; the jitter is that of the Cholesky form.
+    eigenvalues = jnp.maximum(eigenvalues, 0.0) + JITTER_ULPS * jnp.finfo(kernel.dtype).eps * shift
+    projected = matmul(vectors.T, jnp.stack([data.y, data.mask], axis=1))
+    by_fold = _gather(vectors, held)
 
     def one_alpha(alpha: jax.Array) -> jax.Array:
-        inverse = _cho_solve(_cholesky(shifted, alpha, shift), jnp.eye(n, dtype=kernel.dtype))
-        column = matmul(inverse, data.mask[:, None])[:, 0]
-        inverse = inverse - jnp.outer(column, column) / jnp.sum(data.mask * column)
-        a = matmul(inverse, data.y[:, None])[:, 0]
+        inverse = 1.0 / (eigenvalues + alpha)
+        solution = matmul(vectors, inverse[:, None] * projected)
+        ones, total = solution[:, 1], jnp.sum(data.mask * solution[:, 1])
+        a = solution[:, 0] - ones * jnp.sum(data.mask * solution[:, 0]) / total
 
-        blocks = jax.vmap(lambda rows: inverse.at[rows[:, None], rows[None, :]].get(mode="fill", fill_value=0))(held)
-        return _held_out_residuals(blocks, _gather(a, held), held, n)
+        def hold_out(fold: tuple[jax.Array, jax.Array]) -> jax.Array:
+            rows, own = fold
+            column = _gather(ones, rows)
+            block = matmul(own * inverse[None, :], own.T) - jnp.outer(column, column) / total
+            return _solve_block(block, _gather(a, rows), rows == n)
+
+        return lax.map(hold_out, (held, by_fold), batch_size=min(BLOCK_BATCH, len(held)))
 
     return _scatter(jnp.moveaxis(lax.map(one_alpha, alphas), 0, 1), folds.held, n)
 
@@ -381,18 +396,18 @@ def _primal_at_once(data: Centred, alphas: jax.Array, folds: Folds) -> jax.Array
         residual = data.y - matmul(data.x, _cho_solve(factor, right))[:, 0]
         whitened = lax.linalg.triangular_solve(factor, data.x, left_side=False, lower=True, transpose_a=True)  # X L'^-1
 
-        def block(rows: jax.Array) -> jax.Array:
+        def hold_out(rows: jax.Array) -> jax.Array:
             part, mask = _gather(whitened, rows), _gather(data.mask, rows)
             # The intercept adds 1 / n to the hat matrix.
-            return jnp.diag(mask) - matmul(part, part.T) - jnp.outer(mask, mask) / jnp.sum(data.mask)
+            block = jnp.diag(mask) - matmul(part, part.T) - jnp.outer(mask, mask) / jnp.sum(data.mask)
+            return _solve_block(block, _gather(residual, rows), rows == n)
 
-        blocks = lax.map(block, held, batch_size=min(64, len(held)))
-        return _held_out_residuals(blocks, _gather(residual, held), held, n)
+        return lax.map(hold_out, held, batch_size=min(BLOCK_BATCH, len(held)))
 
     return _scatter(jnp.moveaxis(lax.map(one_alpha, alphas), 0, 1), folds.held, n)
 
 
-def _require_positive(alpha: float | AnyArray) -> None:
+def _require_positive(alpha: ArrayLike) -> None:
     if isinstance(alpha, jax.core.Tracer):
         return
     values = np.asarray(alpha)

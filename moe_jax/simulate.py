@@ -62,16 +62,21 @@ def median_rows(x: Float[AnyArray, "N P"]) -> Float[jax.Array, " N"]:
     integer = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
     n_bits = jnp.iinfo(integer).bits - 1
     order = lax.bitcast_convert_type(jnp.abs(x), integer)
+    rank = (n_pixels - 1) // 2
 
-    def smallest(k: int) -> jax.Array:
-        def add_bit(i: jax.Array, found: jax.Array) -> jax.Array:
-            candidate = found | jnp.left_shift(jnp.ones((), integer), (n_bits - 1 - i).astype(integer))
-            return jnp.where(jnp.sum(order < candidate[:, None], axis=1) <= k, candidate, found)
+    def add_bit(i: jax.Array, found: jax.Array) -> jax.Array:
+        candidate = found | jnp.left_shift(jnp.ones((), integer), (n_bits - 1 - i).astype(integer))
+        return jnp.where(jnp.sum(order < candidate[:, None], axis=1) <= rank, candidate, found)
 
-        return lax.bitcast_convert_type(lax.fori_loop(0, n_bits, add_bit, jnp.zeros(len(x), integer)), x.dtype)
-
-    lower = smallest((n_pixels - 1) // 2)
-    return lower if n_pixels % 2 else 0.5 * (lower + smallest(n_pixels // 2))
+    lower_bits = lax.fori_loop(0, n_bits, add_bit, jnp.zeros(len(x), integer))
+    lower = lax.bitcast_convert_type(lower_bits, x.dtype)
+    if n_pixels % 2:
+        return lower
+    # The next in order: the same value where it occurs often enough, otherwise the smallest that is larger.
+    larger = order > lower_bits[:, None]
+    next_larger = jnp.min(jnp.where(larger, jnp.abs(x), jnp.inf), axis=1)
+    repeated = jnp.sum(~larger, axis=1) > rank + 1
+    return 0.5 * (lower + jnp.where(repeated, lower, next_larger))
 
 
 def model_flux(

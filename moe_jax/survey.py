@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+from jax.typing import ArrayLike
 from jaxtyping import Float, PRNGKeyArray
 
 from moe_jax.arrays import AnyArray, InputError
@@ -48,7 +49,7 @@ class Survey(NamedTuple):
 
 
 def add_noise(
-    key: PRNGKeyArray, flux: Float[AnyArray, "N P"], error: Float[AnyArray, "N P"], noise_level: float
+    key: PRNGKeyArray, flux: Float[AnyArray, "N P"], error: Float[AnyArray, "N P"], noise_level: ArrayLike
 ) -> Float[jax.Array, "N P"]:
     """Draws noisy spectra: flux + noise_level * error * N(0, 1), without clipping.
 
@@ -67,7 +68,7 @@ def add_noise(
 
 
 @jax.jit
-def _add_noise(key: jax.Array, flux: jax.Array, error: jax.Array, noise_level: float) -> jax.Array:
+def _add_noise(key: jax.Array, flux: jax.Array, error: jax.Array, noise_level: ArrayLike) -> jax.Array:
     normal = jax.random.normal(key, flux.shape, flux.dtype)
     return flux + jnp.asarray(noise_level, flux.dtype) * error * normal
 
@@ -87,11 +88,11 @@ def load_survey(path: Path | str, n_stars: int | None = None) -> Survey:
     """Reads and checks a survey, float32 but for the wavelengths.
 
     Negative flux is set to 0. A NaN error in the first or last pixel is replaced by its neighbour's; elsewhere it is an
-    error. Rows beyond ``n_stars`` are not read.
+    error. Only the rows that are asked for are read.
 
     Args:
         path: HDF5 file in the layout of this module.
-        n_stars: number of rows to read from the start; None for all.
+        n_stars: most rows to read, from the start of the file; None for all.
 
     Raises:
         InputError: one sentence that names the file, the field, what was found and what is expected.
@@ -130,8 +131,6 @@ def _read_arrays(path: Path, n_stars: int | None) -> tuple[np.ndarray, np.ndarra
                 )
             if error.shape != flux.shape:
                 raise InputError(f"{path}: {ERROR_FIELD} has shape {error.shape}, expected {flux.shape} like {FLUX_FIELD}")
-            if n_stars is not None and n_stars > len(flux):
-                raise InputError(f"{path}: {FLUX_FIELD} holds {len(flux)} stars, expected at least the {n_stars} asked for")
             rows = slice(n_stars)
             return wave[()].astype(np.float64), flux[rows].astype(np.float32), error[rows].astype(np.float32)
     except OSError as reason:
@@ -144,9 +143,8 @@ def _dataset(path: Path, file: h5py.File, field: str, ndim: int) -> h5py.Dataset
         found = "nothing" if dataset is None else "a group"
         raise InputError(f"{path}: {field}: found {found}, expected a dataset with {ndim} dimension{'s' * (ndim > 1)}")
     if dataset.ndim != ndim or dataset.dtype.kind not in "fiu":
-        raise InputError(
-            f"{path}: {field}: found {dataset.dtype} of shape {dataset.shape}, expected numbers in {ndim} dimension{'s' * (ndim > 1)}"
-        )
+        found = f"{dataset.dtype} of shape {dataset.shape}"
+        raise InputError(f"{path}: {field}: found {found}, expected numbers in {ndim} dimension{'s' * (ndim > 1)}")
     return dataset
 
 

@@ -1,0 +1,84 @@
+"""What all experiments share at the rim: presets on the command line, timed stages, errors in one sentence."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from moe_jax.arrays import InputError
+
+console = Console(width=None if sys.stdout.isatty() else 120)
+EXIT_BAD_INPUT = 2
+
+
+class HasPreset(Protocol):
+    """A configuration that knows which preset it started from."""
+
+    @property
+    def preset(self) -> str:
+        """Name of the preset."""
+
+
+Config = TypeVar("Config", bound=HasPreset)
+
+
+def parse_config(presets: dict[str, Config], description: str | None, arguments: Sequence[str]) -> Config:
+    """The configuration of a command line: the preset that it names, with what else it sets."""
+    name = "default"
+    for i, argument in enumerate(arguments):
+        if argument == "--preset" and i + 1 < len(arguments):
+            name = arguments[i + 1]
+        elif argument.startswith("--preset="):
+            name = argument.partition("=")[2]
+    default = presets.get(name, presets["default"])  # tyro rejects a name that is no preset
+    config: Config = tyro.cli(type(default), default=default, description=description, args=list(arguments))
+    return config
+
+
+def run_command(main: Callable[[Any], object], presets: dict[str, Any], description: str | None) -> None:
+    """Runs an experiment from the command line; bad input ends in one sentence and exit code 2, without a traceback."""
+    try:
+        main(parse_config(presets, description, sys.argv[1:]))
+    except (InputError, OSError, ModuleNotFoundError) as reason:
+        print(f"error: {reason}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+@dataclass
+class Stages:
+    """Times the stages of a run and shows them as they end."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Times the block under ``name``."""
+        start = time.perf_counter()
+        with console.status(f"{name} ...") if console.is_terminal else nullcontext():
+            yield
+        self._end(name, start)
+
+    @contextmanager
+    def steps(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+        """Times the block under ``name`` and shows a bar; yields the function that advances it."""
+        start = time.perf_counter()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task(name, total=total)
+            yield lambda *_: progress.advance(task)
+        self._end(name, start)
+
+    def _end(self, name: str, start: float) -> None:
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+        console.print(f"{name:<40} {self.seconds[name]:7.1f} s", highlight=False)

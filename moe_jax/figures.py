@@ -1,0 +1,178 @@
+"""The figures of an experiment, each a function from tables or arrays to a Matplotlib figure. Okabe & Ito's colours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from moe_jax.arrays import AnyArray
+from moe_jax.bootstrap import Bootstrap
+from moe_jax.cells import CELL_NAMES, M_H_NAMES, N_CELLS
+from moe_jax.evaluation import CLASSIFY, PROTOCOLS, Method, Pair
+from moe_jax.training import GateFit
+
+BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#E69F00", "#009E73", "#999999", "#000000"
+COLORS = {"classify": BLACK, "regress_mlp": BLUE, "regress_linear": ORANGE}
+MARKERS = {"in-sample": "o", "cross-fitted": "s", "": "D"}
+TITLES = {
+    "global": "one global ridge",
+    "oracle": "oracle: true cell's expert",
+    "classify": "classification gate",
+    "hard": "classification gate, hard",
+    "fallback": "classification gate, fallback",
+    "regress_mlp": "regression gate, MLP",
+    "regress_linear": "regression gate, linear",
+}
+_METAL_POOR = [k for k in range(N_CELLS) if k % len(M_H_NAMES) == 0]
+_CELL_LABELS = [name.replace(" ", "\n", 1) for name in CELL_NAMES]
+_STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "figure.dpi": 150, "axes.titlesize": 10}
+
+
+def _subplots(*shape: int, **kwargs: Any) -> tuple[Figure, Any]:
+    with plt.rc_context(_STYLE):
+        return plt.subplots(*shape, layout="constrained", **kwargs)
+
+
+def _title(method: Method) -> str:
+    return TITLES[method.name] + (f", {method.protocol}" if method.protocol else "")
+
+
+def _errors(estimate: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Lengths of error bars; an interval need not contain the estimate, so neither is below 0."""
+    return np.maximum(np.stack([estimate - low, high - estimate]), 0.0)
+
+
+def r2_comparison(overall: pd.DataFrame, published: Mapping[str, Any]) -> Figure:
+    """R2 of every method, with the report's beside it."""
+    fig, ax = _subplots(figsize=(7.0, 4.0))
+    table = overall.iloc[::-1].reset_index(drop=True)
+    for i, row in table.iterrows():
+        color = COLORS.get(row["method"], GREY)
+        ax.plot(row["r2"], i, MARKERS[row["protocol"]], color=color, ms=7, zorder=3)
+        ax.annotate(f"{row['r2']:.4f}", (row["r2"], i), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+        report = published["overall"].get(row["method"])
+        if report and row["protocol"] != "cross-fitted":
+            ax.plot(report["r2"], i, MARKERS[row["protocol"]], mfc="white", mec=color, ms=7)
+    baseline = float(table.loc[table["method"] == "classify", "r2"].iloc[0])
+    ax.axvline(baseline, color=BLACK, lw=0.8, ls=":")
+    ax.plot([], [], "o", color=GREY, label="this run")
+    ax.plot([], [], "o", mfc="white", mec=GREY, label="the report (other spectra)")
+    ax.set_yticks(range(len(table)), [_title(Method(m, p)) for m, p in zip(table["method"], table["protocol"], strict=True)])
+    ax.set_ylim(-0.6, len(table) - 0.3)
+    ax.set_xlabel("$R^2$ of log g on the covered test stars (dotted: classification gate)")
+    ax.legend(loc="lower left", fontsize=8)
+    return fig
+
+
+def per_bin_delta(comparisons: Mapping[Pair, Bootstrap]) -> Figure:
+    """Delta R2 of the regression gates against the classification gate in each cell, with intervals."""
+    fig, axes = _subplots(2, 1, figsize=(8.0, 6.0), sharex=True)
+    for ax, protocol in zip(axes, PROTOCOLS, strict=True):
+        for k in _METAL_POOR:
+            ax.axvspan(k - 0.5, k + 0.5, color="#EEEEEE", zorder=0, label="metal-poor cells" if k == 0 else None)
+        for name, offset in (("regress_mlp", -0.12), ("regress_linear", 0.12)):
+            bootstrap = comparisons[Pair(Method(name, protocol), CLASSIFY)]
+            estimate = np.asarray(bootstrap.group_estimate)
+            bars = _errors(estimate, np.asarray(bootstrap.group_low), np.asarray(bootstrap.group_high))
+            x = np.arange(N_CELLS) + offset
+            marker = "o" if name == "regress_mlp" else "s"
+            ax.errorbar(x, estimate, bars, fmt=marker, color=COLORS[name], capsize=3, label=TITLES[name])
+        ax.axhline(0.0, color=BLACK, lw=0.8)
+        ax.set_ylabel(r"$\Delta R^2$")
+        ax.set_title(f"gates trained {protocol}", loc="left")
+    axes[0].legend(fontsize=8, loc="best")
+    axes[1].set_xticks(range(N_CELLS), _CELL_LABELS, fontsize=8)
+    axes[1].set_xlim(-0.5, N_CELLS - 0.5)
+    fig.supxlabel("cell (bars: 95 % bootstrap intervals, each cell by itself)", fontsize=9)
+    return fig
+
+
+def mean_weights(weights: Mapping[Method, Float[AnyArray, "N K"]], published: Mapping[str, Any]) -> Figure:
+    """Mean weight of each expert by the three gates side by side; the report's beside them."""
+    fig, ax = _subplots(figsize=(8.0, 3.8))
+    for (method, weight), offset in zip(weights.items(), (-0.27, 0.0, 0.27), strict=True):
+        x = np.arange(N_CELLS) + offset
+        ax.bar(x, np.asarray(weight).mean(axis=0), width=0.25, color=COLORS[method.name], label=_title(method))
+        ax.plot(x, published["mean_weights"][method.name], "D", mfc="white", mec=BLACK, ms=4, zorder=3)
+    ax.plot([], [], "D", mfc="white", mec=BLACK, ms=4, ls="none", label="the report (other spectra)")
+    ax.set_xticks(range(N_CELLS), _CELL_LABELS, fontsize=8)
+    ax.set_ylabel("mean weight, covered test stars")
+    ax.set_ylim(top=ax.get_ylim()[1] * 1.25)
+    ax.legend(fontsize=8, ncols=2, loc="upper left")
+    return fig
+
+
+def bootstrap_histograms(comparisons: Mapping[Pair, Bootstrap]) -> Figure:
+    """Bootstrap distributions of Delta R2 against the classification gate, with intervals and a line at zero."""
+    fig, axes = _subplots(2, 2, figsize=(8.0, 5.2), sharex="col")
+    for row, protocol in zip(axes, PROTOCOLS, strict=True):
+        for ax, name in zip(row, ("regress_mlp", "regress_linear"), strict=True):
+            bootstrap = comparisons[Pair(Method(name, protocol), CLASSIFY)]
+            samples = np.asarray(bootstrap.samples)
+            low, high = float(bootstrap.low), float(bootstrap.high)
+            ax.hist(samples[~np.isnan(samples)], bins=40, color=COLORS[name], alpha=0.75)
+            ax.axvspan(low, high, color=GREY, alpha=0.25, zorder=0)
+            ax.axvline(0.0, color=BLACK, lw=1.2, ls="--")
+            ax.axvline(float(bootstrap.estimate), color=BLACK, lw=1.2)
+            interval = f"{float(bootstrap.estimate):+.4f} [{low:+.4f}, {high:+.4f}]"
+            ax.set_title(f"{_title(Method(name, protocol))}\n{interval}", fontsize=9)
+    for ax in axes[-1]:
+        ax.set_xlabel(r"$\Delta R^2$ against the classification gate")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("resamples")
+    fig.supxlabel("solid: estimate; dashed: zero; shaded: 95 % percentile interval", fontsize=9)
+    return fig
+
+
+def loss_curves(fits: Mapping[Method, GateFit]) -> Figure:
+    """Training and validation loss of the regression gates by epoch, and the epoch whose params were kept."""
+    fig, axes = _subplots(1, 2, figsize=(8.5, 3.6), sharey=True)
+    for ax, protocol in zip(axes, PROTOCOLS, strict=True):
+        for name in ("regress_mlp", "regress_linear"):
+            fit = fits[Method(name, protocol)]
+            best = int(fit.best_epoch)
+            epochs = np.arange(1, len(fit.train_loss) + 1)
+            ax.plot(epochs, fit.train_loss, color=COLORS[name], ls=":", lw=1.4, label=f"{TITLES[name]}: training")
+            ax.plot(epochs, fit.validation_loss, color=COLORS[name], lw=1.4, label=f"{TITLES[name]}: validation")
+            ax.plot(best + 1, fit.validation_loss[best], "o" if name == "regress_mlp" else "s", color=COLORS[name])
+        ax.set_title(f"gates trained {protocol}", loc="left")
+        ax.set_xlabel("epoch (marker: best)")
+        ax.set_yscale("log")
+        _plain_log_ticks(ax)
+    axes[0].set_ylabel("mean squared error of the mixture")
+    axes[0].legend(fontsize=8)
+    return fig
+
+
+def _plain_log_ticks(ax: Axes) -> None:
+    ax.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    ax.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    ax.tick_params(axis="y", which="minor", labelsize=7)
+
+
+def predicted_against_true(y: Float[AnyArray, " N"], predictions: Mapping[Method, Float[AnyArray, " N"]]) -> Figure:
+    """Predicted against true log g, one panel for each method."""
+    fig, axes = _subplots(1, len(predictions), figsize=(3.0 * len(predictions), 3.4), sharex=True, sharey=True, squeeze=False)
+    y = np.asarray(y)
+    limits = (y.min() - 0.5, y.max() + 0.5)
+    for ax, (method, prediction) in zip(axes[0], predictions.items(), strict=True):
+        ax.plot(y, np.asarray(prediction), ".", ms=3, alpha=0.4, color=COLORS.get(method.name, GREY), rasterized=True)
+        ax.plot(limits, limits, color=BLACK, lw=0.8)
+        ax.set_title(_title(method).replace(", ", ",\n"), fontsize=9)
+        ax.set_xlabel("true log g")
+        ax.set_xlim(limits)
+        ax.set_ylim(limits)
+        ax.set_aspect("equal")
+    axes[0, 0].set_ylabel("predicted log g")
+    return fig

@@ -1,0 +1,49 @@
+"""JAX flags and the data that the tests share."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+import moe_jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request):
+    """Runs the test in both precisions; float64 with JAX's x64 mode on."""
+    with jax.enable_x64(request.param == "float64"):
+        yield np.dtype(request.param)
+
+
+@pytest.fixture
+def x64():
+    """Runs the test in float64."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def survey():
+    """3,000 simulated stars."""
+    return moe_jax.simulate_survey(jax.random.key(1), 3_000)
+
+
+@pytest.fixture(scope="session")
+def noisy_flux(survey):
+    return np.asarray(moe_jax.add_noise(jax.random.key(2), survey.flux, survey.error, 0.2))
+
+
+@pytest.fixture(scope="session")
+def small_survey():
+    """400 simulated stars."""
+    return moe_jax.simulate_survey(jax.random.key(3), 400)

@@ -1,0 +1,47 @@
+"""The shapes and types in the annotations are those of the arrays: the public functions run with jaxtyping's checks on."""
+
+import subprocess
+import sys
+
+PROGRAM = """
+from jaxtyping import install_import_hook
+with install_import_hook("moe_jax", "beartype.beartype"):
+    import moe_jax
+import jax, numpy as np
+jax.config.update("jax_numpy_rank_promotion", "raise")
+keys = jax.random.split(jax.random.key(0), 9)
+survey = moe_jax.simulate_survey(keys[0], 300)
+flux = moe_jax.add_noise(keys[1], survey.flux, survey.error, 0.2)
+y, cell = survey.labels.log_g, moe_jax.assign_cells(survey.labels.T_eff, survey.labels.M_H)
+folds = np.asarray(moe_jax.assign_folds(keys[2], 300, 2))
+alphas = np.array([1.0, 10.0])
+moe_jax.predict_ridge(moe_jax.fit_ridge(flux, y, 1.0), flux)
+moe_jax.cross_validate_ridge(flux, y, alphas, folds)
+moe_jax.fit_global(flux, y, alphas, folds)
+experts = moe_jax.fit_experts(flux, y, cell, alphas, folds)
+yhat = moe_jax.predict_experts(experts, flux)
+covered = np.flatnonzero(cell >= 0)
+features = moe_jax.compute_features(moe_jax.fit_features(keys[3], flux, survey.wave), flux, survey.wave)[covered]
+yhat = moe_jax.cross_fitted_predictions(yhat, experts.out_of_fold, cell)[covered]
+y, cell = y[covered], cell[covered]
+config = moe_jax.GateConfig(epochs=2)
+for gate in (moe_jax.LinearGate(), moe_jax.MLPGate(8)):
+    fit = moe_jax.fit_gate(keys[4], gate, features, yhat, y, config)
+    moe_jax.mixture_loss(gate, fit.params, features, yhat, y)
+weights = gate.apply(fit.params, features)
+prediction = moe_jax.route_soft(weights, yhat)
+baseline = moe_jax.route_fallback(weights, yhat, moe_jax.route_oracle(cell, yhat))
+moe_jax.fit_classifier(features, cell, n_folds=2)
+moe_jax.bootstrap_delta_r2(keys[5], y, prediction, moe_jax.route_hard(weights, yhat), groups=cell, n_resamples=5)
+moe_jax.paired_bootstrap(keys[5], moe_jax.rmse, (y, baseline), 5)
+try:
+    moe_jax.rmse(y, baseline[:, None])
+except TypeError:
+    print("checked")
+"""
+
+
+def test_annotations_hold_at_run_time():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "checked\n"
