@@ -18,6 +18,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +26,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -44,6 +44,7 @@ from moe_jax.evaluation import (
     METHODS,
     ORACLE,
     PROTOCOLS,
+    REGRESSION_GATES,
     Method,
     Pair,
     Predictions,
@@ -133,7 +134,9 @@ class RegressGateConfig:
 
 PRESETS = {
     "default": RegressGateConfig(),
-    "smoke": RegressGateConfig(preset="smoke", n_train=2_000, n_test=400, C_grid=(1.0, 10.0, 100.0), gate=GateConfig(epochs=30)),
+    "smoke": RegressGateConfig(
+        preset="smoke", n_train=2_000, n_test=2_000, in_sample_fraction=1.0, C_grid=(10.0, 100.0), gate=GateConfig(epochs=30)
+    ),
     "large_test": RegressGateConfig(preset="large_test", n_test=10_000),
 }
 
@@ -207,25 +210,31 @@ def observe(key: jax.Array, survey: Survey, noise_level: float) -> Stars:
     return Stars(flux, jnp.asarray(labels.log_g), assign_cells(labels.T_eff, labels.M_H))
 
 
-def fit_regression_gates(
-    keys: Keys, config: RegressGateConfig, features: jax.Array, predictions: jax.Array, train: Stars, out_of_fold: jax.Array
-) -> dict[Method, GateFit]:
-    """The MLP and the linear gate by both protocols."""
+@jax.jit
+def take_rows(arrays: tuple[jax.Array, ...], rows: jax.Array) -> tuple[jax.Array, ...]:
+    """The same rows of several arrays."""
+    return tuple(array[rows] for array in arrays)
+
+
+def fit_gates(
+    keys: Keys, config: RegressGateConfig, train: Stars, features: jax.Array, predictions: jax.Array, out_of_fold: jax.Array
+) -> tuple[ClassifierFit, dict[Method, GateFit]]:
+    """The classification gate, and the MLP and the linear regression gate by both protocols."""
     covered = np.flatnonzero(np.asarray(train.cell) >= 0)
     n_in_sample = max(round(config.in_sample_fraction * len(covered)), 2)
-    rows = {
-        "in-sample": jax.random.permutation(keys.in_sample, covered)[:n_in_sample],
-        "cross-fitted": covered,
-    }
+    rows = {"in-sample": jax.random.permutation(keys.in_sample, covered)[:n_in_sample], "cross-fitted": jnp.asarray(covered)}
     targets = {"in-sample": predictions, "cross-fitted": cross_fitted_predictions(predictions, out_of_fold, train.cell)}
-    fits = {}
-    for i, protocol in enumerate(PROTOCOLS):
-        chosen = jnp.asarray(rows[protocol])
-        data = features[chosen], targets[protocol][chosen], train.log_g[chosen]
-        for j, (name, gate) in enumerate(regression_gates(config).items()):
-            key = jax.random.fold_in(keys.gates, 2 * i + j)
-            fits[Method(name, protocol)] = jax.block_until_ready(fit_gate(key, gate, *data, config.gate))
-    return fits
+    data = {p: take_rows((features, targets[p], train.log_g), rows[p]) for p in PROTOCOLS}
+    # Scikit-learn works beside JAX. (Two JAX computations beside each other can lock each other out of the CPU's threads.)
+    classified = np.asarray(features[covered]), np.asarray(train.cell[covered])
+    with ThreadPoolExecutor(1) as pool:
+        classifier = pool.submit(fit_classifier, *classified, C_grid=config.C_grid, n_folds=config.n_folds, seed=config.seed)
+        fits = {}
+        for i, method in enumerate(REGRESSION_GATES):
+            gate = regression_gates(config)[method.name]
+            fit = fit_gate(jax.random.fold_in(keys.gates, i), gate, *data[method.protocol], config.gate)
+            fits[method] = jax.block_until_ready(fit)
+        return classifier.result(), fits
 
 
 def regression_gates(config: RegressGateConfig) -> dict[str, Gate]:
@@ -250,10 +259,11 @@ def run(config: RegressGateConfig, stages: Stages) -> Results:
             where = config.test_file or "the simulated test survey"
             raise InputError(f"{where}: labels T_eff and M_H: found {len(star)} stars in the nine cells, expected at least 2")
     folds = np.asarray(assign_folds(keys.folds, len(train.log_g), config.n_folds))
+    alphas = jnp.array(config.alphas)
     with stages.steps("experts: nine cells, cross-validated", N_CELLS) as advance:
-        experts = fit_experts(train.flux, train.log_g, train.cell, jnp.array(config.alphas), folds, on_fitted=advance)
+        experts = fit_experts(train.flux, train.log_g, train.cell, alphas, folds, on_fitted=advance)
     with stages("global ridge, cross-validated"):
-        global_ridge = jax.block_until_ready(fit_global(train.flux, train.log_g, jnp.array(config.alphas), folds))
+        global_ridge = jax.block_until_ready(fit_global(train.flux, train.log_g, alphas, folds))
     with stages("features"):
         model = fit_features(keys.pca, train.flux, wave)
         train_features, test_features = (compute_features(model, stars.flux, wave) for stars in (train, test))
@@ -262,19 +272,16 @@ def run(config: RegressGateConfig, stages: Stages) -> Results:
     with stages("expert predictions"):
         train_predictions, test_predictions = (predict_experts(experts, stars.flux) for stars in (train, test))
         jax.block_until_ready((train_predictions, test_predictions))
-    with stages("classification gate"):
-        covered = np.flatnonzero(np.asarray(train.cell) >= 0)
-        classifier = fit_classifier(
-            train_features[covered], train.cell[covered], C_grid=config.C_grid, n_folds=config.n_folds, seed=config.seed
-        )
-    with stages("regression gates"):
-        fits = fit_regression_gates(keys, config, train_features, train_predictions, train, experts.out_of_fold)
+    with stages("classification and regression gates"):
+        classifier, fits = fit_gates(keys, config, train, train_features, train_predictions, experts.out_of_fold)
     with stages("evaluation and bootstrap"):
-        yhat, y, cell = test_predictions[star], test.log_g[star], test.cell[star]
+        yhat, y, cell, test_features, test_flux = take_rows(
+            (test_predictions, test.log_g, test.cell, test_features, test.flux), jnp.asarray(star)
+        )
         gates = regression_gates(config)
-        weights = {CLASSIFY: LinearGate().apply(classifier.params, test_features[star])}
-        weights |= {method: gates[method.name].apply(fit.params, test_features[star]) for method, fit in fits.items()}
-        global_prediction = predict_ridge(global_ridge.ridge, test.flux[star])
+        weights = {CLASSIFY: LinearGate().apply(classifier.params, test_features)}
+        weights |= {method: gates[method.name].apply(fit.params, test_features) for method, fit in fits.items()}
+        global_prediction = predict_ridge(global_ridge.ridge, test_flux)
         predictions = {
             GLOBAL: global_prediction,
             ORACLE: route_oracle(cell, yhat),
@@ -304,7 +311,7 @@ def run(config: RegressGateConfig, stages: Stages) -> Results:
             experts=experts,
             global_ridge=global_ridge,
             classifier=classifier,
-            n_covered_train=len(covered),
+            n_covered_train=int(jnp.sum(train.cell >= 0)),
         )
 
 
@@ -416,8 +423,7 @@ def write_results(
         }.items():
             table.to_csv(temporary / f"{name}.csv", index=False, float_format="%.7g")
         for name, figure in drawn.items():
-            figure.savefig(temporary / f"{name}.png", dpi=150)
-            plt.close(figure)
+            figures.save_figure(figure, temporary / f"{name}.png")
         report = write_report(
             title="Regression gates against the classification gate",
             command=command,

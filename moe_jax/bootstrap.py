@@ -143,17 +143,16 @@ def _bootstrap_delta_r2(
     gain = jnp.where(member, ((prediction - baseline) * (2.0 * y - baseline - prediction))[None, :], 0.0)
     statistics = jnp.concatenate([member.astype(y.dtype), centred, centred**2, gain])
 
-    def resample(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        counts = jnp.zeros(n, y.dtype).at[resample_rows(key, n)].add(1.0)
-        drawn = member & (counts > 0)[None, :]
-        highest = jnp.max(jnp.where(drawn, y[None, :], -jnp.inf), axis=1)
-        lowest = jnp.min(jnp.where(drawn, y[None, :], jnp.inf), axis=1)
-        return counts, highest > lowest
+    def count(key: jax.Array) -> jax.Array:
+        return jnp.zeros(n, y.dtype).at[resample_rows(key, n)].add(1.0)
 
-    counts, defined = jax.vmap(resample)(jax.random.split(key, n_resamples))
+    counts = jax.vmap(count)(jax.random.split(key, n_resamples))
     sums = jnp.matmul(counts, statistics.T, precision=lax.Precision.HIGHEST).reshape(n_resamples, 4, 1 + n_groups)
     drawn, total, squares, gained = (sums[:, i] for i in range(4))
     ss_total = squares - total**2 / jnp.maximum(drawn, 1.0)
+    # A constant y leaves ss_total at its rounding error. Only where one comes near it need all extremes be looked up.
+    surely_defined = ss_total > 8.0 * n * jnp.finfo(y.dtype).eps * squares
+    defined = lax.cond(jnp.all(surely_defined), lambda: surely_defined, lambda: _is_not_constant(y, member, counts))
     # R2(prediction) - R2(baseline) = (SS_baseline - SS_prediction) / SS_total
     samples = jnp.where(defined, gained / jnp.where(defined, ss_total, 1.0), jnp.nan)
     tail = 0.5 * (1.0 - jnp.asarray(confidence_level, y.dtype))
@@ -166,6 +165,18 @@ def _bootstrap_delta_r2(
         group_estimate, samples[:, 1:], low[1:], high[1:],
         undefined[0], undefined[1:],
     )  # fmt: skip
+
+
+def _is_not_constant(y: jax.Array, member: jax.Array, counts: jax.Array) -> jax.Array:
+    """(B, G) whether y takes more than one value among the drawn members of each group; exact."""
+
+    def resample(counts: jax.Array) -> jax.Array:
+        drawn = member & (counts > 0)[None, :]
+        highest = jnp.max(jnp.where(drawn, y[None, :], -jnp.inf), axis=1)
+        return highest > jnp.min(jnp.where(drawn, y[None, :], jnp.inf), axis=1)
+
+    different: jax.Array = lax.map(resample, counts)
+    return different
 
 
 def _require_resamples(n_resamples: int) -> None:

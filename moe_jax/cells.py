@@ -17,9 +17,8 @@ N_CELLS = len(CELL_NAMES)
 NOT_COVERED = -1
 
 
-def _bin(values: AnyArray, edges: tuple[float, ...]) -> jax.Array:
+def _bin(values: jax.Array, edges: tuple[float, ...]) -> jax.Array:
     """Index of the bin of each value, lower edges inclusive, the last upper edge too; -1 outside."""
-    values = jnp.asarray(values)
     boundaries = jnp.asarray(edges, values.dtype)
     index = jnp.searchsorted(boundaries, values, side="right") - 1
     index = jnp.where(values == boundaries[-1], len(edges) - 2, index)
@@ -37,5 +36,10 @@ def assign_cells(T_eff: Float[AnyArray, " N"], M_H: Float[AnyArray, " N"]) -> In
         InputError: where the shapes disagree.
     """
     require_vectors(T_eff=T_eff, M_H=M_H)
+    return _assign_cells(T_eff, M_H)
+
+
+@jax.jit
+def _assign_cells(T_eff: jax.Array, M_H: jax.Array) -> jax.Array:
     t, m = _bin(T_eff, T_EFF_EDGES), _bin(M_H, M_H_EDGES)
     return jnp.where((t >= 0) & (m >= 0), 3 * t + m, NOT_COVERED)

@@ -18,7 +18,8 @@ from moe_jax import ridge
 from moe_jax.arrays import AnyArray, InputError, require_same_length
 from moe_jax.ridge import Folds, Ridge, matmul
 
-ROW_MULTIPLE = 512
+ROW_MULTIPLE = 256
+FOLD_SLACK = 48
 
 
 class Experts(NamedTuple):
@@ -48,16 +49,25 @@ def assign_folds(key: PRNGKeyArray, n_stars: int, n_folds: int = 5) -> Int[jax.A
 
 
 @jax.jit
-def _fit_padded(
-    x: jax.Array, y: jax.Array, mask: jax.Array, alphas: jax.Array, folds: Folds
-) -> tuple[Ridge, ridge.AlphaChoice, jax.Array, jax.Array]:
+def _fit_padded(x: jax.Array, y: jax.Array, mask: jax.Array, alphas: jax.Array, folds: Folds) -> CrossValidatedRidge:
     """Cross-validates over the alphas and fits with the best, all from one Gram matrix."""
     data = ridge.center(x, y, mask)
-    gram = ridge.gram(data.x)
-    predictions = ridge.out_of_fold(data, gram if ridge.is_dual(x) else None, alphas, folds)
-    mse = ridge.masked_mse(predictions, y, mask)
-    choice = ridge.select_alpha(alphas, mse)
-    return ridge.solve(data, gram, choice.alpha), choice, mse, predictions[choice.position]
+    gram = ridge.gram_by_fold(data, alphas, folds)
+    cv = ridge.cross_validate_centred(data, gram, alphas, folds)
+    choice = ridge.select_alpha(alphas, cv.mse)
+    fit = ridge.solve(data, gram.matrix, choice.alpha)
+    return CrossValidatedRidge(fit, choice.alpha, choice.at_edge, cv.mse, cv.predictions[choice.position])
+
+
+def _fit_expert(
+    x: jax.Array, y: jax.Array, stars: np.ndarray, alphas: jax.Array, folds: np.ndarray
+) -> tuple[jax.Array, CrossValidatedRidge]:
+    """The rows of the given stars, padded with N, and the expert that is fitted to them."""
+    n_padded = -(-len(stars) // ROW_MULTIPLE) * ROW_MULTIPLE
+    rows = jnp.asarray(np.pad(stars, (0, n_padded - len(stars)), constant_values=len(y)))
+    x_cell, y_cell = (array.at[rows].get(mode="fill", fill_value=0) for array in (x, y))
+    mask = (rows < len(y)).astype(x.dtype)
+    return rows, _fit_padded(x_cell, y_cell, mask, alphas, ridge.fold_rows(folds[stars], n_padded, slack=FOLD_SLACK))
 
 
 def fit_experts(
@@ -68,7 +78,7 @@ def fit_experts(
     folds: Int[AnyArray, " N"],
     *,
     n_experts: int = 9,
-    on_fitted: Callable[[int], None] | None = None,
+    on_fitted: Callable[[], None] | None = None,
 ) -> Experts:
     """Fits one ridge expert to the stars of each cell.
 
@@ -79,7 +89,7 @@ def fit_experts(
         alphas: penalties to choose from, by cross-validation in each cell.
         folds: fold of each star; within a cell, the folds that occur there are used.
         n_experts: K.
-        on_fitted: called with each cell's number when it is done, for progress.
+        on_fitted: called when an expert is done, for progress.
 
     Returns:
         Stacked experts; predictions of all experts for all stars are one matmul, ``predict_experts``.
@@ -89,25 +99,18 @@ def fit_experts(
     """
     require_same_length(x=x, y=y, cell=cell, folds=folds)
     cell, folds = np.asarray(cell), np.asarray(folds)
-    n_folds = len(np.unique(folds))
-    require_cell_sizes("cell", cell, n_experts, 2 * n_folds)
+    require_cell_sizes("cell", cell, n_experts, 2 * len(np.unique(folds)))
     x, y = jnp.asarray(x), jnp.asarray(y)
     alphas = jnp.asarray(alphas, x.dtype)
     out_of_fold = jnp.full(len(y), jnp.nan, x.dtype)
     fits = []
     for k in range(n_experts):
-        stars = np.flatnonzero(cell == k)
-        n_padded = -(-len(stars) // ROW_MULTIPLE) * ROW_MULTIPLE
-        rows = jnp.asarray(np.pad(stars, (0, n_padded - len(stars)), constant_values=len(y)))
-        x_cell, y_cell = (array.at[rows].get(mode="fill", fill_value=0) for array in (x, y))
-        mask = (rows < len(y)).astype(x.dtype)
-        cell_folds = ridge.fold_rows(folds[stars], n_padded, multiple=ROW_MULTIPLE // 4)
-        fit, choice, mse, predictions = _fit_padded(x_cell, y_cell, mask, alphas, cell_folds)
-        out_of_fold = out_of_fold.at[rows].set(predictions, mode="drop")
-        fits.append((fit.coef, fit.intercept, choice.alpha, choice.at_edge, mse))
+        rows, fit = _fit_expert(x, y, np.flatnonzero(cell == k), alphas, folds)
+        out_of_fold = out_of_fold.at[rows].set(fit.out_of_fold, mode="drop")
+        fits.append((fit.ridge.coef, fit.ridge.intercept, fit.alpha, fit.at_edge, fit.mse))
         if on_fitted is not None:
             jax.block_until_ready(out_of_fold)
-            on_fitted(k)
+            on_fitted()
     coef, intercept, alpha, at_edge, mse = (jnp.stack(column) for column in zip(*fits, strict=True))
     return Experts(coef, intercept, alpha, at_edge, mse, out_of_fold)
 
@@ -118,9 +121,7 @@ def fit_global(
     """One ridge regression for all stars, its alpha by cross-validation; arguments as those of ``fit_experts``."""
     require_same_length(x=x, y=y, folds=folds)
     x, y = jnp.asarray(x), jnp.asarray(y)
-    mask, alphas = jnp.ones(len(y), x.dtype), jnp.asarray(alphas, x.dtype)
-    fit, choice, mse, predictions = _fit_padded(x, y, mask, alphas, ridge.fold_rows(folds))
-    return CrossValidatedRidge(fit, choice.alpha, choice.at_edge, mse, predictions)
+    return _fit_padded(x, y, jnp.ones(len(y), x.dtype), jnp.asarray(alphas, x.dtype), ridge.fold_rows(folds))
 
 
 @jax.jit

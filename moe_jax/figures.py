@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -51,6 +52,16 @@ def _title(method: Method) -> str:
 def _errors(estimate: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Lengths of error bars; an interval need not contain the estimate, so neither is below 0."""
     return np.maximum(np.stack([estimate - low, high - estimate]), 0.0)
+
+
+def save_figure(figure: Figure, path: Path | str) -> None:
+    """Writes a figure, laid out once (Matplotlib would draw it a second time for its layout), and closes it."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        figure.set_layout_engine("none")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def r2_comparison(overall: pd.DataFrame, published: Mapping[str, Any]) -> Figure:

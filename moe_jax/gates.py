@@ -21,9 +21,14 @@ from moe_jax.arrays import AnyArray
 Params = dict[str, dict[str, jax.Array]]
 
 
+# Uniform in +-1 / sqrt(fan-in), as in PyTorch, where the experiment was first done.
+_UNIFORM = nnx.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+_linear = functools.partial(nnx.Linear, precision="highest", kernel_init=_UNIFORM)
+
+
 class _LinearNetwork(nnx.Module):
     def __init__(self, n_features: int, n_experts: int, *, rngs: nnx.Rngs) -> None:
-        self.head = nnx.Linear(n_features, n_experts, precision="highest", rngs=rngs)
+        self.head = _linear(n_features, n_experts, rngs=rngs)
 
     def __call__(self, features: jax.Array) -> jax.Array:
         return self.head(features)
@@ -31,8 +36,8 @@ class _LinearNetwork(nnx.Module):
 
 class _MLPNetwork(nnx.Module):
     def __init__(self, n_features: int, n_experts: int, hidden: int, *, rngs: nnx.Rngs) -> None:
-        self.hidden = nnx.Linear(n_features, hidden, precision="highest", rngs=rngs)
-        self.head = nnx.Linear(hidden, n_experts, precision="highest", rngs=rngs)
+        self.hidden = _linear(n_features, hidden, rngs=rngs)
+        self.head = _linear(hidden, n_experts, rngs=rngs)
 
     def __call__(self, features: jax.Array) -> jax.Array:
         return self.head(nnx.relu(self.hidden(features)))
@@ -59,16 +64,20 @@ class _FlaxGate:
         raise NotImplementedError
 
     def init(self, key: PRNGKeyArray, n_features: int, n_experts: int) -> Params:
-        """Random params: kernels by LeCun's normal initialisation, biases 0."""
+        """Random params: kernels uniform in +-1 / sqrt(fan-in), biases 0."""
         _, state = nnx.split(self.build(n_features, n_experts, nnx.Rngs(key)))
         params: Params = nnx.to_pure_dict(state)
         return params
 
     def apply(self, params: Params, features: Float[AnyArray, "N F"]) -> Float[jax.Array, "N K"]:
         """Weights of the experts for each star: the softmax of the network's logits, positive, sum 1."""
-        n_experts = params["head"]["bias"].shape[-1]
-        network = nnx.merge(_graph(self, features.shape[-1], n_experts), params)
-        return jax.nn.softmax(network(jnp.asarray(features)), axis=-1)
+        return _apply(self, params, features)
+
+
+@functools.partial(jax.jit, static_argnames="gate")
+def _apply(gate: _FlaxGate, params: Params, features: jax.Array) -> jax.Array:
+    network = nnx.merge(_graph(gate, features.shape[-1], params["head"]["bias"].shape[-1]), params)
+    return jax.nn.softmax(network(features), axis=-1)
 
 
 @functools.cache

@@ -43,13 +43,23 @@ def _r2_score(y: jax.Array, prediction: jax.Array) -> jax.Array:
 def mae(y: Float[AnyArray, " N"], prediction: Float[AnyArray, " N"]) -> Float[jax.Array, ""]:
     """Mean absolute error, in the unit of y."""
     require_vectors(y=y, prediction=prediction)
-    return jnp.mean(jnp.abs(jnp.asarray(y) - prediction))
+    return _mae(y, prediction)
+
+
+@jax.jit
+def _mae(y: jax.Array, prediction: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.abs(y - prediction))
 
 
 def rmse(y: Float[AnyArray, " N"], prediction: Float[AnyArray, " N"]) -> Float[jax.Array, ""]:
     """Root of the mean squared error, in the unit of y."""
     require_vectors(y=y, prediction=prediction)
-    return jnp.sqrt(jnp.mean((jnp.asarray(y) - prediction) ** 2))
+    return _rmse(y, prediction)
+
+
+@jax.jit
+def _rmse(y: jax.Array, prediction: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.mean((y - prediction) ** 2))
 
 
 def r2_by_group(

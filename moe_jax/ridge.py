@@ -128,11 +128,8 @@ def cross_validate_ridge(
 
 @jax.jit
 def _cross_validate(x: jax.Array, y: jax.Array, alphas: jax.Array, folds: Folds) -> RidgeCV:
-    mask = jnp.ones(len(x), x.dtype)
-    centred = center(x, y, mask)
-    kernel = gram(centred.x) if is_dual(x) else None
-    predictions = out_of_fold(centred, kernel, alphas, folds)
-    return RidgeCV(masked_mse(predictions, y, mask), predictions)
+    data = center(x, y, jnp.ones(len(x), x.dtype))
+    return cross_validate_centred(data, gram_by_fold(data, alphas, folds), alphas, folds)
 
 
 def select_alpha(alphas: Float[AnyArray, " A"], mse: Float[AnyArray, " A"]) -> AlphaChoice:
@@ -158,6 +155,23 @@ class Centred(NamedTuple):
     y_mean: Float[jax.Array, ""]
 
 
+class Sums(NamedTuple):
+    """Sums over stars that determine a primal ridge fit; those of a part are subtracted to hold it out."""
+
+    n: Float[jax.Array, "*f"]
+    x: Float[jax.Array, "*f P"]
+    y: Float[jax.Array, "*f"]
+    xx: Float[jax.Array, "*f P P"]
+    xy: Float[jax.Array, "*f P"]
+
+
+class Gram(NamedTuple):
+    """The one Gram matrix of a fit: X X' where the dual form is the cheaper one, otherwise X'X."""
+
+    matrix: Float[jax.Array, "M M"]
+    by_fold: Sums | None  #: the parts of X'X by fold, where cross-validation uses them
+
+
 def is_dual(x: AnyArray) -> bool:
     """Whether the dual form is the cheaper one."""
     return x.shape[0] < x.shape[1]
@@ -178,6 +192,19 @@ def center(x: jax.Array, y: jax.Array, mask: jax.Array) -> Centred:
 def gram(x: jax.Array) -> jax.Array:
     """The smaller of X X' and X'X."""
     return matmul(x, x.T) if is_dual(x) else matmul(x.T, x)
+
+
+def gram_by_fold(data: Centred, alphas: jax.Array, folds: Folds) -> Gram:
+    """The Gram matrix, in parts by fold where the cross-validation will hold them out by subtraction."""
+    if is_dual(data.x) or _is_cheaper_at_once(data.x, alphas, folds):
+        return Gram(gram(data.x), None)
+
+    def sums(held: jax.Array) -> Sums:
+        x, y, mask = (_gather(array, held) for array in (data.x, data.y, data.mask))
+        return Sums(jnp.sum(mask), jnp.sum(x, axis=0), jnp.sum(y), matmul(x.T, x), matmul(x.T, y[:, None])[:, 0])
+
+    by_fold = lax.map(sums, jnp.asarray(folds.held))
+    return Gram(jnp.sum(by_fold.xx, axis=0), by_fold)
 
 
 def _cholesky(matrix: jax.Array, alpha: jax.Array, shift: jax.Array) -> jax.Array:
@@ -220,13 +247,14 @@ def solve(data: Centred, gram_matrix: jax.Array, alpha: jax.Array) -> Ridge:
     return Ridge(coef, data.y_mean - jnp.sum(data.x_mean * coef))
 
 
-def fold_rows(folds: AnyArray, n_padded: int | None = None, multiple: int = 1) -> Folds:
+def fold_rows(folds: AnyArray, n_padded: int | None = None, slack: int = 0) -> Folds:
     """Training and held-out rows of each fold.
 
     Args:
         folds: fold of each star, any integers, at least two different ones.
         n_padded: number of rows of the padded arrays that the rows index; N by default. It is also the mark of padding.
-        multiple: both lengths are rounded up to a multiple of this.
+        slack: with it, the lengths are those of equal folds of the padded rows plus this, where that is enough, so that data
+            sets of one padded size share their shapes.
 
     Raises:
         InputError: for fewer than two folds.
@@ -237,40 +265,44 @@ def fold_rows(folds: AnyArray, n_padded: int | None = None, multiple: int = 1) -
     if len(names) < 2:
         raise InputError(f"folds holds {len(names)} different values, expected at least 2")
 
-    def padded(parts: list[np.ndarray]) -> np.ndarray:
-        length = -(-max(map(len, parts)) // multiple) * multiple
+    def padded(parts: list[np.ndarray], fraction: float) -> np.ndarray:
+        longest = max(map(len, parts))
+        length = max(longest, round(fraction * n_padded) + slack) if slack else longest
         return np.stack([np.pad(part, (0, length - len(part)), constant_values=n_padded) for part in parts]).astype(np.int32)
 
     held = [np.flatnonzero(folds == name) for name in names]
     if len(names) == len(folds):  # leave-one-out always takes the many-folds form, which needs no training rows
-        return Folds(np.zeros((len(names), 0), np.int32), padded(held))
-    return Folds(padded([np.flatnonzero(folds != name) for name in names]), padded(held))
+        return Folds(np.zeros((len(names), 0), np.int32), padded(held, 1 / len(names)))
+    train = [np.flatnonzero(folds != name) for name in names]
+    return Folds(padded(train, 1 - 1 / len(names)), padded(held, 1 / len(names)))
 
 
-def masked_mse(predictions: jax.Array, y: jax.Array, mask: jax.Array) -> jax.Array:
-    """(A,) mean over the unmasked stars of the squared errors of (A, N) predictions."""
-    return jnp.sum(((predictions - y[None, :]) * mask[None, :]) ** 2, axis=1) / jnp.sum(mask)
-
-
-def out_of_fold(data: Centred, kernel: jax.Array | None, alphas: jax.Array, folds: Folds) -> jax.Array:
-    """(A, N) out-of-fold predictions of centred data, by the form that needs the fewest operations.
-
-    ``kernel`` is X X' where the dual form is the cheaper one, and not used otherwise.
-    """
-    (n, p), n_folds, n_alphas = data.x.shape, folds.held.shape[0], len(alphas)
-    n_train, n_held = folds.train.shape[1], folds.held.shape[1]
-    leave_one_out = n_train == 0
-    if kernel is not None:
-        by_fold = np.inf if leave_one_out else n_alphas * n_folds * CHOLESKY_COST * n_train**3
-        at_once = EIGH_COST * n**3 + n_alphas * n_folds * (2 * n_held**2 * n + n_held**3)
-        dual = _dual_at_once if at_once < by_fold else _dual_by_fold
-        residual = dual(data, kernel, alphas, folds)
+def cross_validate_centred(data: Centred, gram: Gram, alphas: jax.Array, folds: Folds) -> RidgeCV:
+    """Exact out-of-fold predictions of centred data, given its Gram matrix."""
+    if gram.by_fold is not None:
+        residual = _primal_by_fold(data, gram.by_fold, alphas, folds)
+    elif not is_dual(data.x):
+        residual = _primal_at_once(data, gram.matrix, alphas, folds)
+    elif _is_cheaper_at_once(data.x, alphas, folds):
+        residual = _dual_at_once(data, gram.matrix, alphas, folds)
     else:
-        by_fold = np.inf if leave_one_out else n_alphas * n_folds * CHOLESKY_COST * p**3
+        residual = _dual_by_fold(data, gram.matrix, alphas, folds)
+    mse = jnp.sum((residual * data.mask[None, :]) ** 2, axis=1) / jnp.sum(data.mask)
+    return RidgeCV(mse, (data.y + data.y_mean)[None, :] - residual)
+
+
+def _is_cheaper_at_once(x: jax.Array, alphas: jax.Array, folds: Folds) -> bool:
+    """Whether one decomposition for all folds costs less than one for each fold and alpha; units of a product's flops / 2."""
+    (n, p), (n_folds, n_held), n_train, n_alphas = x.shape, folds.held.shape, folds.train.shape[1], len(alphas)
+    if n_train == 0:  # leave-one-out
+        return True
+    if is_dual(x):
+        by_fold = n_alphas * n_folds * CHOLESKY_COST * n_train**3
+        at_once = EIGH_COST * n**3 + n_alphas * n_folds * (2 * n_held**2 * n + n_held**3)
+    else:
+        by_fold = n_alphas * n_folds * CHOLESKY_COST * p**3
         at_once = n_alphas * (CHOLESKY_COST * p**3 + 2 * n * p**2 + n_folds * (2 * n_held**2 * p + n_held**3))
-        primal = _primal_at_once if at_once < by_fold else _primal_by_fold
-        residual = primal(data, alphas, folds)
-    return (data.y + data.y_mean)[None, :] - residual
+    return at_once < by_fold
 
 
 def _gather(array: jax.Array, rows: jax.Array) -> jax.Array:
@@ -348,21 +380,8 @@ def _dual_at_once(data: Centred, kernel: jax.Array, alphas: jax.Array, folds: Fo
     return _scatter(jnp.moveaxis(lax.map(one_alpha, alphas), 0, 1), folds.held, n)
 
 
-def _primal_by_fold(data: Centred, alphas: jax.Array, folds: Folds) -> jax.Array:
+def _primal_by_fold(data: Centred, by_fold: Sums, alphas: jax.Array, folds: Folds) -> jax.Array:
     """Held-out residuals from the Gram matrix of each fold: a fold is held out by subtracting its own from their sum."""
-
-    class Sums(NamedTuple):
-        n: jax.Array
-        x: jax.Array
-        y: jax.Array
-        xx: jax.Array
-        xy: jax.Array
-
-    def fold_sums(held: jax.Array) -> Sums:
-        x, y, mask = (_gather(array, held) for array in (data.x, data.y, data.mask))
-        return Sums(jnp.sum(mask), jnp.sum(x, axis=0), jnp.sum(y), matmul(x.T, x), matmul(x.T, y[:, None])[:, 0])
-
-    by_fold = lax.map(fold_sums, jnp.asarray(folds.held))
     total = jax.tree.map(lambda sums: jnp.sum(sums, axis=0), by_fold)
 
     def hold_out(fold: tuple[Sums, jax.Array]) -> jax.Array:
@@ -384,10 +403,9 @@ def _primal_by_fold(data: Centred, alphas: jax.Array, folds: Folds) -> jax.Array
     return _scatter(residuals, folds.held, len(data.y))
 
 
-def _primal_at_once(data: Centred, alphas: jax.Array, folds: Folds) -> jax.Array:
+def _primal_at_once(data: Centred, scatter: jax.Array, alphas: jax.Array, folds: Folds) -> jax.Array:
     """Held-out residuals (I - H_SS)^-1 r_S of all folds from one factorisation per alpha, H the hat matrix."""
     n, held = len(data.y), jnp.asarray(folds.held)
-    scatter = gram(data.x)
     mean_eigenvalue = jnp.trace(scatter) / len(scatter)
     right = matmul(data.x.T, data.y[:, None])
 

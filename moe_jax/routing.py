@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
@@ -16,18 +18,21 @@ def _require_weights(weights: AnyArray, predictions: AnyArray) -> None:
         raise InputError(f"weights have shape {weights.shape}, expected (N, K) like expert_predictions {predictions.shape}")
 
 
+@jax.jit
 def route_soft(weights: Float[AnyArray, "N K"], expert_predictions: Float[AnyArray, "N K"]) -> Float[jax.Array, " N"]:
     """The mixture, sum over k of weights * expert_predictions."""
     _require_weights(weights, expert_predictions)
     return jnp.sum(jnp.asarray(weights) * expert_predictions, axis=1)
 
 
+@jax.jit
 def route_hard(weights: Float[AnyArray, "N K"], expert_predictions: Float[AnyArray, "N K"]) -> Float[jax.Array, " N"]:
     """The prediction of the expert with the largest weight; of several, the first."""
     _require_weights(weights, expert_predictions)
     return select_expert(expert_predictions, jnp.argmax(jnp.asarray(weights), axis=1))
 
 
+@functools.partial(jax.jit, static_argnames="threshold")
 def route_fallback(
     weights: Float[AnyArray, "N K"],
     expert_predictions: Float[AnyArray, "N K"],
@@ -40,6 +45,7 @@ def route_fallback(
     return jnp.where(unsure, global_prediction, route_soft(weights, expert_predictions))
 
 
+@jax.jit
 def route_oracle(cell: Int[AnyArray, " N"], expert_predictions: Float[AnyArray, "N K"]) -> Float[jax.Array, " N"]:
     """The prediction of the true cell's expert; NaN for a star that no cell covers (cell -1)."""
     require_same_length(expert_predictions=expert_predictions, cell=cell)
@@ -47,6 +53,7 @@ def route_oracle(cell: Int[AnyArray, " N"], expert_predictions: Float[AnyArray, 
     return jnp.where(cell >= 0, select_expert(expert_predictions, jnp.maximum(cell, 0)), jnp.nan)
 
 
+@jax.jit
 def select_expert(expert_predictions: Float[AnyArray, "N K"], expert: Int[AnyArray, " N"]) -> Float[jax.Array, " N"]:
     """The prediction of one given expert for each star."""
     return jnp.take_along_axis(jnp.asarray(expert_predictions), jnp.asarray(expert)[:, None], axis=1)[:, 0]

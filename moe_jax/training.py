@@ -20,7 +20,7 @@ from moe_jax.arrays import AnyArray, InputError, require_same_length
 from moe_jax.gates import Gate, Params, linear_params
 from moe_jax.routing import route_soft
 
-C_GRID = (0.1, 1.0, 10.0, 100.0, 1000.0)
+C_GRID = (1.0, 10.0, 100.0, 1000.0)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,15 @@ def fit_gate(
     require_same_length(expert_predictions=expert_predictions, y=y)
     if len(y) < 2:
         raise InputError(f"y has {len(y)} stars, expected at least 2: one to train and one to validate")
-    return _fit_gate(key, gate, jnp.asarray(features), jnp.asarray(expert_predictions), jnp.asarray(y), config)
+    key_init, key_train = jax.random.split(key)
+    params = _init(key_init, gate, features.shape[1], expert_predictions.shape[1], jnp.asarray(features).dtype)
+    return _fit_gate(key_train, gate, params, jnp.asarray(features), jnp.asarray(expert_predictions), jnp.asarray(y), config)
+
+
+@functools.partial(jax.jit, static_argnames=("gate", "n_features", "n_experts", "dtype"))
+def _init(key: jax.Array, gate: Gate, n_features: int, n_experts: int, dtype: jnp.dtype) -> Params:
+    """Random params; compiled by itself, as it does not depend on the number of stars."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), gate.init(key, n_features, n_experts))
 
 
 class _State(NamedTuple):
@@ -116,12 +124,14 @@ class _State(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("gate", "config"))
-def _fit_gate(key: jax.Array, gate: Gate, features: jax.Array, predictions: jax.Array, y: jax.Array, config: GateConfig) -> GateFit:
+def _fit_gate(
+    key: jax.Array, gate: Gate, params: Params, features: jax.Array, predictions: jax.Array, y: jax.Array, config: GateConfig
+) -> GateFit:
     n_stars = len(y)
     n_validation = min(max(round(config.validation_fraction * n_stars), 1), n_stars - 1)
     n_train = n_stars - n_validation
     n_batches = -(-n_train // config.batch_size)
-    key_init, key_split, key_batches = jax.random.split(key, 3)
+    key_split, key_batches = jax.random.split(key)
     data = (features, predictions, y.astype(features.dtype))
     order = jax.random.permutation(key_split, n_stars)
     validation = jax.tree.map(lambda array: array[order[:n_validation]], data)
@@ -163,7 +173,6 @@ def _fit_gate(key: jax.Array, gate: Gate, features: jax.Array, predictions: jax.
         result: tuple[_State, tuple[jax.Array, jax.Array]] = lax.cond(state.stopped, skip_epoch, run_epoch, state, epoch)
         return result
 
-    params = gate.init(key_init, features.shape[1], predictions.shape[1])
     infinite = jnp.full((), jnp.inf, features.dtype)
     start = _State(params, optimizer.init(params), params, infinite, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
     end, (train_loss, validation_loss) = lax.scan(epoch_or_skip, start, jnp.arange(config.epochs, dtype=jnp.int32))
