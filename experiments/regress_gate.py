@@ -18,7 +18,6 @@ import resource
 import subprocess
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -216,25 +215,21 @@ def take_rows(arrays: tuple[jax.Array, ...], rows: jax.Array) -> tuple[jax.Array
     return tuple(array[rows] for array in arrays)
 
 
-def fit_gates(
+def fit_regression_gates(
     keys: Keys, config: RegressGateConfig, train: Stars, features: jax.Array, predictions: jax.Array, out_of_fold: jax.Array
-) -> tuple[ClassifierFit, dict[Method, GateFit]]:
-    """The classification gate, and the MLP and the linear regression gate by both protocols."""
+) -> dict[Method, GateFit]:
+    """The MLP and the linear regression gate by both protocols."""
     covered = np.flatnonzero(np.asarray(train.cell) >= 0)
     n_in_sample = max(round(config.in_sample_fraction * len(covered)), 2)
     rows = {"in-sample": jax.random.permutation(keys.in_sample, covered)[:n_in_sample], "cross-fitted": jnp.asarray(covered)}
     targets = {"in-sample": predictions, "cross-fitted": cross_fitted_predictions(predictions, out_of_fold, train.cell)}
     data = {p: take_rows((features, targets[p], train.log_g), rows[p]) for p in PROTOCOLS}
-    # Scikit-learn works beside JAX. (Two JAX computations beside each other can lock each other out of the CPU's threads.)
-    classified = np.asarray(features[covered]), np.asarray(train.cell[covered])
-    with ThreadPoolExecutor(1) as pool:
-        classifier = pool.submit(fit_classifier, *classified, C_grid=config.C_grid, n_folds=config.n_folds, seed=config.seed)
-        fits = {}
-        for i, method in enumerate(REGRESSION_GATES):
-            gate = regression_gates(config)[method.name]
-            fit = fit_gate(jax.random.fold_in(keys.gates, i), gate, *data[method.protocol], config.gate)
-            fits[method] = jax.block_until_ready(fit)
-        return classifier.result(), fits
+    fits = {}
+    for i, method in enumerate(REGRESSION_GATES):
+        gate = regression_gates(config)[method.name]
+        x, yhat, y = data[method.protocol]
+        fits[method] = fit_gate(jax.random.fold_in(keys.gates, i), gate, x, yhat, y, config.gate)
+    return jax.block_until_ready(fits)
 
 
 def regression_gates(config: RegressGateConfig) -> dict[str, Gate]:
@@ -258,7 +253,7 @@ def run(config: RegressGateConfig, stages: Stages) -> Results:
         if len(star) < 2:
             where = config.test_file or "the simulated test survey"
             raise InputError(f"{where}: labels T_eff and M_H: found {len(star)} stars in the nine cells, expected at least 2")
-    folds = np.asarray(assign_folds(keys.folds, len(train.log_g), config.n_folds))
+    folds = np.asarray(assign_folds(keys.folds, train.cell, config.n_folds))
     alphas = jnp.array(config.alphas)
     with stages.steps("experts: nine cells, cross-validated", N_CELLS) as advance:
         experts = fit_experts(train.flux, train.log_g, train.cell, alphas, folds, on_fitted=advance)
@@ -272,8 +267,16 @@ def run(config: RegressGateConfig, stages: Stages) -> Results:
     with stages("expert predictions"):
         train_predictions, test_predictions = (predict_experts(experts, stars.flux) for stars in (train, test))
         jax.block_until_ready((train_predictions, test_predictions))
-    with stages("classification and regression gates"):
-        classifier, fits = fit_gates(keys, config, train, train_features, train_predictions, experts.out_of_fold)
+    with stages("classification gate"):
+        covered = np.flatnonzero(np.asarray(train.cell) >= 0)
+        classifier = fit_classifier(
+            *take_rows((train_features, train.cell), jnp.asarray(covered)),
+            C_grid=config.C_grid,
+            n_folds=config.n_folds,
+            seed=config.seed,
+        )
+    with stages("regression gates"):
+        fits = fit_regression_gates(keys, config, train, train_features, train_predictions, experts.out_of_fold)
     with stages("evaluation and bootstrap"):
         yhat, y, cell, test_features, test_flux = take_rows(
             (test_predictions, test.log_g, test.cell, test_features, test.flux), jnp.asarray(star)
@@ -311,7 +314,7 @@ def run(config: RegressGateConfig, stages: Stages) -> Results:
             experts=experts,
             global_ridge=global_ridge,
             classifier=classifier,
-            n_covered_train=int(jnp.sum(train.cell >= 0)),
+            n_covered_train=len(covered),
         )
 
 

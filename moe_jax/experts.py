@@ -1,7 +1,7 @@
 """The experts: one ridge regression for each cell, its alpha by exact cross-validation, and one for all stars.
 
-Cells hold different numbers of stars. Each is padded with masked rows to a multiple of ``ROW_MULTIPLE``, so that nine cells
-share a few compiled programs instead of having nine, and nothing of the padding reaches the numbers.
+Cells hold different numbers of stars. Cells of similar size are padded with masked rows to one size, so that the nine share a
+few compiled programs instead of having one each, and nothing of the padding reaches the numbers.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from moe_jax import ridge
 from moe_jax.arrays import AnyArray, InputError, require_same_length
 from moe_jax.ridge import Folds, Ridge, matmul
 
-ROW_MULTIPLE = 256
-FOLD_SLACK = 48
+ROW_MULTIPLE = 64  # of a padded size
+LEAST_FILL = 0.85  # a cell is padded to the size of a larger one if it fills this part of it
+FOLD_SLACK = 8
 
 
 class Experts(NamedTuple):
@@ -43,9 +44,22 @@ class CrossValidatedRidge(NamedTuple):
     out_of_fold: Float[jax.Array, " N"]
 
 
-def assign_folds(key: PRNGKeyArray, n_stars: int, n_folds: int = 5) -> Int[jax.Array, " N"]:
-    """Random folds of sizes that differ by one star at the most."""
-    return jax.random.permutation(key, jnp.arange(n_stars) % n_folds)
+def assign_folds(key: PRNGKeyArray, cell: Int[AnyArray, " N"], n_folds: int = 5) -> Int[jax.Array, " N"]:
+    """Random folds, stratified: within each cell, their sizes differ by one star at the most."""
+    cell = jnp.asarray(cell)
+    order = jnp.lexsort((jax.random.uniform(key, (len(cell),)), cell))
+    return jnp.zeros(len(cell), jnp.int32).at[order].set(jnp.arange(len(cell), dtype=jnp.int32) % n_folds)
+
+
+def padded_sizes(counts: Int[np.ndarray, " K"]) -> list[int]:
+    """Rows to which each cell is padded: of cells that differ by less than ``LEAST_FILL``, the size of the largest."""
+    sizes = np.zeros(len(counts), int)
+    current = 0
+    for k in np.argsort(-counts, kind="stable"):
+        if counts[k] < LEAST_FILL * current or current == 0:
+            current = -(-counts[k] // ROW_MULTIPLE) * ROW_MULTIPLE
+        sizes[k] = current
+    return [int(size) for size in sizes]
 
 
 @jax.jit
@@ -60,10 +74,9 @@ def _fit_padded(x: jax.Array, y: jax.Array, mask: jax.Array, alphas: jax.Array, 
 
 
 def _fit_expert(
-    x: jax.Array, y: jax.Array, stars: np.ndarray, alphas: jax.Array, folds: np.ndarray
+    x: jax.Array, y: jax.Array, stars: np.ndarray, n_padded: int, alphas: jax.Array, folds: np.ndarray
 ) -> tuple[jax.Array, CrossValidatedRidge]:
     """The rows of the given stars, padded with N, and the expert that is fitted to them."""
-    n_padded = -(-len(stars) // ROW_MULTIPLE) * ROW_MULTIPLE
     rows = jnp.asarray(np.pad(stars, (0, n_padded - len(stars)), constant_values=len(y)))
     x_cell, y_cell = (array.at[rows].get(mode="fill", fill_value=0) for array in (x, y))
     mask = (rows < len(y)).astype(x.dtype)
@@ -103,9 +116,10 @@ def fit_experts(
     x, y = jnp.asarray(x), jnp.asarray(y)
     alphas = jnp.asarray(alphas, x.dtype)
     out_of_fold = jnp.full(len(y), jnp.nan, x.dtype)
+    sizes = padded_sizes(np.bincount(cell[cell >= 0], minlength=n_experts))
     fits = []
     for k in range(n_experts):
-        rows, fit = _fit_expert(x, y, np.flatnonzero(cell == k), alphas, folds)
+        rows, fit = _fit_expert(x, y, np.flatnonzero(cell == k), sizes[k], alphas, folds)
         out_of_fold = out_of_fold.at[rows].set(fit.out_of_fold, mode="drop")
         fits.append((fit.ridge.coef, fit.ridge.intercept, fit.alpha, fit.at_edge, fit.mse))
         if on_fitted is not None:
