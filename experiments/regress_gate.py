@@ -126,9 +126,6 @@ class RegressGateConfig:
         for name, (fine, expected) in checks.items():
             if not fine:
                 raise InputError(f"{name} is {getattr(self, name)}, expected {expected}")
-        if (self.train_file is None) != (self.test_file is None):
-            missing, given = ("train", "test") if self.train_file is None else ("test", "train")
-            raise InputError(f"--{given}-file was given without --{missing}-file, expected both or neither")
 
 
 PRESETS = {
@@ -460,6 +457,9 @@ def print_table(results: Results) -> None:
 
 def main(config: RegressGateConfig) -> Results:
     """Runs the experiment and writes its results."""
+    if (config.train_file is None) != (config.test_file is None):
+        missing, given = ("train", "test") if config.train_file is None else ("test", "train")
+        raise InputError(f"--{given}-file was given without --{missing}-file, expected both or neither")
     stages = Stages()
     folder = config.output_dir or Path("results/regress_gate") / config.preset
     if folder.exists() and not folder.is_dir():

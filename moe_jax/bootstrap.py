@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from moe_jax.arrays import AnyArray, InputError, require_same_length, require_vectors
@@ -127,7 +128,7 @@ def _bootstrap_delta_r2(
     prediction: jax.Array,
     baseline: jax.Array,
     groups: jax.Array,
-    confidence_level: float,
+    confidence_level: ArrayLike,
     n_resamples: int,
     n_groups: int,
 ) -> Bootstrap:

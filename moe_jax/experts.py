@@ -19,7 +19,7 @@ from moe_jax.arrays import AnyArray, InputError, require_same_length
 from moe_jax.ridge import Folds, Ridge, matmul
 
 ROW_MULTIPLE = 64  # of a padded size
-LEAST_FILL = 0.85  # a cell is padded to the size of a larger one if it fills this part of it
+LEAST_FILL = 0.87  # a cell is padded to the size of a larger one if it fills this part of it
 FOLD_SLACK = 8
 
 

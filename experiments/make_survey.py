@@ -1,0 +1,56 @@
+"""Writes the simulated training and test surveys of an experiment as HDF5 files, in the original layout.
+
+    python -m experiments.make_survey --output-dir surveys
+    python -m experiments.regress_gate --train-file surveys/train.h5 --test-file surveys/test.h5
+
+With the same seed and numbers of stars the second command gives the table that ``regress_gate`` gives without files.
+The default files take 1.1 GB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from experiments import regress_gate
+from experiments.command_line import Stages, console, run_command
+from moe_jax.simulate import LabelSampling
+from moe_jax.survey import save_survey
+
+
+@dataclass(frozen=True)
+class MakeSurveyConfig:
+    """What is drawn and where it goes."""
+
+    preset: Literal["default", "smoke", "large_test"] = "default"
+    """The preset of regress_gate whose surveys are written."""
+    n_train: int = regress_gate.PRESETS["default"].n_train
+    n_test: int = regress_gate.PRESETS["default"].n_test
+    label_sampling: LabelSampling = "lattice"
+    """How labels are drawn."""
+    seed: int = 0
+    output_dir: Path = Path("surveys")
+    """Where train.h5 and test.h5 go."""
+
+
+PRESETS = {name: MakeSurveyConfig(config.preset, config.n_train, config.n_test) for name, config in regress_gate.PRESETS.items()}
+
+
+def main(config: MakeSurveyConfig) -> None:
+    """Draws both surveys and writes them."""
+    stages = Stages()
+    experiment = regress_gate.RegressGateConfig(
+        n_train=config.n_train, n_test=config.n_test, label_sampling=config.label_sampling, seed=config.seed
+    )
+    with stages("surveys"):
+        surveys = regress_gate.load_surveys(experiment, regress_gate.draw_keys(config.seed))
+    for name, survey in zip(("train", "test"), surveys, strict=True):
+        path = config.output_dir / f"{name}.h5"
+        with stages(f"writing {name}.h5"):
+            save_survey(path, survey)
+        console.print(f"{path}: {len(survey.flux):,} stars", highlight=False)
+
+
+if __name__ == "__main__":
+    run_command(main, PRESETS, __doc__)

@@ -1,0 +1,88 @@
+"""How far spectra interpolated in the shipped grid are from spectra that are computed at the same labels.
+
+    pip install -e '.[synthesis]'
+    python -m experiments.measure_interpolation
+
+Computes twelve spectra between the nodes (a minute or two on two cores; each is kept in ``--nodes-dir``) and writes the
+differences to results/interpolation/. The labels are half-way between nodes of the grid in one to four of its axes.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+
+from experiments.build_lte_grid import compute_nodes, node_file, read_node
+from experiments.command_line import console, run_command
+from moe_jax.features import LINE_WINDOWS
+from moe_jax.files import atomic_folder
+from moe_jax.grid import interpolate_grid, load_grid
+from moe_jax.pixels import WAVE
+from moe_jax.synthesis import Node
+
+BETWEEN = (
+    Node(4250.0, 2.5, -0.25, 0.125),
+    Node(4750.0, 3.5, -1.25, 0.125),
+    Node(5250.0, 4.5, -1.75, 0.125),
+    Node(5750.0, 1.5, 0.25, 0.125),
+    Node(4250.0, 4.5, 0.25, 0.3125),
+    Node(4750.0, 1.5, -2.25, -0.0625),
+    Node(5250.0, 2.5, -0.75, 0.3125),
+    Node(5750.0, 3.5, -0.25, -0.0625),
+    Node(4000.0, 3.5, 0.0, 0.125),
+    Node(5000.0, 2.0, -0.25, 0.125),
+    Node(5250.0, 3.0, 0.0, 0.125),
+    Node(5500.0, 1.5, 0.0, 0.125),
+)
+
+
+@dataclass(frozen=True)
+class InterpolationConfig:
+    """Where the computed spectra are kept and the table goes."""
+
+    preset: Literal["default"] = "default"
+    jobs: int = os.cpu_count() or 1
+    """Spectra computed at the same time."""
+    nodes_dir: Path = Path(".cache/lte_grid")
+    """Where each computed spectrum is kept."""
+    output_dir: Path = Path("results/interpolation")
+
+
+PRESETS = {"default": InterpolationConfig()}
+
+
+def main(config: InterpolationConfig) -> pd.DataFrame:
+    """Computes what is missing, compares, writes the table."""
+    compute_nodes(config.nodes_dir, list(BETWEEN), config.jobs)
+    interpolated = interpolate_grid(load_grid(), jnp.array(BETWEEN, jnp.float32))
+    in_window = np.any([(low <= WAVE) & (high >= WAVE) for low, high in LINE_WINDOWS.values()], axis=0)
+    rows = []
+    for i, node in enumerate(BETWEEN):
+        computed = read_node(node_file(config.nodes_dir, node))
+        difference = np.asarray(interpolated.norm[i]) - computed.norm
+        rows.append(
+            node._asdict()
+            | {
+                "rms": np.sqrt(np.mean(difference**2)),
+                "rms_line_windows": np.sqrt(np.mean(difference[in_window] ** 2)),
+                "max": np.abs(difference).max(),
+                "max_at_wave": WAVE[np.abs(difference).argmax()],
+                "max_log_continuum": np.abs(np.asarray(interpolated.log_continuum[i]) - computed.log_continuum).max(),
+            }
+        )
+    table = pd.DataFrame(rows)
+    with atomic_folder(config.output_dir) as folder:
+        table.to_csv(folder / "interpolation.csv", index=False, float_format="%.4g")
+    console.print(table.to_string(index=False, float_format="%.4g"), highlight=False)
+    console.print(f"median rms {table['rms'].median():.1e}, largest {table['rms'].max():.1e} of the continuum", highlight=False)
+    return table
+
+
+if __name__ == "__main__":
+    run_command(main, PRESETS, __doc__)

@@ -1,0 +1,71 @@
+import jax
+import numpy as np
+import pytest
+from sklearn.metrics import r2_score
+
+from moe_jax.evaluation import (
+    CLASSIFY,
+    GLOBAL,
+    METHODS,
+    ORACLE,
+    PAIRS,
+    Method,
+    Pair,
+    bin_table,
+    bootstrap_table,
+    compare,
+    overall_table,
+    verdict,
+)
+
+
+@pytest.fixture
+def run(rng):
+    y = rng.uniform(1, 5, 300).astype(np.float32)
+    cell = np.concatenate([np.arange(9), rng.integers(0, 8, 291)])  # cell 8 holds one star
+    predictions = {m: (y + rng.normal(0, 0.2 + 0.02 * i, 300)).astype(np.float32) for i, m in enumerate(METHODS)}
+    return y, cell, predictions, compare(jax.random.key(0), y, predictions, cell, n_resamples=100)
+
+
+def test_overall(run):
+    y, _, predictions, _ = run
+    table = overall_table(y, predictions)
+    assert list(table.columns) == ["method", "protocol", "r2", "mae", "rmse", "rho"]
+    assert list(zip(table["method"], table["protocol"], strict=True)) == list(METHODS)
+    rho = dict(zip(METHODS, table["rho"], strict=True))
+    assert (rho[GLOBAL], rho[ORACLE]) == (0, 1)
+    np.testing.assert_allclose(table["r2"], [r2_score(y, p) for p in predictions.values()], rtol=1e-5)
+
+
+def test_bins_flag_a_cell_of_one_star(run):
+    y, cell, predictions, comparisons = run
+    table = bin_table(y, predictions, cell, comparisons)
+    assert table["n_test"].tolist() == np.bincount(cell, minlength=9).tolist()
+    assert table["defined"].tolist() == [True] * 8 + [False]
+    assert table.loc[8, "r2_classify"] != table.loc[8, "r2_classify"]
+    third = cell == 3
+    assert table.loc[3, "r2_global"] == pytest.approx(r2_score(y[third], predictions[GLOBAL][third]), rel=1e-4)
+    method = Method("regress_mlp", "in-sample")
+    difference = table["r2_regress_mlp_in_sample"] - table["r2_classify"]
+    np.testing.assert_allclose(table["delta_r2_regress_mlp_in_sample"], difference, atol=1e-5)
+    assert (table["delta_r2_regress_mlp_in_sample_low"][:8] < table["delta_r2_regress_mlp_in_sample_high"][:8]).all()
+    assert Pair(method, CLASSIFY) in comparisons
+
+
+def test_bootstrap(run):
+    *_, comparisons = run
+    table = bootstrap_table(comparisons)
+    assert table["comparison"].is_unique
+    assert len(table) == len(PAIRS)
+    assert table["comparison"][0] == "regress_mlp - classify (in-sample)"
+    row = table.set_index("comparison").loc["oracle - classify"]
+    assert row["low"] < row["mean"] < row["high"]
+    assert row["fraction_above_0"] > 0.5  # the oracle was given less noise
+
+
+@pytest.mark.parametrize(
+    ("r2", "low", "expected"),
+    [(0.94, 0.01, "passed, significant"), (0.932, -0.01, "partial, not significant"), (0.93, -0.1, "failed, not significant")],
+)
+def test_verdict(r2, low, expected):
+    assert verdict(r2, 0.93, low) == expected

@@ -1,0 +1,166 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.linear_model import Ridge
+
+import moe_jax
+from moe_jax import InputError, cross_validate_ridge, fit_ridge, predict_ridge, ridge, select_alpha
+
+
+def relative_error(ours, theirs):
+    return np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs)
+
+
+@pytest.fixture(scope="session")
+def spectra(survey, noisy_flux):
+    """The real size of a cell: 3,000 spectra of 4,096 pixels."""
+    return noisy_flux, np.asarray(survey.labels.log_g)
+
+
+@pytest.fixture(scope="session")
+def tall_spectra():
+    """More stars than pixels: 6,000 spectra of 512 pixels."""
+    survey = moe_jax.simulate_survey(jax.random.key(11), 6_000)
+    flux = moe_jax.add_noise(jax.random.key(12), survey.flux[:, ::8], survey.error[:, ::8], 0.2)
+    return np.asarray(flux), np.asarray(survey.labels.log_g)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alpha", [1e-2, 1.0, 1e2, 1e5])
+@pytest.mark.parametrize("shape", ["spectra", "tall_spectra"])
+def test_against_scikit_learn_on_spectra(shape, alpha, request):
+    x, y = request.getfixturevalue(shape)
+    train, held = slice(None, -500), slice(-500, None)
+    oracle = Ridge(alpha=alpha, solver="cholesky").fit(x[train].astype(float), y[train].astype(float))
+    theirs = oracle.predict(x.astype(float))
+    for enabled, tolerance in ((False, 1e-5), (True, 1e-10)):
+        with jax.enable_x64(enabled):
+            dtype = float if enabled else np.float32
+            ours = predict_ridge(fit_ridge(x[train].astype(dtype), y[train].astype(dtype), alpha), x.astype(dtype))
+            assert ours.dtype == dtype
+            assert relative_error(ours[held], theirs[held]) < tolerance
+            assert relative_error(ours[train], theirs[train]) < tolerance
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40)])
+def test_normal_equations(shape, x64, rng):
+    """The gradient of the penalised objective vanishes, for coefficients and intercept."""
+    x, y = rng.normal(size=shape) + 5, rng.normal(size=shape[0])
+    fit = fit_ridge(x, y, 0.3)
+    residual = y - predict_ridge(fit, x)
+    np.testing.assert_allclose(x.T @ residual, 0.3 * fit.coef, atol=1e-10)
+    np.testing.assert_allclose(np.sum(residual), 0, atol=1e-10)
+
+
+def test_primal_and_dual_agree(x64, rng):
+    """Adding pixels of zeros turns the primal form into the dual form and changes nothing."""
+    x, y = rng.normal(size=(60, 20)), rng.normal(size=60)
+    primal, dual = fit_ridge(x, y, 0.7), fit_ridge(np.pad(x, ((0, 0), (0, 80))), y, 0.7)
+    np.testing.assert_allclose(dual.coef[:20], primal.coef, atol=1e-12)
+    np.testing.assert_allclose(dual.coef[20:], 0, atol=1e-12)
+
+
+def brute_force(x, y, alphas, folds):
+    predictions = np.zeros((len(alphas), len(y)))
+    for i, alpha in enumerate(alphas):
+        for fold in np.unique(folds):
+            held = folds == fold
+            predictions[i, held] = Ridge(alpha=alpha, solver="svd").fit(x[~held], y[~held]).predict(x[held])
+    return predictions
+
+
+ASSIGNMENTS = {
+    "five": lambda n, rng: rng.permutation(n) % 5,
+    "unequal": lambda n, rng: np.minimum(rng.integers(0, 9, n), 3) - 7,
+    "thirteen": lambda n, rng: rng.permutation(n) % 13,
+    "leave-one-out": lambda n, rng: rng.permutation(n),
+    "two": lambda n, rng: rng.integers(0, 2, n),
+}
+
+
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
+@pytest.mark.parametrize("shape", [(60, 100), (150, 40), (100, 100)])
+def test_cross_validation_against_refitting(shape, assignment, x64, rng):
+    x = rng.normal(size=shape) + 3
+    y = x @ rng.normal(size=shape[1]) + rng.normal(size=shape[0])
+    folds, alphas = ASSIGNMENTS[assignment](shape[0], rng), [1e-3, 0.1, 10.0, 1e4]
+    cv = cross_validate_ridge(x, y, np.array(alphas), folds)
+    expected = brute_force(x, y, alphas, folds)
+    np.testing.assert_allclose(cv.predictions, expected, atol=1e-8 * np.abs(expected).max())
+    np.testing.assert_allclose(cv.mse, np.mean((expected - y) ** 2, axis=1), rtol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(60, 100), (150, 40)])
+def test_both_exact_forms_agree(shape, x64, rng, monkeypatch):
+    """Whatever the costs say, one decomposition for all folds and one for each give the same."""
+    x, y, folds = rng.normal(size=shape), rng.normal(size=shape[0]), rng.permutation(shape[0]) % 6
+    results = []
+    for cost in (1e-9, 1e9):
+        monkeypatch.setattr(ridge, "CHOLESKY_COST", cost)
+        monkeypatch.setattr(ridge, "EIGH_COST", 1.0)
+        jax.clear_caches()
+        results.append(cross_validate_ridge(x, y, np.array([0.1, 1.0]), folds).predictions)
+    jax.clear_caches()
+    np.testing.assert_allclose(*results, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_out_of_fold_predictions_in_float32(spectra, rng):
+    x, y = spectra[0][:1000], spectra[1][:1000]
+    folds = rng.permutation(1000) % 5
+    cv = cross_validate_ridge(x, y, np.array([1e-2, 1.0, 1e2]), folds)
+    expected = np.zeros((3, 1000))
+    for i, alpha in enumerate([1e-2, 1.0, 1e2]):
+        for fold in range(5):
+            held = folds == fold
+            oracle = Ridge(alpha=alpha, solver="cholesky").fit(x[~held].astype(float), y[~held].astype(float))
+            expected[i, held] = oracle.predict(x[held].astype(float))
+    assert relative_error(cv.predictions[0], expected[0]) < 1e-3
+    assert relative_error(cv.predictions[1:], expected[1:]) < 1e-4
+
+
+def test_ties_go_to_the_larger_alpha_and_edges_are_reported():
+    choice = select_alpha(np.array([0.1, 10.0, 1.0]), np.array([0.5, 0.5, 0.7]))
+    assert (float(choice.alpha), int(choice.position), bool(choice.at_edge)) == (10.0, 1, True)
+    assert not bool(select_alpha(np.array([0.1, 1.0, 10.0]), np.array([0.5, 0.4, 0.7])).at_edge)
+    assert not bool(select_alpha(np.array([1.0]), np.array([0.5])).at_edge)
+
+
+def test_invariant_to_permutation_and_rotation(x64, rng):
+    x, y = rng.normal(size=(50, 30)), rng.normal(size=50)
+    rotation = np.linalg.qr(rng.normal(size=(30, 30)))[0]
+    order = rng.permutation(50)
+    plain, changed = fit_ridge(x, y, 0.5), fit_ridge((x @ rotation)[order], y[order], 0.5)
+    np.testing.assert_allclose(predict_ridge(changed, x @ rotation), predict_ridge(plain, x), atol=1e-11)
+
+
+def test_constant_target(dtype, rng):
+    x = rng.normal(size=(20, 30)).astype(dtype)
+    fit = fit_ridge(x, np.full(20, 2.5, dtype), 1.0)
+    np.testing.assert_allclose(predict_ridge(fit, x), 2.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((np.zeros((5, 3)), np.zeros((5, 1)), 1.0), r"y has shape \(5, 1\)"),
+        ((np.zeros((5, 3)), np.zeros(5), 0.0), "alpha is 0.0, expected positive"),
+        ((np.zeros((5, 3)), np.zeros(5), np.nan), "alpha is nan"),
+    ],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(InputError, match=message):
+        fit_ridge(*arguments)
+
+
+def test_one_fold_is_no_cross_validation():
+    with pytest.raises(InputError, match="1 different values, expected at least 2"):
+        cross_validate_ridge(np.zeros((5, 3)), np.zeros(5), np.ones(1), np.zeros(5, int))
+
+
+def test_fit_vmaps(x64, rng):
+    x, y = jnp.asarray(rng.normal(size=(20, 8))), jnp.asarray(rng.normal(size=(3, 20)))
+    coefs = jax.vmap(lambda target: fit_ridge(x, target, 1.0).coef)(y)
+    for target, coef in zip(y, coefs, strict=True):
+        np.testing.assert_allclose(coef, fit_ridge(x, target, 1.0).coef, atol=1e-12)
