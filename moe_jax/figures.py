@@ -35,6 +35,7 @@ TITLES = {
     "regress_mlp": "regression gate, MLP",
     "regress_linear": "regression gate, linear",
 }
+_LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 _METAL_POOR = [k for k in range(N_CELLS) if k % len(M_H_NAMES) == 0]
 _CELL_LABELS = [name.replace(" ", "\n", 1) for name in CELL_NAMES]
 _STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "figure.dpi": 150, "axes.titlesize": 10}
@@ -55,11 +56,7 @@ def _errors(estimate: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarr
 
 
 def save_figure(figure: Figure, path: Path | str) -> None:
-    """Writes a figure, laid out once (Matplotlib would draw it a second time for its layout), and closes it."""
-    engine = figure.get_layout_engine()
-    if engine is not None:
-        engine.execute(figure)
-        figure.set_layout_engine("none")
+    """Writes a figure and closes it."""
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -71,7 +68,9 @@ def r2_comparison(overall: pd.DataFrame, published: Mapping[str, Any]) -> Figure
     for i, row in table.iterrows():
         color = COLORS.get(row["method"], GREY)
         ax.plot(row["r2"], i, MARKERS[row["protocol"]], color=color, ms=7, zorder=3)
-        ax.annotate(f"{row['r2']:.4f}", (row["r2"], i), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+        ax.annotate(
+            f"{row['r2']:.4f}", (row["r2"], i), (0, 8), textcoords="offset points", ha="center", fontsize=8, bbox=_LABEL_BOX
+        )
         report = published["overall"].get(row["method"])
         if report and row["protocol"] != "cross-fitted":
             ax.plot(report["r2"], i, MARKERS[row["protocol"]], mfc="white", mec=color, ms=7)
@@ -81,7 +80,7 @@ def r2_comparison(overall: pd.DataFrame, published: Mapping[str, Any]) -> Figure
     ax.plot([], [], "o", mfc="white", mec=GREY, label="the report (other spectra)")
     ax.set_yticks(range(len(table)), [_title(Method(m, p)) for m, p in zip(table["method"], table["protocol"], strict=True)])
     ax.set_ylim(-0.6, len(table) - 0.3)
-    ax.set_xlabel("$R^2$ of log g on the covered test stars (dotted: classification gate)")
+    ax.set_xlabel("$R^2$ of log g, covered test stars\n(dotted: classification gate)")
     ax.legend(loc="lower left", fontsize=8)
     return fig
 
@@ -102,7 +101,7 @@ def per_bin_delta(comparisons: Mapping[Pair, Bootstrap]) -> Figure:
         ax.axhline(0.0, color=BLACK, lw=0.8)
         ax.set_ylabel(r"$\Delta R^2$")
         ax.set_title(f"gates trained {protocol}", loc="left")
-    axes[0].legend(fontsize=8, loc="best")
+    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=3)
     axes[1].set_xticks(range(N_CELLS), _CELL_LABELS, fontsize=8)
     axes[1].set_xlim(-0.5, N_CELLS - 0.5)
     fig.supxlabel("cell (bars: 95 % bootstrap intervals, each cell by itself)", fontsize=9)
@@ -180,7 +179,7 @@ def predicted_against_true(y: Float[AnyArray, " N"], predictions: Mapping[Method
     for ax, (method, prediction) in zip(axes[0], predictions.items(), strict=True):
         ax.plot(y, np.asarray(prediction), ".", ms=3, alpha=0.4, color=COLORS.get(method.name, GREY), rasterized=True)
         ax.plot(limits, limits, color=BLACK, lw=0.8)
-        ax.set_title(_title(method).replace(", ", ",\n"), fontsize=9)
+        ax.set_title(_title(method).replace("gate, ", "gate,\n"), fontsize=9)
         ax.set_xlabel("true log g")
         ax.set_xlim(limits)
         ax.set_ylim(limits)

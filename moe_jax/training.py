@@ -20,7 +20,7 @@ from moe_jax.arrays import AnyArray, InputError, require_same_length
 from moe_jax.gates import Gate, Params, linear_params
 from moe_jax.routing import route_soft
 
-C_GRID = (1.0, 10.0, 100.0, 1000.0)
+C_GRID = (10.0, 100.0, 1000.0)
 
 
 @dataclass(frozen=True)
