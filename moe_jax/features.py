@@ -29,7 +29,7 @@ FEATURE_NAMES = (
 N_FEATURES = len(FEATURE_NAMES)
 
 _OVERSAMPLING = 28
-_POWER_ITERATIONS = 6
+_POWER_ITERATIONS = 9
 
 
 class LinePixels(NamedTuple):
@@ -97,7 +97,7 @@ def line_features(flux: Float[AnyArray, "N P"], pixels: dict[str, LinePixels]) -
 def fit_pca(key: PRNGKeyArray, x: Float[AnyArray, "N P"], n_components: int = N_COMPONENTS) -> PCA:
     """Principal components by randomised subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4).
 
-    With 28 extra vectors and six iterations the components of stellar spectra are those of a full decomposition to
+    With 28 extra vectors and nine iterations the components of stellar spectra are those of a full decomposition to
     float32's rounding, for a fraction of its time.
 
     Args:
