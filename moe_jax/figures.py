@@ -80,6 +80,7 @@ def r2_comparison(overall: pd.DataFrame, published: Mapping[str, Any]) -> Figure
     ax.plot([], [], "o", mfc="white", mec=GREY, label="the report (other spectra)")
     ax.set_yticks(range(len(table)), [_title(Method(m, p)) for m, p in zip(table["method"], table["protocol"], strict=True)])
     ax.set_ylim(-0.6, len(table) - 0.3)
+    ax.margins(x=0.08)
     ax.set_xlabel("$R^2$ of log g, covered test stars\n(dotted: classification gate)")
     ax.legend(loc="lower left", fontsize=8)
     return fig
@@ -173,7 +174,7 @@ def _plain_log_ticks(ax: Axes) -> None:
 
 def predicted_against_true(y: Float[AnyArray, " N"], predictions: Mapping[Method, Float[AnyArray, " N"]]) -> Figure:
     """Predicted against true log g, one panel for each method."""
-    fig, axes = _subplots(1, len(predictions), figsize=(3.0 * len(predictions), 3.4), sharex=True, sharey=True, squeeze=False)
+    fig, axes = _subplots(1, len(predictions), figsize=(3.0 * len(predictions), 3.8), sharex=True, sharey=True, squeeze=False)
     y = np.asarray(y)
     limits = (y.min() - 0.5, y.max() + 0.5)
     for ax, (method, prediction) in zip(axes[0], predictions.items(), strict=True):
@@ -183,6 +184,5 @@ def predicted_against_true(y: Float[AnyArray, " N"], predictions: Mapping[Method
         ax.set_xlabel("true log g")
         ax.set_xlim(limits)
         ax.set_ylim(limits)
-        ax.set_aspect("equal")
     axes[0, 0].set_ylabel("predicted log g")
     return fig
