@@ -1,7 +1,7 @@
 """Is a gate trained to classify also the best for regressing? Nine ridge experts, a classification gate, regression gates.
 
 python -m experiments.regress_gate                      32,000 training and 1,000 test stars, about a minute and a half on 2 cores
-python -m experiments.regress_gate --preset smoke       a small run of everything, about 25 s
+python -m experiments.regress_gate --preset smoke       a small run of everything, about 20 s
 python -m experiments.regress_gate --preset large_test  10,000 test stars
 python -m experiments.regress_gate --train-file a.h5 --test-file b.h5
 
@@ -134,7 +134,7 @@ class RegressGateConfig:
 PRESETS = {
     "default": RegressGateConfig(),
     "smoke": RegressGateConfig(
-        preset="smoke", n_train=2_000, n_test=2_000, in_sample_fraction=1.0, C_grid=(10.0, 100.0), gate=GateConfig(epochs=30)
+        preset="smoke", n_train=1_200, n_test=1_200, in_sample_fraction=1.0, C_grid=(10.0, 100.0), gate=GateConfig(epochs=30)
     ),
     "large_test": RegressGateConfig(preset="large_test", n_test=10_000),
 }

@@ -19,6 +19,7 @@ from moe_jax.arrays import AnyArray, InputError, require_same_length
 from moe_jax.ridge import Folds, Ridge, matmul
 
 ROW_MULTIPLE = 64  # of a padded size
+LEAST_ROWS = 256  # small cells all share one size
 LEAST_FILL = 0.87  # a cell is padded to the size of a larger one if it fills this part of it
 FOLD_SLACK = 8
 
@@ -57,7 +58,7 @@ def padded_sizes(counts: Int[np.ndarray, " K"]) -> list[int]:
     current = 0
     for k in np.argsort(-counts, kind="stable"):
         if counts[k] < LEAST_FILL * current or current == 0:
-            current = -(-counts[k] // ROW_MULTIPLE) * ROW_MULTIPLE
+            current = max(-(-counts[k] // ROW_MULTIPLE) * ROW_MULTIPLE, LEAST_ROWS)
         sizes[k] = current
     return [int(size) for size in sizes]
 

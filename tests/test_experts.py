@@ -42,7 +42,7 @@ def test_cells_of_similar_size_share_a_program(cells, x64):
     x, y, cell, folds = cells
     jax.clear_caches()
     moe_jax.fit_experts(x, y, cell, ALPHAS, folds, n_experts=4)
-    assert experts._fit_padded._cache_size() == 1  # 60, 57, 40 and 25 stars are all padded to 64
+    assert experts._fit_padded._cache_size() == 1  # 60, 57, 40 and 25 stars are all padded to 256
     assert padded_sizes(np.array([3807, 3659, 3297, 3173, 2969, 2749, 2563, 2322, 2041])) == [
         3840, 3840, 3328, 3328, 3328, 2752, 2752, 2368, 2048,
     ]  # fmt: skip

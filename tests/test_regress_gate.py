@@ -207,7 +207,7 @@ def test_every_preset_loads_from_the_command_line(presets):
 
 def test_options_change_what_the_preset_says():
     config = parse_config(regress_gate.PRESETS, None, ["--preset", "smoke", "--seed", "3", "--gate.epochs", "7"])
-    assert (config.n_train, config.seed, config.gate.epochs) == (2_000, 3, 7)
+    assert (config.n_train, config.seed, config.gate.epochs) == (1_200, 3, 7)
     with pytest.raises(SystemExit):
         parse_config(regress_gate.PRESETS, None, ["--preset", "huge"])
     assert tyro.cli(regress_gate.RegressGateConfig, args=[]) == regress_gate.PRESETS["default"]
