@@ -35,6 +35,7 @@ from moe_jax import figures
 from moe_jax.arrays import InputError
 from moe_jax.bootstrap import Bootstrap
 from moe_jax.cells import N_CELLS, assign_cells
+from moe_jax.classifier import C_GRID, ClassifierFit, fit_classifier
 from moe_jax.evaluation import (
     CLASSIFY,
     FALLBACK,
@@ -65,12 +66,13 @@ from moe_jax.experts import (
 from moe_jax.features import compute_features, fit_features, line_pixels
 from moe_jax.files import atomic_folder
 from moe_jax.gates import Gate, LinearGate, MLPGate
+from moe_jax.optimize import GateConfig, GateFit
 from moe_jax.report import load_published, warnings, write_report
 from moe_jax.ridge import predict_ridge
 from moe_jax.routing import route_fallback, route_hard, route_oracle, route_soft
 from moe_jax.simulate import LabelSampling, simulate_survey
 from moe_jax.survey import WAVE_FIELD, Survey, add_noise, load_survey
-from moe_jax.training import C_GRID, ClassifierFit, GateConfig, GateFit, fit_classifier, fit_gate
+from moe_jax.training import fit_gate
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from moe_jax.bootstrap import bootstrap_delta_r2 as bootstrap_delta_r2
 from moe_jax.bootstrap import paired_bootstrap as paired_bootstrap
 from moe_jax.cells import CELL_NAMES as CELL_NAMES
 from moe_jax.cells import assign_cells as assign_cells
+from moe_jax.classifier import ClassifierFit as ClassifierFit
+from moe_jax.classifier import fit_classifier as fit_classifier
 from moe_jax.experts import CrossValidatedRidge as CrossValidatedRidge
 from moe_jax.experts import Experts as Experts
 from moe_jax.experts import assign_folds as assign_folds
@@ -37,6 +39,9 @@ from moe_jax.metrics import r2_by_group as r2_by_group
 from moe_jax.metrics import r2_score as r2_score
 from moe_jax.metrics import retention as retention
 from moe_jax.metrics import rmse as rmse
+from moe_jax.optimize import GateConfig as GateConfig
+from moe_jax.optimize import GateFit as GateFit
+from moe_jax.optimize import Hyper as Hyper
 from moe_jax.ridge import AlphaChoice as AlphaChoice
 from moe_jax.ridge import Ridge as Ridge
 from moe_jax.ridge import RidgeCV as RidgeCV
@@ -54,9 +59,5 @@ from moe_jax.survey import Survey as Survey
 from moe_jax.survey import add_noise as add_noise
 from moe_jax.survey import load_survey as load_survey
 from moe_jax.survey import save_survey as save_survey
-from moe_jax.training import ClassifierFit as ClassifierFit
-from moe_jax.training import GateConfig as GateConfig
-from moe_jax.training import GateFit as GateFit
-from moe_jax.training import fit_classifier as fit_classifier
 from moe_jax.training import fit_gate as fit_gate
 from moe_jax.training import mixture_loss as mixture_loss

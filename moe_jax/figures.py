@@ -21,7 +21,7 @@ from moe_jax.arrays import AnyArray
 from moe_jax.bootstrap import Bootstrap
 from moe_jax.cells import CELL_NAMES, M_H_NAMES, N_CELLS
 from moe_jax.evaluation import CLASSIFY, PROTOCOLS, Method, Pair
-from moe_jax.training import GateFit
+from moe_jax.optimize import GateFit
 
 BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#E69F00", "#009E73", "#999999", "#000000"
 COLORS = {"classify": BLACK, "regress_mlp": BLUE, "regress_linear": ORANGE}

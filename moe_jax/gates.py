@@ -16,10 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, PRNGKeyArray
 
-from moe_jax.arrays import AnyArray
-
-Params = dict[str, dict[str, jax.Array]]
-
+from moe_jax.arrays import AnyArray, InputError
+from moe_jax.optimize import Params
 
 # Uniform in +-1 / sqrt(fan-in), as in PyTorch, where the experiment was first done.
 _UNIFORM = nnx.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
@@ -52,6 +50,9 @@ class Gate(Protocol):
 
     def init(self, key: PRNGKeyArray, n_features: int, n_experts: int) -> Params:
         """Random params."""
+
+    def from_linear(self, params: Params, linear: Params) -> Params:
+        """Params of the given shapes whose weights are those of a ``LinearGate`` with the params ``linear``."""
 
     def apply(self, params: Params, features: Float[AnyArray, "N F"]) -> Float[jax.Array, "N K"]:
         """Weights of the experts for each star: positive, sum 1."""
@@ -94,6 +95,10 @@ class LinearGate(_FlaxGate):
     def build(self, n_features: int, n_experts: int, rngs: nnx.Rngs) -> nnx.Module:
         return _LinearNetwork(n_features, n_experts, rngs=rngs)
 
+    def from_linear(self, params: Params, linear: Params) -> Params:
+        """The params ``linear`` themselves, in the precision of ``params``."""
+        return jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), params, linear)
+
 
 @dataclass(frozen=True)
 class MLPGate(_FlaxGate):
@@ -103,6 +108,33 @@ class MLPGate(_FlaxGate):
 
     def build(self, n_features: int, n_experts: int, rngs: nnx.Rngs) -> nnx.Module:
         return _MLPNetwork(n_features, n_experts, self.hidden, rngs=rngs)
+
+    def from_linear(self, params: Params, linear: Params) -> Params:
+        """Params whose weights are those of a ``LinearGate`` with the params ``linear``.
+
+        As x = relu(x) - relu(-x), the first 2 F hidden units carry +x and -x; the others keep their random kernels, and start
+        with no say in the head.
+
+        Raises:
+            InputError: for fewer than 2 F hidden units.
+        """
+        n_features, n_experts = linear["head"]["kernel"].shape
+        if self.hidden < 2 * n_features:
+            raise InputError(
+                f"hidden is {self.hidden}, expected at least {2 * n_features}, twice the features, to start at a linear gate"
+            )
+        one, kernel = jnp.eye(n_features), linear["head"]["kernel"]
+        carried = jnp.concatenate([one, -one], axis=1)
+        rest = jnp.zeros((self.hidden - 2 * n_features, n_experts))
+        hidden = params["hidden"]
+        start = {
+            "hidden": {
+                "bias": hidden["bias"].at[: 2 * n_features].set(0.0),
+                "kernel": hidden["kernel"].at[:, : 2 * n_features].set(carried.astype(hidden["kernel"].dtype)),
+            },
+            "head": {"bias": linear["head"]["bias"], "kernel": jnp.concatenate([kernel, -kernel, rest.astype(kernel.dtype)])},
+        }
+        return jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), params, start)
 
 
 def linear_params(kernel: Float[AnyArray, "F K"], bias: Float[AnyArray, " K"]) -> Params:

@@ -23,7 +23,6 @@ from moe_jax.arrays import AnyArray, InputError
 from moe_jax.files import atomic_path
 
 GRID_FILE = Path(__file__).parent / "data" / "lte_grid.npz"
-AXIS_NAMES = ("T_eff", "log_g", "M_H", "a_M")
 
 
 class SpectralGrid(NamedTuple):
@@ -148,8 +147,3 @@ def interpolate_grid(grid: SpectralGrid, labels: Float[AnyArray, "N 4"]) -> Grid
         return jnp.matmul(weights, coef.reshape(weights.shape[1], -1), precision=lax.Precision.HIGHEST)
 
     return _expand(grid, interpolate(grid.norm_coef), interpolate(grid.continuum_coef))
-
-
-def grid_range(grid: SpectralGrid) -> dict[str, tuple[float, float]]:
-    """Lowest and highest node of each axis."""
-    return {name: (float(axis[0]), float(axis[-1])) for name, axis in zip(AXIS_NAMES, grid[:4], strict=True)}

@@ -12,7 +12,7 @@ import pandas as pd
 from moe_jax.bootstrap import Bootstrap
 from moe_jax.cells import CELL_NAMES
 from moe_jax.evaluation import CLASSIFY, PROTOCOLS, REGRESSION_GATES, Method, Pair, verdict
-from moe_jax.training import GateFit
+from moe_jax.optimize import GateFit
 
 PUBLISHED_FILE = Path(__file__).parent / "data" / "published.json"
 

@@ -19,7 +19,7 @@ from experiments.measure_interpolation import PRESETS as INTERPOLATION_PRESETS
 from moe_jax import InputError, load_survey
 from moe_jax.evaluation import METHODS
 from moe_jax.survey import FLUX_FIELD, WAVE_FIELD
-from moe_jax.training import GateConfig
+from moe_jax.optimize import GateConfig
 
 TABLES = ("overall", "per_bin", "bootstrap", "predictions")
 FIGURES = ("r2_comparison", "per_bin_delta", "mean_weights", "bootstrap", "loss_curves", "predicted_against_true")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from moe_jax import GateConfig, InputError, LinearGate, MLPGate, fit_classifier, fit_gate, mixture_loss, training
+from moe_jax import GateConfig, InputError, LinearGate, MLPGate, fit_classifier, fit_gate, mixture_loss, optimize
 
 QUICK = GateConfig(epochs=15, batch_size=64)
 
@@ -38,7 +38,7 @@ def test_it_does_not_retrace(mixture):
     jax.clear_caches()
     for seed in range(3):
         fit_gate(jax.random.key(seed), LinearGate(), features, predictions, y + seed, QUICK)
-    assert training._fit_gate._cache_size() == 1
+    assert optimize._minimize._cache_size() == 1
 
 
 def test_linear_gate_reaches_the_known_optimum(mixture):
