@@ -79,6 +79,11 @@ class Stages:
             yield lambda *_: progress.advance(task)
         self._end(name, start)
 
+    def note(self, text: str) -> None:
+        """Shows a line between the stages."""
+        console.print(text, highlight=False)
+
     def _end(self, name: str, start: float) -> None:
-        self.seconds[name] = round(time.perf_counter() - start, 3)
-        console.print(f"{name:<40} {self.seconds[name]:7.1f} s", highlight=False)
+        seconds = time.perf_counter() - start
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + seconds, 3)
+        console.print(f"{name:<40} {seconds:7.1f} s", highlight=False)

@@ -15,6 +15,7 @@ from typing import Literal
 
 from experiments import regress_gate
 from experiments.command_line import Stages, console, run_command
+from experiments.prepare import DataConfig, load_surveys
 from moe_jax.simulate import LabelSampling
 from moe_jax.survey import save_survey
 
@@ -40,11 +41,9 @@ PRESETS = {name: MakeSurveyConfig(config.preset, config.n_train, config.n_test) 
 def main(config: MakeSurveyConfig) -> None:
     """Draws both surveys and writes them."""
     stages = Stages()
-    experiment = regress_gate.RegressGateConfig(
-        n_train=config.n_train, n_test=config.n_test, label_sampling=config.label_sampling, seed=config.seed
-    )
+    drawn = DataConfig(n_train=config.n_train, n_test=config.n_test, label_sampling=config.label_sampling, seed=config.seed)
     with stages("surveys"):
-        surveys = regress_gate.load_surveys(experiment, regress_gate.draw_keys(config.seed))
+        surveys = load_surveys(drawn)
     for name, survey in zip(("train", "test"), surveys, strict=True):
         path = config.output_dir / f"{name}.h5"
         with stages(f"writing {name}.h5"):

@@ -43,3 +43,11 @@ def assign_cells(T_eff: Float[AnyArray, " N"], M_H: Float[AnyArray, " N"]) -> In
 def _assign_cells(T_eff: jax.Array, M_H: jax.Array) -> jax.Array:
     t, m = _bin(T_eff, T_EFF_EDGES), _bin(M_H, M_H_EDGES)
     return jnp.where((t >= 0) & (m >= 0), 3 * t + m, NOT_COVERED)
+
+
+def nearest_cells(T_eff: Float[AnyArray, " N"], M_H: Float[AnyArray, " N"]) -> Int[jax.Array, " N"]:
+    """Cell of each star after its labels are clamped to the range of the cells: no star is left over, but for NaN labels."""
+    require_vectors(T_eff=T_eff, M_H=M_H)
+    return _assign_cells(
+        jnp.clip(jnp.asarray(T_eff), T_EFF_EDGES[0], T_EFF_EDGES[-1]), jnp.clip(jnp.asarray(M_H), M_H_EDGES[0], M_H_EDGES[-1])
+    )

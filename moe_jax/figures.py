@@ -86,7 +86,7 @@ def r2_comparison(overall: pd.DataFrame, published: Mapping[str, Any]) -> Figure
     return fig
 
 
-def per_bin_delta(comparisons: Mapping[Pair, Bootstrap]) -> Figure:
+def per_bin_delta(comparisons: Mapping[Pair, Bootstrap], confidence_level: float) -> Figure:
     """Delta R2 of the regression gates against the classification gate in each cell, with intervals."""
     fig, axes = _subplots(2, 1, figsize=(8.0, 6.0), sharex=True)
     for ax, protocol in zip(axes, PROTOCOLS, strict=True):
@@ -105,7 +105,7 @@ def per_bin_delta(comparisons: Mapping[Pair, Bootstrap]) -> Figure:
     fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=3)
     axes[1].set_xticks(range(N_CELLS), _CELL_LABELS, fontsize=8)
     axes[1].set_xlim(-0.5, N_CELLS - 0.5)
-    fig.supxlabel("cell (bars: 95 % bootstrap intervals, each cell by itself)", fontsize=9)
+    fig.supxlabel(f"cell (bars: {100 * confidence_level:g} % bootstrap intervals, each cell by itself)", fontsize=9)
     return fig
 
 
@@ -124,7 +124,7 @@ def mean_weights(weights: Mapping[Method, Float[AnyArray, "N K"]], published: Ma
     return fig
 
 
-def bootstrap_histograms(comparisons: Mapping[Pair, Bootstrap]) -> Figure:
+def bootstrap_histograms(comparisons: Mapping[Pair, Bootstrap], confidence_level: float) -> Figure:
     """Bootstrap distributions of Delta R2 against the classification gate, with intervals and a line at zero."""
     fig, axes = _subplots(2, 2, figsize=(8.0, 5.2), sharex="col")
     for row, protocol in zip(axes, PROTOCOLS, strict=True):
@@ -142,7 +142,7 @@ def bootstrap_histograms(comparisons: Mapping[Pair, Bootstrap]) -> Figure:
         ax.set_xlabel(r"$\Delta R^2$ against the classification gate")
     for ax in axes[:, 0]:
         ax.set_ylabel("resamples")
-    fig.supxlabel("solid: estimate; dashed: zero; shaded: 95 % percentile interval", fontsize=9)
+    fig.supxlabel(f"solid: estimate; dashed: zero; shaded: {100 * confidence_level:g} % interval", fontsize=9)
     return fig
 
 

@@ -97,7 +97,7 @@ class GateFit(NamedTuple):
 class Objective(Protocol):
     """A loss for each star. It is hashable, since the compiled loops are kept by it."""
 
-    def __call__(self, params: Params, entropy_penalty: ArrayLike, *data: jax.Array) -> jax.Array:
+    def __call__(self, params: Params, entropy_penalty: ArrayLike, data: tuple[jax.Array, ...]) -> jax.Array:
         """(N,) losses; an ``entropy_penalty`` of 0 gives the plain ones, by which params are chosen."""
 
 
@@ -144,13 +144,13 @@ def _minimize(
     hyper = Hyper(*(jnp.asarray(value, dtype) for value in hyper))
 
     def mean_loss(params: Params, rows: tuple[jax.Array, ...], is_star: jax.Array | None = None) -> jax.Array:
-        loss = objective(params, hyper.entropy_penalty, *rows)
+        loss = objective(params, hyper.entropy_penalty, rows)
         mean = jnp.mean(loss) if is_star is None else jnp.sum(jnp.where(is_star, loss, 0.0)) / jnp.sum(is_star)
         kernels = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params) if leaf.ndim > 1)
         return mean + hyper.weight_decay * kernels
 
     def validate(params: Params) -> jax.Array:
-        return jnp.mean(objective(params, 0.0, *validation)) if held else jnp.full((), jnp.nan, dtype)
+        return jnp.mean(objective(params, 0.0, validation)) if held else jnp.full((), jnp.nan, dtype)
 
     if config.optimizer == "adam":
         fit = _adam(key_batches, mean_loss, validate, params, train, config, hyper.learning_rate)

@@ -114,6 +114,7 @@ def write_report(
     fits: Mapping[Method, GateFit],
     notes: list[str],
     weights: Mapping[Method, Any],
+    in_sample_fraction: float,
 ) -> str:
     """The whole report; every figure it names lies beside it."""
     published = load_published()
@@ -162,7 +163,8 @@ def write_report(
         "## Regression gates against the classification gate",
         verdict_markdown(comparisons, overall, published),
         "passed: R2 above the classification gate's by more than 0.003; partial: by less; significant: the interval's lower end is "
-        "above 0. in-sample: trained on 20 % of the covered training stars with the predictions of experts that had seen them "
+        f"above 0. in-sample: trained on {100 * in_sample_fraction:g} % of the covered training stars with the predictions of "
+        "experts that had seen them "
         "(the report's protocol); cross-fitted: on all of them, with out-of-fold predictions.",
         "![Bootstrap distributions](bootstrap.png)",
         pairs,

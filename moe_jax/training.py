@@ -34,15 +34,9 @@ class MixtureObjective:
     gate: Gate
     penalize_entropy: bool = False
 
-    def __call__(
-        self,
-        params: Params,
-        entropy_penalty: ArrayLike,
-        features: jax.Array,
-        expert_predictions: jax.Array,
-        y: jax.Array,
-    ) -> jax.Array:
-        """(N,) losses."""
+    def __call__(self, params: Params, entropy_penalty: ArrayLike, data: tuple[jax.Array, ...]) -> jax.Array:
+        """(N,) losses of features, expert predictions and target."""
+        features, expert_predictions, y = data
         weights = self.gate.apply(params, features)
         loss = (y - route_soft(weights, expert_predictions)) ** 2
         return loss + entropy_penalty * entropy(weights) if self.penalize_entropy else loss

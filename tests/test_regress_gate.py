@@ -18,8 +18,8 @@ from experiments.command_line import Stages, parse_config
 from experiments.measure_interpolation import PRESETS as INTERPOLATION_PRESETS
 from moe_jax import InputError, load_survey
 from moe_jax.evaluation import METHODS
-from moe_jax.survey import FLUX_FIELD, WAVE_FIELD
 from moe_jax.optimize import GateConfig
+from moe_jax.survey import FLUX_FIELD, WAVE_FIELD
 
 TABLES = ("overall", "per_bin", "bootstrap", "predictions")
 FIGURES = ("r2_comparison", "per_bin_delta", "mean_weights", "bootstrap", "loss_curves", "predicted_against_true")

@@ -1,0 +1,164 @@
+"""What the experiments share: configuration, provenance, and results that are written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.cache import DEFAULT_FOLDER, Cache
+from experiments.command_line import console
+from experiments.prepare import DataConfig
+from moe_jax.arrays import InputError
+from moe_jax.figures import save_figure
+from moe_jax.files import atomic_folder
+from moe_jax.report import markdown_table
+
+
+@dataclass(frozen=True)
+class StudyConfig(DataConfig):
+    """An experiment: its data, and where its results go."""
+
+    preset: str = "default"
+    """What the other options start from."""
+    hidden: int = 64
+    """Hidden units of the MLP gate."""
+    n_resamples: int = 1_000
+    """Bootstrap resamples."""
+    confidence_level: float = 0.95
+    output_dir: Path | None = None
+    """Where the results go; results/EXPERIMENT/PRESET by default."""
+    cache_dir: Path = DEFAULT_FOLDER
+    """Where the stages that experiments share are kept."""
+    use_cache: bool = True
+    """Whether they are."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks = {
+            "hidden": (self.hidden >= 1, "at least 1"),
+            "n_resamples": (self.n_resamples >= 1, "at least 1"),
+            "confidence_level": (0 < self.confidence_level < 1, "a number between 0 and 1"),
+        }
+        for name, (fine, expected) in checks.items():
+            if not fine:
+                raise InputError(f"{name} is {getattr(self, name)}, expected {expected}")
+
+    @property
+    def data(self) -> DataConfig:
+        """What the prepared stages depend on."""
+        return DataConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(DataConfig)})
+
+    @property
+    def cache(self) -> Cache:
+        """The cache of the stages."""
+        return Cache(self.cache_dir if self.use_cache else None)
+
+
+def output_folder(config: StudyConfig, experiment: str) -> Path:
+    """Where the results go.
+
+    Raises:
+        InputError: where a file is in the way.
+    """
+    folder = config.output_dir or Path("results") / experiment / config.preset
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: found a file, expected a folder for the results")
+    return folder
+
+
+def command_of(experiment: str, config: StudyConfig, presets: Mapping[str, Any]) -> str:
+    """The command line that makes the same results, with the options that differ from the preset's."""
+    given = [f"python -m experiments.{experiment}"]
+    start = presets[config.preset]
+    if config.preset != "default":
+        given.append(f"--preset {config.preset}")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value == getattr(start, field.name) or field.name in ("preset", "output_dir", "cache_dir", "use_cache"):
+            continue
+        if not dataclasses.is_dataclass(value):
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            given.append(f"--{field.name.replace('_', '-')} {shown}")
+    return " ".join(given)
+
+
+def git_commit() -> str | None:
+    """The commit of the code, marked where the working tree differs; None outside a checkout."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../moe_jax", "../pyproject.toml")
+        return git("rev-parse", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe_run(command: str, config: StudyConfig, seconds: Mapping[str, float], **found: Any) -> dict[str, Any]:
+    """What run.json holds: all that is needed to repeat the run and to judge it."""
+    device = jax.devices()[0]
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
+    packages = ("moe_jax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "scikit-learn", "pandas", "h5py", "tables")
+    return {
+        "command": command,
+        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "git_commit": git_commit(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "device": f"{device.platform}: {device.device_kind}",
+        "precision": f"{jnp.zeros(0).dtype}, matmul precision highest (no TF32)",
+        "seconds": dict(seconds) | {"total": round(sum(seconds.values()), 3)},
+        "peak_memory_gib": round(peak_kib / 2**20, 2),
+    } | found
+
+
+def write_results(
+    folder: Path, tables: Mapping[str, pd.DataFrame], drawn: Mapping[str, Figure], report: str, run: Mapping[str, Any]
+) -> None:
+    """Writes tables, figures, report.md and run.json, all of them or none, and says where."""
+    with atomic_folder(folder) as temporary:
+        for name, table in tables.items():
+            table.to_csv(temporary / f"{name}.csv", index=False, float_format="%.7g")
+        for name, figure in drawn.items():
+            save_figure(figure, temporary / f"{name}.png")
+        (temporary / "report.md").write_text(report)
+        (temporary / "run.json").write_text(json.dumps(run, indent=2, default=_plain) + "\n")
+    console.print("written: " + " ".join(str(path) for path in sorted(folder.iterdir())), highlight=False, soft_wrap=True)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray | np.generic | jax.Array) else str(value)
+
+
+def table_markdown(table: pd.DataFrame, formats: Mapping[str, str] | None = None) -> str:
+    """A table in Markdown; floats with four decimals where ``formats`` has nothing else for their column."""
+    formats = formats or {}
+
+    def show(column: str, value: Any) -> str:
+        if isinstance(value, float | np.floating):
+            return "" if value != value else format(float(value), formats.get(column, ".4f"))
+        return str(value)
+
+    rows = [[show(str(column), value) for column, value in row.items()] for row in table.to_dict("records")]
+    return markdown_table([str(column).replace("_", " ") for column in table.columns], rows)
+
+
+def interval(estimate: float, low: float, high: float, form: str = "+.4f") -> str:
+    """An estimate with its interval, as it stands in reports."""
+    return f"{float(estimate):{form}} [{float(low):{form}}, {float(high):{form}}]"
