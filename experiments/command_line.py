@@ -60,12 +60,13 @@ class Stages:
     """Times the stages of a run and shows them as they end."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    quiet: bool = False  # for stages within the steps of another
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Times the block under ``name``."""
         start = time.perf_counter()
-        with console.status(f"{name} ...") if console.is_terminal else nullcontext():
+        with console.status(f"{name} ...") if console.is_terminal and not self.quiet else nullcontext():
             yield
         self._end(name, start)
 
@@ -74,16 +75,17 @@ class Stages:
         """Times the block under ``name`` and shows a bar; yields the function that advances it."""
         start = time.perf_counter()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        with Progress(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal) as progress:
             task = progress.add_task(name, total=total)
             yield lambda *_: progress.advance(task)
         self._end(name, start)
 
     def note(self, text: str) -> None:
         """Shows a line between the stages."""
-        console.print(text, highlight=False)
+        if not self.quiet:
+            console.print(text, highlight=False)
 
     def _end(self, name: str, start: float) -> None:
         seconds = time.perf_counter() - start
         self.seconds[name] = round(self.seconds.get(name, 0.0) + seconds, 3)
-        console.print(f"{name:<40} {seconds:7.1f} s", highlight=False)
+        self.note(f"{name:<40} {seconds:7.1f} s")

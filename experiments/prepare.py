@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -215,56 +215,55 @@ def observe(key: jax.Array, survey: Survey, config: DataConfig) -> Observed:
 
 def prepare(config: DataConfig, stages: Stages, cache: Cache) -> Prepared:
     """All stages before the regression gates."""
-    return next(iter(prepare_each([config], stages, cache)))[1]
+    return next(prepare_each([config], stages, cache))
 
 
-def prepare_each(configs: Iterable[DataConfig], stages: Stages, cache: Cache) -> Iterator[tuple[DataConfig, Prepared]]:
+def prepare_each(configs: Sequence[DataConfig], stages: Stages, cache: Cache) -> Iterator[Prepared]:
     """Prepares several configurations one after the other; neighbours with the same stars share their surveys."""
     shared: tuple[DataConfig, Survey, Survey] | None = None
-    for config in configs:
-        same_stars = dataclasses.replace(
-            config, noise_level=0.0, noise_draw=0, coverage="cells", alphas=(1.0,), global_alphas=(1.0,), C_grid=C_GRID, n_folds=2
-        )
 
-        def compute(config: DataConfig = config, same_stars: DataConfig = same_stars) -> Prepared:
-            nonlocal shared
-            if shared is None or shared[0] != same_stars:
-                shared = None
-                with stages("surveys"):
-                    shared = same_stars, *jax.block_until_ready(load_surveys(config))
-            return fit_stages(config, shared[1], shared[2], stages)
+    def compute(config: DataConfig, following: DataConfig | None) -> Prepared:
+        nonlocal shared
+        if shared is None or shared[0] != _stars_of(config):
+            shared = None
+            with stages("surveys"):
+                shared = _stars_of(config), *jax.block_until_ready(load_surveys(config))
+        with stages("noise and cells"):
+            keys, (_, train_survey, test_survey) = draw_keys(config.seed), shared
+            train = jax.block_until_ready(observe(keys.train_noise, train_survey, config))
+            test = jax.block_until_ready(observe(keys.test_noise, test_survey, config))
+            wave = np.asarray(train_survey.wave)
+        del train_survey, test_survey
+        if following is None or _stars_of(following) != _stars_of(config):
+            shared = None  # gives their memory back before the experts need it
+        return fit_stages(config, train, test, wave, stages)
 
+    for config, following in zip(configs, [*configs[1:], None], strict=True):
         # What is in a file can change under its name, so nothing of it is kept.
         kept = cache if config.train_file is None else Cache(None)
-        prepared, found = kept.load_or_compute("prepared", config, CODE, SKELETON, compute)
+        prepared, found = kept.load_or_compute("prepared", config, CODE, SKELETON, functools.partial(compute, config, following))
         if found:
             stages.note("data, experts, features, classification gate: found in the cache")
-        classifier = prepared.classifier
-        prepared = prepared._replace(
-            classifier=ClassifierFit(
-                jax.tree.map(jnp.asarray, classifier.params),
-                float(classifier.C),
-                float(classifier.accuracy),
-                bool(classifier.at_edge),
-                bool(classifier.converged),
-            )
-        )
-        yield config, prepared
+        params, C, accuracy, at_edge, converged = prepared.classifier
+        classifier = ClassifierFit(jax.tree.map(jnp.asarray, params), float(C), float(accuracy), bool(at_edge), bool(converged))
+        yield prepared._replace(classifier=classifier)
 
 
-def fit_stages(config: DataConfig, train_survey: Survey, test_survey: Survey, stages: Stages) -> Prepared:
-    """Noise, experts, global ridge, features and classification gate of two surveys."""
+def _stars_of(config: DataConfig) -> DataConfig:
+    """The part of a configuration on which its surveys depend."""
+    names = ("n_train", "n_test", "label_sampling", "train_file", "test_file", "seed", "test_seed")
+    return DataConfig(**{name: getattr(config, name) for name in names})
+
+
+def fit_stages(config: DataConfig, train: Observed, test: Observed, wave: np.ndarray, stages: Stages) -> Prepared:
+    """Experts, global ridge, features and classification gate of training and test stars."""
     keys = draw_keys(config.seed)
-    wave = np.asarray(train_survey.wave)
     source = str(config.train_file or "the simulated training survey")
-    with stages("noise and cells"):
-        train = jax.block_until_ready(observe(keys.train_noise, train_survey, config))
-        test = observe(keys.test_noise, test_survey, config)
-        require_cell_sizes(f"{source}: labels T_eff and M_H", train.cell, config.n_experts, 2 * config.n_folds)
-        n_covered = int(np.sum(np.asarray(test.cell) >= 0))
-        if n_covered < 2:
-            where = config.test_file or "the simulated test survey"
-            raise InputError(f"{where}: labels T_eff and M_H: found {n_covered} stars in the nine cells, expected at least 2")
+    require_cell_sizes(f"{source}: labels T_eff and M_H", train.cell, config.n_experts, 2 * config.n_folds)
+    n_covered = int(np.sum(np.asarray(test.cell) >= 0))
+    if n_covered < 2:
+        where = config.test_file or "the simulated test survey"
+        raise InputError(f"{where}: labels T_eff and M_H: found {n_covered} stars in the nine cells, expected at least 2")
     folds = np.asarray(assign_folds(keys.folds, train.cell, config.n_folds))
     with stages.steps("experts, cross-validated", config.n_experts) as advance:
         experts = fit_experts(

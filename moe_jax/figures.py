@@ -41,7 +41,8 @@ _CELL_LABELS = [name.replace(" ", "\n", 1) for name in CELL_NAMES]
 _STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "figure.dpi": 150, "axes.titlesize": 10}
 
 
-def _subplots(*shape: int, **kwargs: Any) -> tuple[Figure, Any]:
+def new_figure(*shape: int, **kwargs: Any) -> tuple[Figure, Any]:
+    """A figure and its axes in the style of the package; arguments as those of ``matplotlib.pyplot.subplots``."""
     with plt.rc_context(_STYLE):
         return plt.subplots(*shape, layout="constrained", **kwargs)
 
@@ -63,7 +64,7 @@ def save_figure(figure: Figure, path: Path | str) -> None:
 
 def r2_comparison(overall: pd.DataFrame, published: Mapping[str, Any]) -> Figure:
     """R2 of every method, with the report's beside it."""
-    fig, ax = _subplots(figsize=(7.0, 4.0))
+    fig, ax = new_figure(figsize=(7.0, 4.0))
     table = overall.iloc[::-1].reset_index(drop=True)
     for i, row in table.iterrows():
         color = COLORS.get(row["method"], GREY)
@@ -88,7 +89,7 @@ def r2_comparison(overall: pd.DataFrame, published: Mapping[str, Any]) -> Figure
 
 def per_bin_delta(comparisons: Mapping[Pair, Bootstrap], confidence_level: float) -> Figure:
     """Delta R2 of the regression gates against the classification gate in each cell, with intervals."""
-    fig, axes = _subplots(2, 1, figsize=(8.0, 6.0), sharex=True)
+    fig, axes = new_figure(2, 1, figsize=(8.0, 6.0), sharex=True)
     for ax, protocol in zip(axes, PROTOCOLS, strict=True):
         for k in _METAL_POOR:
             ax.axvspan(k - 0.5, k + 0.5, color="#EEEEEE", zorder=0, label="metal-poor cells" if k == 0 else None)
@@ -111,7 +112,7 @@ def per_bin_delta(comparisons: Mapping[Pair, Bootstrap], confidence_level: float
 
 def mean_weights(weights: Mapping[Method, Float[AnyArray, "N K"]], published: Mapping[str, Any]) -> Figure:
     """Mean weight of each expert by the three gates side by side; the report's beside them."""
-    fig, ax = _subplots(figsize=(8.0, 3.8))
+    fig, ax = new_figure(figsize=(8.0, 3.8))
     for (method, weight), offset in zip(weights.items(), (-0.27, 0.0, 0.27), strict=True):
         x = np.arange(N_CELLS) + offset
         ax.bar(x, np.asarray(weight).mean(axis=0), width=0.25, color=COLORS[method.name], label=_title(method))
@@ -126,7 +127,7 @@ def mean_weights(weights: Mapping[Method, Float[AnyArray, "N K"]], published: Ma
 
 def bootstrap_histograms(comparisons: Mapping[Pair, Bootstrap], confidence_level: float) -> Figure:
     """Bootstrap distributions of Delta R2 against the classification gate, with intervals and a line at zero."""
-    fig, axes = _subplots(2, 2, figsize=(8.0, 5.2), sharex="col")
+    fig, axes = new_figure(2, 2, figsize=(8.0, 5.2), sharex="col")
     for row, protocol in zip(axes, PROTOCOLS, strict=True):
         for ax, name in zip(row, ("regress_mlp", "regress_linear"), strict=True):
             bootstrap = comparisons[Pair(Method(name, protocol), CLASSIFY)]
@@ -148,7 +149,7 @@ def bootstrap_histograms(comparisons: Mapping[Pair, Bootstrap], confidence_level
 
 def loss_curves(fits: Mapping[Method, GateFit]) -> Figure:
     """Training and validation loss of the regression gates by epoch, and the epoch whose params were kept."""
-    fig, axes = _subplots(1, 2, figsize=(8.5, 3.6), sharey=True)
+    fig, axes = new_figure(1, 2, figsize=(8.5, 3.6), sharey=True)
     for ax, protocol in zip(axes, PROTOCOLS, strict=True):
         for name in ("regress_mlp", "regress_linear"):
             fit = fits[Method(name, protocol)]
@@ -174,7 +175,7 @@ def _plain_log_ticks(ax: Axes) -> None:
 
 def predicted_against_true(y: Float[AnyArray, " N"], predictions: Mapping[Method, Float[AnyArray, " N"]]) -> Figure:
     """Predicted against true log g, one panel for each method."""
-    fig, axes = _subplots(1, len(predictions), figsize=(3.0 * len(predictions), 3.8), sharex=True, sharey=True, squeeze=False)
+    fig, axes = new_figure(1, len(predictions), figsize=(3.0 * len(predictions), 3.8), sharex=True, sharey=True, squeeze=False)
     y = np.asarray(y)
     limits = (y.min() - 0.5, y.max() + 0.5)
     for ax, (method, prediction) in zip(axes[0], predictions.items(), strict=True):

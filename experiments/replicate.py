@@ -1,0 +1,257 @@
+"""Would the difference come out again? Surveys, noise draws and gate seeds are repeated, and judged on ten test sets.
+
+python -m experiments.replicate                  4 surveys x 8 noise draws x 32 gate seeds x 10 test sets; about 45 min on 2 cores
+python -m experiments.replicate --preset smoke   2 x 2 x 2 x 2, small; about a minute
+
+A run that was stopped goes on where it was, from the cache. Results go to results/replicate/PRESET.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import matplotlib.ticker
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.command_line import Stages, run_command
+from experiments.gate_sweep import Sweep, cached_sweep, gate_keys, stars_of, train_gates
+from experiments.prepare import Prepared, prepare_each
+from experiments.study import StudyConfig, command_of, describe_run, interval, output_folder, table_markdown, write_results
+from moe_jax.arrays import InputError
+from moe_jax.evaluation import PROTOCOLS
+from moe_jax.figures import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure
+from moe_jax.gates import Gate, LinearGate, MLPGate
+from moe_jax.optimize import GateConfig
+from moe_jax.routing import route_soft
+from moe_jax.variance import SOURCES, VarianceComponents, variance_components
+
+CONVERGED = GateConfig(optimizer="lbfgs", init="logistic", validation_fraction=0.0, gradient_tolerance=1e-5)
+
+
+@dataclass(frozen=True)
+class ReplicateConfig(StudyConfig):
+    """The repeated experiment."""
+
+    preset: Literal["default", "smoke"] = "default"
+    """What the other options start from."""
+    alphas: tuple[float, ...] = (0.1, 1.0, 10.0)
+    """Ridge penalties of the experts to choose from, around what the whole grid chose."""
+    global_alphas: tuple[float, ...] = (10.0,)
+    """The global ridge has no part in the differences."""
+    n_surveys: int = 4
+    """Surveys, each with training stars of its own."""
+    n_draws: int = 8
+    """Noise draws of each survey."""
+    n_seeds: int = 32
+    """Gate seeds of each noise draw."""
+    n_sets: int = 10
+    """Parts of the covered test stars, each a test set of the report's size."""
+    gate: GateConfig = dataclasses.field(default_factory=GateConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("n_surveys", "n_draws", "n_seeds", "n_sets"):
+            if getattr(self, name) < 2:
+                raise InputError(f"{name} is {getattr(self, name)}, expected at least 2")
+        if self.train_file is not None:
+            raise InputError("--train-file was given, expected none: surveys that are repeated are simulated")
+
+
+PRESETS = {
+    "default": ReplicateConfig(),
+    "smoke": ReplicateConfig(
+        preset="smoke",
+        n_train=1_200,
+        n_test=1_200,
+        alphas=(1.0,),
+        C_grid=(10.0,),
+        n_surveys=2,
+        n_draws=2,
+        n_seeds=2,
+        n_sets=2,
+        gate=GateConfig(epochs=5),
+    ),
+}
+
+
+def gates_of(config: ReplicateConfig) -> dict[str, tuple[Gate, GateConfig, str, float]]:
+    """Gate, its training, protocol and part of the stars, by the name in the tables."""
+    mlp, linear = MLPGate(config.hidden), LinearGate()
+    return {
+        "MLP, in-sample 20 %": (mlp, config.gate, PROTOCOLS[0], 0.2),
+        "MLP, cross-fitted": (mlp, config.gate, PROTOCOLS[1], 1.0),
+        "linear, in-sample 20 %": (linear, config.gate, PROTOCOLS[0], 0.2),
+        "linear, cross-fitted": (linear, config.gate, PROTOCOLS[1], 1.0),
+        "linear, cross-fitted, converged": (linear, CONVERGED, PROTOCOLS[1], 1.0),
+    }
+
+
+def delta_r2(y: np.ndarray, prediction: np.ndarray, baseline: np.ndarray, n_sets: int) -> np.ndarray:
+    """Delta R2 of (S, N) predictions against (N,) of a baseline on ``n_sets`` equal parts of the stars; (S, n_sets)."""
+    size = len(y) // n_sets
+    parts = [slice(i * size, (i + 1) * size) for i in range(n_sets)]
+    gain = (y - baseline) ** 2 - (y - prediction) ** 2
+    return np.stack([gain[:, part].sum(axis=1) / ((y[part] - y[part].mean()) ** 2).sum() for part in parts], axis=1)
+
+
+def repeat_once(config: ReplicateConfig, prepared: Prepared) -> dict[str, np.ndarray]:
+    """Delta R2 against the classification gate by gate; (seeds, test sets) each."""
+    test = prepared.test.covered()
+    baseline = route_soft(LinearGate().apply(prepared.classifier.params, test.features), test.predictions)
+    y, baseline64 = np.asarray(test.log_g, np.float64), np.asarray(baseline, np.float64)
+    values = {}
+    for stream, (name, (gate, gate_config, protocol, fraction)) in enumerate(gates_of(config).items()):
+        # From the logistic regression to the optimum on all stars, nothing is drawn.
+        n_seeds = 1 if gate_config == CONVERGED else config.n_seeds
+        settings = {"replicate": dataclasses.asdict(gate_config), "gate": repr(gate), "protocol": protocol, "stars": fraction}
+        keys = gate_keys(config, n_seeds, stream)
+
+        def compute(
+            keys: jax.Array = keys,
+            gate: Gate = gate,
+            gate_config: GateConfig = gate_config,
+            protocol: str = protocol,
+            fraction: float = fraction,
+        ) -> Sweep:
+            return train_gates(keys, prepared, stars_of(config, prepared, protocol, fraction), gate, gate_config)
+
+        sweep = cached_sweep(config, settings | {"n_seeds": n_seeds, "stream": stream}, compute)
+        delta = delta_r2(y, np.asarray(sweep.predictions, np.float64), baseline64, config.n_sets)
+        values[name] = np.broadcast_to(delta, (config.n_seeds, config.n_sets))
+    return values
+
+
+def repeat(config: ReplicateConfig, stages: Stages) -> dict[str, np.ndarray]:
+    """Delta R2 of all repetitions by gate; (surveys, noise draws, seeds, test sets) each."""
+    configs = [
+        dataclasses.replace(config, seed=config.seed + survey, test_seed=config.seed, noise_draw=draw)
+        for survey in range(config.n_surveys)
+        for draw in range(config.n_draws)
+    ]
+    found = []
+    with stages.steps("repetitions", len(configs)) as advance:
+        quiet = Stages(quiet=True)
+        for one, prepared in zip(configs, prepare_each([c.data for c in configs], quiet, config.cache), strict=True):
+            found.append(repeat_once(one, prepared))
+            advance()
+    shape = (config.n_surveys, config.n_draws, config.n_seeds, config.n_sets)
+    return {name: np.stack([values[name] for values in found]).reshape(shape) for name in found[0]}
+
+
+def summarize(config: ReplicateConfig, values: dict[str, np.ndarray]) -> tuple[dict[str, pd.DataFrame], dict]:
+    """Tables of the intervals, the components and all single differences; and the components by gate."""
+    components = {name: variance_components(value, config.confidence_level) for name, value in values.items()}
+    intervals = pd.DataFrame(
+        {
+            "gate": name,
+            "mean": c.mean,
+            "mean_low": c.mean_low,
+            "mean_high": c.mean_high,
+            "repetition_sd": np.sqrt(c.total),
+            "repetition_low": c.prediction_low,
+            "repetition_high": c.prediction_high,
+            "fraction_above_0": float((values[name] > 0).mean()),
+        }
+        for name, c in components.items()
+    )
+    sources = pd.DataFrame(
+        {"gate": name, "source": source, "sd": np.sqrt(max(v, 0.0)), "share": max(v, 0.0) / c.total, "variance": v}
+        for name, c in components.items()
+        for source, v in c.variance.items()
+    )
+    singles = pd.DataFrame(
+        {"gate": name, "survey": s, "noise_draw": n, "gate_seed": g} | {f"set_{t}": value[s, n, g, t] for t in range(config.n_sets)}
+        for name, value in values.items()
+        for s, n, g in np.ndindex(value.shape[:3])
+    )
+    return {"intervals": intervals, "components": sources, "differences": singles}, components
+
+
+def draw_figures(values: dict[str, np.ndarray], components: dict[str, VarianceComponents]) -> dict[str, Figure]:
+    """All repetitions with both intervals; the shares of the variance."""
+    names = list(values)
+    fig, ax = new_figure(figsize=(8.0, 4.2))
+    for i, name in enumerate(names):
+        c, value = components[name], values[name].mean(axis=2)  # seeds averaged: one point for survey, noise draw and test set
+        for s in range(value.shape[0]):
+            x = i - 0.3 + 0.6 * (s + 0.5) / value.shape[0] + np.zeros(value[s].size)
+            ax.plot(value[s].ravel(), x, "|", ms=7, color=GREY, label="a repetition (seeds averaged)" if i + s == 0 else None)
+        ax.plot([c.prediction_low, c.prediction_high], [i + 0.4] * 2, color=BLUE, lw=2, label="one repetition" if i == 0 else None)
+        ax.plot([c.mean_low, c.mean_high], [i - 0.4] * 2, color=ORANGE, lw=4, label="expected value" if i == 0 else None)
+        ax.plot(c.mean, i, "D", color=BLACK, ms=5, zorder=3, label="mean" if i == 0 else None)
+    ax.axvline(0.0, color=BLACK, lw=0.8, ls="--")
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.set_xlabel(r"$\Delta R^2$ against the classification gate, test sets of the report's size")
+    fig.legend(fontsize=8, ncols=4, loc="outside upper center")
+    shares, ax = new_figure(figsize=(8.0, 3.6))
+    left = np.zeros(len(names))
+    colors = (GREY, BLUE, ORANGE, GREEN, "#56B4E9", "#F0E442", "#CC79A7")
+    hatches = ("", "", "", "", "//", "\\\\", "xx")
+    for source, color, hatch in zip(SOURCES, colors, hatches, strict=True):
+        width = np.array([max(components[name].variance[source], 0.0) / components[name].total for name in names])
+        ax.barh(range(len(names)), width, left=left, color=color, hatch=hatch, edgecolor="white", label=source)
+        left += width
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    ax.set_xlabel("share of the variance of one repetition")
+    shares.legend(fontsize=8, ncols=4, loc="outside upper center")
+    return {"repetitions": fig, "shares": shares}
+
+
+def report_of(config: ReplicateConfig, command: str, tables: dict[str, pd.DataFrame], size: int) -> str:
+    """report.md."""
+    level = f"{100 * config.confidence_level:g} %"
+    shown = pd.DataFrame(
+        {
+            "gate": row["gate"],
+            f"expected Delta R2 [{level}]": interval(row["mean"], row["mean_low"], row["mean_high"]),
+            f"one repetition from scratch, {level}": f"[{row['repetition_low']:+.4f}, {row['repetition_high']:+.4f}]",
+            "standard deviation of a repetition": row["repetition_sd"],
+            "repetitions above 0": f"{row['fraction_above_0']:.1%}",
+        }
+        for row in tables["intervals"].to_dict("records")
+    )
+    spread = tables["components"].pivot(index="gate", columns="source", values="sd").loc[tables["intervals"]["gate"], list(SOURCES)]
+    sections = [
+        "# The difference, repeated from scratch",
+        f"Made by `{command}`.",
+        f"{config.n_surveys} surveys of {config.n_train:,} training stars x {config.n_draws} noise draws x {config.n_seeds} gate "
+        f"seeds, each judged on the same {config.n_sets} test sets of {size} covered stars. Delta R2 is against the "
+        "classification gate of the same repetition. The converged linear gate starts at the classification gate and has no seed.",
+        table_markdown(shown),
+        "*Expected*: holds the mean over repetitions. *One repetition*: holds what a new survey, noise draw, gate seed and test "
+        "set would give; it is what a single published number should be read with.",
+        "![All repetitions](repetitions.png)",
+        "## Where the spread comes from: standard deviations by source",
+        table_markdown(spread.reset_index()),
+        "The last three are interactions: how differently test sets take the same change of survey, noise or seed. Moment "
+        "estimates (balanced analysis of variance); below 0 they are shown as 0, and as they are in `components.csv`.",
+        "![Shares of the variance](shares.png)",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def main(config: ReplicateConfig) -> dict[str, pd.DataFrame]:
+    """Runs all repetitions and writes the results."""
+    stages = Stages()
+    folder = output_folder(config, "replicate")
+    values = repeat(config, stages)
+    tables, components = summarize(config, values)
+    first = next(prepare_each([dataclasses.replace(config, test_seed=config.seed).data], Stages(quiet=True), config.cache))
+    size = int(np.sum(np.asarray(first.test.cell) >= 0)) // config.n_sets
+    command = command_of("replicate", config, PRESETS)
+    report = report_of(config, command, tables, size)
+    run = describe_run(command, config, stages.seconds, stars_in_a_test_set=size)
+    write_results(folder, tables, draw_figures(values, components), report, run)
+    return tables
+
+
+if __name__ == "__main__":
+    run_command(main, PRESETS, __doc__)
