@@ -63,7 +63,7 @@ class DataConfig:
     alphas: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
     """Ridge penalties of the experts to choose from."""
     global_alphas: tuple[float, ...] = (1.0, 10.0, 100.0)
-    """Ridge penalties of the global ridge to choose from; the report does not name its grid."""
+    """Ridge penalties of the global ridge to choose from (the report does not name its grid); none: no global ridge."""
     n_folds: int = 5
     """Folds of every cross-validation."""
     C_grid: tuple[float, ...] = C_GRID
@@ -84,7 +84,7 @@ class DataConfig:
             "noise_level": (0 <= self.noise_level < np.inf, "a finite number, at least 0"),
             "n_folds": (self.n_folds >= 2, "at least 2"),
             "alphas": (len(self.alphas) > 0 and all(0 < a < np.inf for a in self.alphas), "positive numbers"),
-            "global_alphas": (len(self.global_alphas) > 0 and all(0 < a < np.inf for a in self.global_alphas), "positive numbers"),
+            "global_alphas": (all(0 < a < np.inf for a in self.global_alphas), "positive numbers"),
             "C_grid": (len(self.C_grid) > 0 and all(0 < c < np.inf for c in self.C_grid), "positive numbers"),
             "noise_draw": (self.noise_draw >= 0, "at least 0"),
         }
@@ -249,6 +249,12 @@ def prepare_each(configs: Sequence[DataConfig], stages: Stages, cache: Cache) ->
         yield prepared._replace(classifier=classifier)
 
 
+def _no_ridge(n_stars: int, n_pixels: int) -> CrossValidatedRidge:
+    """Stands for the global ridge where none was asked for: all that it predicts is NaN."""
+    nan, none = jnp.full((), jnp.nan), jnp.zeros((), bool)
+    return CrossValidatedRidge(Ridge(jnp.full(n_pixels, jnp.nan), nan), nan, none, jnp.zeros(0), jnp.full(n_stars, jnp.nan))
+
+
 def _stars_of(config: DataConfig) -> DataConfig:
     """The part of a configuration on which its surveys depend."""
     names = ("n_train", "n_test", "label_sampling", "train_file", "test_file", "seed", "test_seed")
@@ -275,8 +281,11 @@ def fit_stages(config: DataConfig, train: Observed, test: Observed, wave: np.nda
             n_experts=config.n_experts,
             on_fitted=advance,
         )
-    with stages("global ridge, cross-validated"):
-        global_ridge = jax.block_until_ready(fit_global(train.flux, train.log_g, jnp.array(config.global_alphas), folds))
+    if config.global_alphas:
+        with stages("global ridge, cross-validated"):
+            global_ridge = jax.block_until_ready(fit_global(train.flux, train.log_g, jnp.array(config.global_alphas), folds))
+    else:
+        global_ridge = _no_ridge(*train.flux.shape)
     with stages("features"):
         model = fit_features(keys.pca, train.flux, wave)
         train_features, test_features = (compute_features(model, stars.flux, wave) for stars in (train, test))

@@ -1,4 +1,4 @@
-"""Paired bootstrap over stars: the difference of two methods' R2, with percentile intervals.
+"""Paired bootstrap over stars: the difference of two methods' R2, with intervals overall, by group and for all groups at once.
 
 A resample draws N of the N stars with replacement, the same stars for both methods. ``bootstrap_delta_r2`` counts how often
 each star was drawn and turns all resamples into R2 by one matmul over sufficient statistics; ``paired_bootstrap`` gathers
@@ -19,7 +19,16 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from moe_jax.arrays import AnyArray, InputError, require_same_length, require_vectors
-from moe_jax.metrics import r2_by_group, r2_score
+from moe_jax.intervals import (
+    Interval,
+    IntervalMethod,
+    Resampled,
+    confidence_interval,
+    require_interval,
+    simultaneous_interval,
+)
+
+DEFAULT_METHOD: IntervalMethod = "percentile"
 
 
 class Bootstrap(NamedTuple):
@@ -31,14 +40,18 @@ class Bootstrap(NamedTuple):
 
     estimate: Float[jax.Array, ""]  #: on the stars as they are
     samples: Float[jax.Array, " B"]  #: on each resample
-    low: Float[jax.Array, ""]  #: ends of the percentile interval
+    low: Float[jax.Array, ""]  #: ends of the interval
     high: Float[jax.Array, ""]
     group_estimate: Float[jax.Array, " G"]  #: within each group
     group_samples: Float[jax.Array, "B G"]
-    group_low: Float[jax.Array, " G"]
+    group_low: Float[jax.Array, " G"]  #: ends of each group's own interval
     group_high: Float[jax.Array, " G"]
     n_undefined: Int[jax.Array, ""]  #: resamples without an R2
     group_n_undefined: Int[jax.Array, " G"]
+    standard_error: Float[jax.Array, ""]  #: by the influence function
+    group_standard_error: Float[jax.Array, " G"]
+    simultaneous_low: Float[jax.Array, " G"]  #: ends of intervals that hold all groups at once
+    simultaneous_high: Float[jax.Array, " G"]
 
 
 def resample_rows(key: PRNGKeyArray, n: int) -> Int[jax.Array, " N"]:
@@ -83,13 +96,13 @@ def bootstrap_delta_r2(
     *,
     n_resamples: int = 1000,
     confidence_level: float = 0.95,
+    method: IntervalMethod = DEFAULT_METHOD,
     groups: Int[AnyArray, " N"] | None = None,
     n_groups: int | None = None,
 ) -> Bootstrap:
     """Paired bootstrap of R2(prediction) - R2(baseline) over stars, all resamples in one vectorised call.
 
-    The percentile interval (Efron & Tibshirani 1993, section 13.3). It is not corrected for bias or skewness, and it says
-    what other test stars would give, not what other training stars, noise or gate seeds would.
+    The intervals say what other test stars would give, not what other training stars, noise or gate seeds would.
 
     Args:
         key: random key.
@@ -98,74 +111,162 @@ def bootstrap_delta_r2(
         baseline: predictions of the method it is compared with, for the same stars.
         n_resamples: B.
         confidence_level: of the intervals.
+        method: of the intervals, see ``moe_jax.intervals``; ``"percentile"`` is the published report's.
         groups: group of each star, from 0; gives Delta R2 within each group from the same resamples. Stars of a negative
             group count in the overall difference only.
         n_groups: G; by default the highest group plus one.
 
     Raises:
-        InputError: shapes that disagree, values that are not finite, B < 1, or a level that is not between 0 and 1.
+        InputError: shapes that disagree, values that are not finite, B < 1, another method, or a level that is not between
+            0 and 1.
     """
     require_vectors(y=y, prediction=prediction, baseline=baseline)
+    for name, array in {"y": y, "prediction": prediction, "baseline": baseline}.items():
+        _require_finite(name, array)
+    gain = squared_error_gain(y, prediction, baseline)
+    return bootstrap_gain(
+        key,
+        y,
+        gain,
+        n_resamples=n_resamples,
+        confidence_level=confidence_level,
+        method=method,
+        groups=groups,
+        n_groups=n_groups,
+    )
+
+
+def squared_error_gain(
+    y: Float[AnyArray, ...], prediction: Float[AnyArray, ...], baseline: Float[AnyArray, ...]
+) -> Float[jax.Array, ...]:
+    """(y - baseline)^2 - (y - prediction)^2 of each star, in the form that is exactly 0 where the methods agree."""
+    y, prediction, baseline = map(jnp.asarray, (y, prediction, baseline))
+    return (prediction - baseline) * (2.0 * y - baseline - prediction)
+
+
+def bootstrap_gain(
+    key: PRNGKeyArray,
+    y: Float[AnyArray, " N"],
+    gain: Float[AnyArray, " N"],
+    *,
+    n_resamples: int = 1000,
+    confidence_level: float = 0.95,
+    method: IntervalMethod = DEFAULT_METHOD,
+    groups: Int[AnyArray, " N"] | None = None,
+    n_groups: int | None = None,
+) -> Bootstrap:
+    """Paired bootstrap of a difference of R2 from the stars' gains in squared error; the rest as ``bootstrap_delta_r2``.
+
+    A gain may be averaged over seeds of a gate first: as R2 is linear in it, that gives the mean difference.
+
+    Args:
+        key: random key.
+        y: target.
+        gain: (y - baseline)^2 - (y - prediction)^2 of each star.
+        n_resamples: B.
+        confidence_level: of the intervals.
+        method: of the intervals.
+        groups: group of each star, from 0, or negative.
+        n_groups: G.
+
+    Raises:
+        InputError: as ``bootstrap_delta_r2``.
+    """
+    require_vectors(y=y, gain=gain)
     _require_resamples(n_resamples)
-    if not 0 < confidence_level < 1:
-        raise InputError(f"confidence_level is {confidence_level}, expected a number between 0 and 1")
+    require_interval(method, confidence_level)
     if groups is None:
         groups, n_groups = jnp.zeros(len(y), jnp.int32), 0
     require_same_length(y=y, groups=groups)
     if n_groups is None:
         n_groups = int(np.max(np.asarray(groups))) + 1
-    for name, array in {"y": y, "prediction": prediction, "baseline": baseline}.items():
-        if not isinstance(array, jax.core.Tracer) and not np.isfinite(np.asarray(array)).all():
-            raise InputError(f"{name} holds {int((~np.isfinite(np.asarray(array))).sum())} values that are not finite")
-    y, prediction, baseline, groups = map(jnp.asarray, (y, prediction, baseline, groups))
-    return _bootstrap_delta_r2(key, y, prediction, baseline, groups, confidence_level, n_resamples, n_groups)
+    for name, array in {"y": y, "gain": gain}.items():
+        _require_finite(name, array)
+    y, gain, groups = map(jnp.asarray, (y, gain, groups))
+    return _bootstrap_gain(key, y, gain, groups, confidence_level, method, n_resamples, n_groups)
 
 
-@functools.partial(jax.jit, static_argnames=("n_resamples", "n_groups"))
-def _bootstrap_delta_r2(
+@functools.partial(jax.jit, static_argnames=("method", "n_resamples", "n_groups"))
+def _bootstrap_gain(
     key: jax.Array,
     y: jax.Array,
-    prediction: jax.Array,
-    baseline: jax.Array,
+    gain: jax.Array,
     groups: jax.Array,
     confidence_level: ArrayLike,
+    method: IntervalMethod,
     n_resamples: int,
     n_groups: int,
 ) -> Bootstrap:
+    resampled = resample_gain(key, y, gain, groups, n_resamples, n_groups)
+    low, high = confidence_interval(resampled, method, confidence_level)
+    own = Resampled(*(column[..., 1:] for column in resampled))
+    simultaneous = simultaneous_interval(own, confidence_level) if n_groups else Interval(own.estimate, own.estimate)
+    undefined = jnp.sum(jnp.isnan(resampled.samples), axis=0)
+    estimate, samples, error = resampled.estimate, resampled.samples, resampled.standard_error
+    return Bootstrap(
+        estimate[0], samples[:, 0], low[0], high[0],
+        estimate[1:], samples[:, 1:], low[1:], high[1:],
+        undefined[0], undefined[1:],
+        error[0], error[1:], simultaneous.low, simultaneous.high,
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("n_resamples", "n_groups"))
+def resample_gain(
+    key: PRNGKeyArray,
+    y: Float[jax.Array, " N"],
+    gain: Float[jax.Array, " N"],
+    groups: Int[jax.Array, " N"],
+    n_resamples: int,
+    n_groups: int,
+) -> Resampled:
+    """Delta R2 of all stars and of each group, on the stars and on each resample, with standard errors; 1 + G statistics.
+
+    With d = y - mean(y), b = mean(d^2) and g the gain, Delta R2 = mean(g) / b, and its influence function is
+    (g - Delta R2 d^2) / b. Its second moment on a resample, whose mean of d is m, needs the moments of d up to the fourth,
+    as (d - m)^2 must be multiplied out; so one matmul of counts with nine columns for each group gives everything.
+    """
     n = len(y)
     # One row for all stars, then one for each group; (1 + G, N).
     member = jnp.concatenate([jnp.ones((1, n), bool), groups[None, :] == jnp.arange(n_groups)[:, None]])
     size = jnp.maximum(jnp.sum(member, axis=1), 1)
     mean = jnp.sum(jnp.where(member, y[None, :], 0.0), axis=1) / size
-    # Sufficient statistics of R2: counts, sums and squares of y (centred by group, so that ss_total is no
-    # difference of large numbers), and the difference of the squared errors.
-    centred = jnp.where(member, y[None, :] - mean[:, None], 0.0)
-    # (y - b)^2 - (y - p)^2, in the form that is exactly 0 where the methods agree.
-    gain = jnp.where(member, ((prediction - baseline) * (2.0 * y - baseline - prediction))[None, :], 0.0)
-    statistics = jnp.concatenate([member.astype(y.dtype), centred, centred**2, gain])
+    # Centred by group, so that the sum of squares is no difference of large numbers.
+    d = jnp.where(member, y[None, :] - mean[:, None], 0.0)
+    g = jnp.where(member, gain[None, :], 0.0)
+    columns = jnp.stack([member.astype(y.dtype), d, d**2, d**3, d**4, g, g * d, g * d**2, g**2])
 
     def count(key: jax.Array) -> jax.Array:
         return jnp.zeros(n, y.dtype).at[resample_rows(key, n)].add(1.0)
 
     counts = jax.vmap(count)(jax.random.split(key, n_resamples))
-    sums = jnp.matmul(counts, statistics.T, precision=lax.Precision.HIGHEST).reshape(n_resamples, 4, 1 + n_groups)
-    drawn, total, squares, gained = (sums[:, i] for i in range(4))
-    ss_total = squares - total**2 / jnp.maximum(drawn, 1.0)
+    sums = jnp.einsum("bn,mgn->mbg", counts, columns, precision=lax.Precision.HIGHEST)
+    drawn, _, squares, *_ = sums
+    ss_total = squares - sums[1] ** 2 / jnp.maximum(drawn, 1.0)
     # A constant y leaves ss_total at its rounding error. Only where one comes near it need all extremes be looked up.
     surely_defined = ss_total > 8.0 * n * jnp.finfo(y.dtype).eps * squares
     defined = lax.cond(jnp.all(surely_defined), lambda: surely_defined, lambda: _is_not_constant(y, member, counts))
-    # R2(prediction) - R2(baseline) = (SS_baseline - SS_prediction) / SS_total
-    samples = jnp.where(defined, gained / jnp.where(defined, ss_total, 1.0), jnp.nan)
-    tail = 0.5 * (1.0 - jnp.asarray(confidence_level, y.dtype))
-    low, high = jnp.nanquantile(samples, jnp.stack([tail, 1.0 - tail]), axis=0)
-    estimate = r2_score(y, prediction) - r2_score(y, baseline)
-    group_estimate = r2_by_group(y, prediction, groups, n_groups).r2 - r2_by_group(y, baseline, groups, n_groups).r2
-    undefined = jnp.sum(~defined, axis=0)
-    return Bootstrap(
-        estimate, samples[:, 0], low[0], high[0],
-        group_estimate, samples[:, 1:], low[1:], high[1:],
-        undefined[0], undefined[1:],
-    )  # fmt: skip
+    samples, sample_errors = _delta_and_error(sums, defined)
+    own = jnp.sum(columns, axis=2)[:, None, :]
+    varies = jnp.max(jnp.where(member, y, -jnp.inf), axis=1) > jnp.min(jnp.where(member, y, jnp.inf), axis=1)
+    estimate, error = (row[0] for row in _delta_and_error(own, varies[None, :]))
+    influence = jnp.where(member, g - estimate[:, None] * d**2, 0.0)
+    square = jnp.sum(influence**2, axis=1)
+    skewed = jnp.sum(influence**3, axis=1) / jnp.where(square > 0, 6.0 * square**1.5, 1.0)
+    return Resampled(estimate, error, skewed, samples, sample_errors)
+
+
+def _delta_and_error(sums: jax.Array, defined: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Delta R2 and its standard error from (9, B, C) sums of the columns of ``resample_gain``."""
+    drawn, d1, d2, d3, d4, g1, gd, gd2, g2 = sums
+    n = jnp.maximum(drawn, 1.0)
+    m = d1 / n
+    ss_total = jnp.where(defined, d2 - d1 * m, 1.0)
+    delta = g1 / ss_total
+    fourth = d4 - 4.0 * m * d3 + 6.0 * m**2 * d2 - 3.0 * m**3 * d1  # sum of (d - m)^4, as n m = d1
+    cross = gd2 - 2.0 * m * gd + m**2 * g1  # sum of g (d - m)^2
+    error = jnp.sqrt(jnp.maximum(g2 - 2.0 * delta * cross + delta**2 * fourth, 0.0)) / ss_total
+    return jnp.where(defined, delta, jnp.nan), jnp.where(defined, error, jnp.nan)
 
 
 def _is_not_constant(y: jax.Array, member: jax.Array, counts: jax.Array) -> jax.Array:
@@ -183,3 +284,8 @@ def _is_not_constant(y: jax.Array, member: jax.Array, counts: jax.Array) -> jax.
 def _require_resamples(n_resamples: int) -> None:
     if n_resamples < 1:
         raise InputError(f"n_resamples is {n_resamples}, expected at least 1")
+
+
+def _require_finite(name: str, array: AnyArray) -> None:
+    if not isinstance(array, jax.core.Tracer) and not np.isfinite(np.asarray(array)).all():
+        raise InputError(f"{name} holds {int((~np.isfinite(np.asarray(array))).sum())} values that are not finite")
