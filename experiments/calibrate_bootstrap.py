@@ -23,7 +23,7 @@ from jax import lax
 from matplotlib.figure import Figure
 
 from experiments.command_line import Stages, console, run_command
-from experiments.gate_sweep import CODE_OF_GATES, stars_of
+from experiments.gate_sweep import CODE_OF_GATES, training_stars
 from experiments.prepare import Prepared, draw_keys, prepare
 from experiments.replicate import CONVERGED
 from experiments.study import StudyConfig, command_of, describe_run, output_folder, table_markdown, write_results
@@ -119,7 +119,7 @@ def simulate_population(config: CalibrateConfig, prepared: Prepared, stages: Sta
             (LinearGate(), config.gate, PROTOCOLS[0], 0.2),
         )
         for i, (gate, gate_config, protocol, fraction) in enumerate(settings):
-            stars = stars_of(config, prepared, protocol, fraction)
+            stars = training_stars(config, prepared, protocol, fraction)
             x, yhat, y = map(jnp.asarray, (stars.features, stars.predictions, stars.log_g))
             fit = fit_gate(jax.random.fold_in(keys.gates, i), gate, x, yhat, y, gate_config, logistic=logistic)
             fits.append((gate, fit.params))

@@ -160,6 +160,11 @@ class Prepared(NamedTuple):
     model: FeatureModel
     classifier: ClassifierFit
 
+    @property
+    def n_covered(self) -> int:
+        """Training stars that have an expert."""
+        return int(np.sum(np.asarray(self.train.cell) >= 0))
+
     def gate_stars(self) -> Stars:
         """The covered training stars with cross-fitted expert predictions: what a regression gate is trained on."""
         train = self.train

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from experiments.command_line import Stages, console, run_command
+from experiments.gate_sweep import training_stars
 from experiments.prepare import Prepared, draw_keys, prepare
 from experiments.study import StudyConfig, command_of, describe_run, output_folder, write_results
 from moe_jax import figures
@@ -99,11 +100,8 @@ class Results(NamedTuple):
 def fit_regression_gates(config: RegressGateConfig, prepared: Prepared) -> dict[Method, GateFit]:
     """The MLP and the linear regression gate by both protocols."""
     keys = draw_keys(config.seed)
-    train, cross_fitted = prepared.train, prepared.gate_stars()
-    covered = np.flatnonzero(np.asarray(train.cell) >= 0)
-    n_in_sample = max(round(config.in_sample_fraction * len(covered)), 2)
-    drawn = jax.random.permutation(keys.in_sample, covered)[:n_in_sample]
-    stars = {"in-sample": train.select(drawn), "cross-fitted": cross_fitted}
+    fractions = dict(zip(PROTOCOLS, (config.in_sample_fraction, 1.0), strict=True))
+    stars = {protocol: training_stars(config, prepared, protocol, fraction) for protocol, fraction in fractions.items()}
     fits = {}
     for i, method in enumerate(REGRESSION_GATES):
         x, yhat, y = (getattr(stars[method.protocol], name) for name in ("features", "predictions", "log_g"))
@@ -156,7 +154,7 @@ def run(config: RegressGateConfig, stages: Stages) -> Results:
             log_g=test.log_g,
             cell=test.cell,
             prepared=prepared,
-            n_covered_train=int(np.sum(np.asarray(prepared.train.cell) >= 0)),
+            n_covered_train=prepared.n_covered,
         )
 
 

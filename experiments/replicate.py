@@ -12,20 +12,19 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
 import matplotlib.ticker
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.command_line import Stages, run_command
-from experiments.gate_sweep import Sweep, cached_sweep, gate_keys, stars_of, train_gates
+from experiments.gate_sweep import GateRun, run_gates
 from experiments.prepare import Prepared, prepare_each
 from experiments.study import StudyConfig, command_of, describe_run, interval, output_folder, table_markdown, write_results
 from moe_jax.arrays import InputError
 from moe_jax.evaluation import PROTOCOLS
 from moe_jax.figures import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure
-from moe_jax.gates import Gate, LinearGate, MLPGate
+from moe_jax.gates import LinearGate, MLPGate
 from moe_jax.optimize import GateConfig
 from moe_jax.routing import route_soft
 from moe_jax.variance import SOURCES, VarianceComponents, variance_components
@@ -78,14 +77,14 @@ PRESETS = {
 }
 
 
-def gates_of(config: ReplicateConfig) -> dict[str, tuple[Gate, GateConfig, str, float]]:
-    """Gate, its training, protocol and part of the stars, by the name in the tables."""
+def gates_of(config: ReplicateConfig) -> dict[str, GateRun]:
+    """The gates by the name in the tables; from the logistic regression to the optimum on all stars, nothing is drawn."""
     mlp, linear = MLPGate(config.hidden), LinearGate()
     return {
-        "MLP, in-sample 20 %": (mlp, config.gate, PROTOCOLS[0], 0.2),
-        "MLP, cross-fitted": (mlp, config.gate, PROTOCOLS[1], 1.0),
-        "linear, in-sample 20 %": (linear, config.gate, PROTOCOLS[0], 0.2),
-        "linear, cross-fitted, converged": (linear, CONVERGED, PROTOCOLS[1], 1.0),
+        "MLP, in-sample 20 %": GateRun(mlp, config.gate, PROTOCOLS[0], 0.2, config.n_seeds),
+        "MLP, cross-fitted": GateRun(mlp, config.gate, n_seeds=config.n_seeds),
+        "linear, in-sample 20 %": GateRun(linear, config.gate, PROTOCOLS[0], 0.2, config.n_seeds),
+        "linear, cross-fitted, converged": GateRun(linear, CONVERGED, n_seeds=1),
     }
 
 
@@ -103,22 +102,8 @@ def repeat_once(config: ReplicateConfig, prepared: Prepared) -> dict[str, np.nda
     baseline = route_soft(LinearGate().apply(prepared.classifier.params, test.features), test.predictions)
     y, baseline64 = np.asarray(test.log_g, np.float64), np.asarray(baseline, np.float64)
     values = {}
-    for stream, (name, (gate, gate_config, protocol, fraction)) in enumerate(gates_of(config).items()):
-        # From the logistic regression to the optimum on all stars, nothing is drawn.
-        n_seeds = 1 if gate_config == CONVERGED else config.n_seeds
-        settings = {"replicate": dataclasses.asdict(gate_config), "gate": repr(gate), "protocol": protocol, "stars": fraction}
-        keys = gate_keys(config, n_seeds, stream)
-
-        def compute(
-            keys: jax.Array = keys,
-            gate: Gate = gate,
-            gate_config: GateConfig = gate_config,
-            protocol: str = protocol,
-            fraction: float = fraction,
-        ) -> Sweep:
-            return train_gates(keys, prepared, stars_of(config, prepared, protocol, fraction), gate, gate_config)
-
-        sweep = cached_sweep(config, settings | {"n_seeds": n_seeds, "stream": stream}, compute)
+    for name, run in gates_of(config).items():
+        sweep = run_gates(config, prepared, run)
         delta = delta_r2(y, np.asarray(sweep.predictions, np.float64), baseline64, config.n_sets)
         values[name] = np.broadcast_to(delta, (config.n_seeds, config.n_sets))
     return values

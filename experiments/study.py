@@ -8,7 +8,7 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,10 +21,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.cache import DEFAULT_FOLDER, Cache
-from experiments.command_line import console
+from experiments.command_line import Stages, console
 from experiments.prepare import DataConfig
 from moe_jax.arrays import InputError
-from moe_jax.figures import save_figure
+from moe_jax.bootstrap import DEFAULT_METHOD
+from moe_jax.figures import interval_plot, save_figure
 from moe_jax.files import atomic_folder
 from moe_jax.report import markdown_table
 
@@ -144,6 +145,58 @@ def write_results(
 
 def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray | np.generic | jax.Array) else str(value)
+
+
+def write_variants(
+    experiment: str,
+    title: str,
+    config: StudyConfig,
+    presets: Mapping[str, Any],
+    stages: Stages,
+    table: pd.DataFrame,
+    *,
+    setup: str,
+    against: str,
+    groups: Sequence[str] | None = None,
+    sections: Sequence[str] = (),
+    tables: Mapping[str, pd.DataFrame] | None = None,
+    found: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes the results of an experiment that compares variants with one baseline: table, figure, report.md, run.json.
+
+    Args:
+        experiment: name of its module.
+        title: of the report.
+        config: of the run.
+        presets: of the experiment.
+        stages: timed.
+        table: of ``moe_jax.evaluation.compare_variants``, with any further columns.
+        setup: what was compared on what, in the report.
+        against: name of the baseline.
+        groups: kind of each variant, for colours.
+        sections: Markdown after the table.
+        tables: further tables to write.
+        found: further fields of run.json.
+    """
+    command = command_of(experiment, config, presets)
+    label = f"$\\Delta R^2$ against {against}, {100 * config.confidence_level:g} % intervals"
+    figure = interval_plot(list(table["variant"]), table["delta_r2"], table["low"], table["high"], label, groups=groups)
+    shown = table.drop(columns=["standard_error", "low", "high"]).rename(columns={"delta_r2": f"delta R2 against {against}"})
+    shown[f"delta R2 against {against}"] = [interval(row["delta_r2"], row["low"], row["high"]) for row in table.to_dict("records")]
+    intervals = (
+        f"Intervals: {100 * config.confidence_level:g} %, {DEFAULT_METHOD} bootstrap over the test stars "
+        f"({config.n_resamples:,} resamples) of the mean over seeds; they speak of other test stars only."
+    )
+    text = [f"# {title}", f"Made by `{command}`.", setup, table_markdown(shown, _FORMATS), intervals]
+    report = "\n\n".join([*text, "![Differences of R2](delta_r2.png)", *sections]) + "\n"
+    run = describe_run(command, config, stages.seconds, **(found or {}))
+    for row in table.to_dict("records"):
+        estimate = interval(row["delta_r2"], row["low"], row["high"])
+        console.print(f"{row['variant']:<56} R2 {row['r2']:.4f}  {estimate}", highlight=False)
+    write_results(output_folder(config, experiment), {"variants": table, **(tables or {})}, {"delta_r2": figure}, report, run)
+
+
+_FORMATS = {"gradient_norm": ".1e", "loss": ".5f", "validation_loss": ".5f", "best_epoch": ".0f", "converged": ".0%"}
 
 
 def table_markdown(table: pd.DataFrame, formats: Mapping[str, str] | None = None) -> str:

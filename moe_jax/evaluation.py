@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,8 +10,9 @@ import pandas as pd
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from moe_jax.arrays import AnyArray
-from moe_jax.bootstrap import Bootstrap, bootstrap_delta_r2
+from moe_jax.bootstrap import DEFAULT_METHOD, Bootstrap, bootstrap_delta_r2, bootstrap_gain
 from moe_jax.cells import CELL_NAMES, N_CELLS
+from moe_jax.intervals import IntervalMethod
 from moe_jax.metrics import mae, r2_by_group, r2_score, retention, rmse
 
 
@@ -90,6 +91,7 @@ def compare(
     pairs: Sequence[Pair] = PAIRS,
     n_resamples: int = 1000,
     confidence_level: float = 0.95,
+    method: IntervalMethod = DEFAULT_METHOD,
 ) -> dict[Pair, Bootstrap]:
     """Bootstraps Delta R2 of each pair, overall and by cell, all on the same resamples of stars."""
     return {
@@ -100,6 +102,7 @@ def compare(
             predictions[pair.baseline],
             n_resamples=n_resamples,
             confidence_level=confidence_level,
+            method=method,
             groups=cell,
             n_groups=N_CELLS,
         )
@@ -146,6 +149,55 @@ def bootstrap_table(comparisons: dict[Pair, Bootstrap]) -> pd.DataFrame:
                 "estimate": float(bootstrap.estimate),
                 "n_resamples": len(samples),
                 "n_undefined": int(bootstrap.n_undefined),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def compare_variants(
+    key: PRNGKeyArray,
+    y: Float[AnyArray, " N"],
+    variants: Mapping[str, Float[AnyArray, "S N"]],
+    baseline: Float[AnyArray, "S N"],
+    *,
+    n_resamples: int = 1000,
+    confidence_level: float = 0.95,
+    method: IntervalMethod = DEFAULT_METHOD,
+) -> pd.DataFrame:
+    """R2 of variants that were trained with several seeds, and the mean difference from a baseline with its interval.
+
+    The interval is the paired bootstrap over stars of the mean over seeds; all variants see the same resamples.
+
+    Args:
+        key: random key.
+        y: target.
+        variants: predictions by seed and star, by name.
+        baseline: likewise; its number of seeds may be another.
+        n_resamples: B.
+        confidence_level: of the intervals.
+        method: of the intervals.
+    """
+    y64 = np.asarray(y, np.float64)
+
+    def squared_error(predictions: AnyArray) -> np.ndarray:
+        error: np.ndarray = np.mean((y64[None, :] - np.asarray(predictions, np.float64)) ** 2, axis=0)
+        return error
+
+    reference, rows = squared_error(baseline), []
+    for name, predictions in variants.items():
+        gain = (reference - squared_error(predictions)).astype(np.asarray(y).dtype)
+        bootstrap = bootstrap_gain(key, y, gain, n_resamples=n_resamples, confidence_level=confidence_level, method=method)
+        r2 = [float(r2_score(y, prediction)) for prediction in np.asarray(predictions)]
+        rows.append(
+            {
+                "variant": name,
+                "n_seeds": len(r2),
+                "r2": np.mean(r2),
+                "r2_sd_over_seeds": np.std(r2, ddof=1) if len(r2) > 1 else np.nan,
+                "delta_r2": float(bootstrap.estimate),
+                "low": float(bootstrap.low),
+                "high": float(bootstrap.high),
+                "standard_error": float(bootstrap.standard_error),
             }
         )
     return pd.DataFrame(rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from moe_jax.evaluation import CLASSIFY, PROTOCOLS, Method, Pair
 from moe_jax.optimize import GateFit
 
 BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#E69F00", "#009E73", "#999999", "#000000"
+_KIND_COLORS = (BLUE, ORANGE, GREEN, BLACK, "#CC79A7")
+_KIND_MARKERS = ("o", "s", "D", "^", "v")
 COLORS = {"classify": BLACK, "regress_mlp": BLUE, "regress_linear": ORANGE}
 MARKERS = {"in-sample": "o", "cross-fitted": "s", "": "D"}
 TITLES = {
@@ -84,6 +86,34 @@ def r2_comparison(overall: pd.DataFrame, published: Mapping[str, Any]) -> Figure
     ax.margins(x=0.08)
     ax.set_xlabel("$R^2$ of log g, covered test stars\n(dotted: classification gate)")
     ax.legend(loc="lower left", fontsize=8)
+    return fig
+
+
+def interval_plot(
+    names: Sequence[str],
+    estimate: Float[AnyArray, " V"],
+    low: Float[AnyArray, " V"],
+    high: Float[AnyArray, " V"],
+    xlabel: str,
+    *,
+    reference: float = 0.0,
+    groups: Sequence[str] | None = None,
+) -> Figure:
+    """Estimates with intervals, one line each from top to bottom; names of one group share colour and marker."""
+    groups = [""] * len(names) if groups is None else groups
+    kinds = list(dict.fromkeys(groups))
+    fig, ax = new_figure(figsize=(8.0, 1.4 + 0.27 * len(names)))
+    estimate, low, high = (np.asarray(array, float) for array in (estimate, low, high))
+    for kind, color, marker in zip(kinds, _KIND_COLORS * 3, _KIND_MARKERS * 3, strict=False):
+        rows = np.array([i for i, group in enumerate(groups) if group == kind])
+        bars = _errors(estimate[rows], low[rows], high[rows])
+        ax.errorbar(estimate[rows], rows, xerr=bars, fmt=marker, color=color, capsize=3, ms=5, label=kind or None)
+    ax.axvline(reference, color=BLACK, lw=0.8, ls="--")
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.set_xlabel(xlabel)
+    if len(kinds) > 1:
+        fig.legend(fontsize=8, ncols=min(len(kinds), 4), loc="outside upper center")
     return fig
 
 

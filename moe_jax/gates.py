@@ -72,13 +72,18 @@ class _FlaxGate:
 
     def apply(self, params: Params, features: Float[AnyArray, "N F"]) -> Float[jax.Array, "N K"]:
         """Weights of the experts for each star: the softmax of the network's logits, positive, sum 1."""
-        return _apply(self, params, features)
+        return jax.nn.softmax(_logits(self, params, features), axis=-1)
+
+    def logits(self, params: Params, features: Float[AnyArray, "N F"]) -> Float[jax.Array, "N K"]:
+        """What the network gives before the softmax."""
+        return _logits(self, params, features)
 
 
 @functools.partial(jax.jit, static_argnames="gate")
-def _apply(gate: _FlaxGate, params: Params, features: jax.Array) -> jax.Array:
+def _logits(gate: _FlaxGate, params: Params, features: jax.Array) -> jax.Array:
     network = nnx.merge(_graph(gate, features.shape[-1], params["head"]["bias"].shape[-1]), params)
-    return jax.nn.softmax(network(features), axis=-1)
+    logits: jax.Array = network(features)
+    return logits
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from moe_jax.arrays import AnyArray, InputError, require_same_length
@@ -43,6 +44,13 @@ def route_fallback(
     require_same_length(weights=weights, global_prediction=global_prediction)
     unsure = jnp.max(jnp.asarray(weights), axis=1) < threshold
     return jnp.where(unsure, global_prediction, route_soft(weights, expert_predictions))
+
+
+@jax.jit
+def sharpen(weights: Float[AnyArray, "N K"], temperature: ArrayLike) -> Float[jax.Array, "N K"]:
+    """Weights at another temperature, proportional to weights^(1 / temperature): sharper below 1, more uniform above."""
+    weights = jnp.asarray(weights)
+    return jax.nn.softmax(jnp.log(jnp.maximum(weights, jnp.finfo(weights.dtype).tiny)) / temperature, axis=1)
 
 
 @jax.jit

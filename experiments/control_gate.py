@@ -1,0 +1,170 @@
+"""What does a mixture gain that a simpler use of the same information does not?
+
+python -m experiments.control_gate                  about 6 min on 2 cores
+python -m experiments.control_gate --preset smoke   small; about a minute
+
+Results go to results/control_gate/PRESET.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from sklearn.ensemble import HistGradientBoostingRegressor
+
+from experiments.command_line import Stages, run_command
+from experiments.gate_sweep import GateRun, gate_keys, run_gates, train_gates
+from experiments.prepare import Prepared, Stars, draw_keys, prepare
+from experiments.replicate import CONVERGED
+from experiments.study import StudyConfig, output_folder, table_markdown, write_variants
+from moe_jax.cells import CELL_NAMES
+from moe_jax.controls import fit_mlp_regressor, fit_temperature, predict_mlp_regressor, simplex_weights
+from moe_jax.evaluation import compare_variants
+from moe_jax.gates import LinearGate, MLPGate
+from moe_jax.optimize import GateConfig
+from moe_jax.ridge import cross_validate_ridge, fit_ridge, predict_ridge, select_alpha
+from moe_jax.routing import route_soft, sharpen
+
+VANISHING = 0.01
+"""An expert whose mean weight is below this is flagged."""
+
+
+@dataclass(frozen=True)
+class ControlConfig(StudyConfig):
+    """The controls."""
+
+    preset: Literal["default", "smoke"] = "default"
+    """What the other options start from."""
+    n_seeds: int = 4
+    """Networks of each kind."""
+    network: GateConfig = dataclasses.field(default_factory=lambda: GateConfig(epochs=500, patience=30))
+    """Training of all networks, gates and controls alike."""
+    stack_alphas: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
+    """Ridge penalties of the stacked ridges to choose from."""
+
+
+PRESETS = {
+    "default": ControlConfig(),
+    "smoke": ControlConfig(
+        preset="smoke",
+        n_train=1_200,
+        n_test=1_200,
+        alphas=(1.0,),
+        global_alphas=(10.0,),
+        C_grid=(10.0,),
+        n_seeds=2,
+        network=GateConfig(epochs=5),
+    ),
+}
+
+
+def fit_controls(config: ControlConfig, prepared: Prepared, stages: Stages) -> dict[str, np.ndarray]:
+    """Predictions of each control for the covered test stars, by seed."""
+    train, test = prepared.gate_stars(), prepared.test.covered()
+    y = jnp.asarray(train.log_g)
+    keys = gate_keys(config, config.n_seeds)
+    found: dict[str, np.ndarray] = {}
+
+    def keep(name: str, prediction: object) -> None:
+        found[name] = np.atleast_2d(np.asarray(prediction))
+
+    constant = simplex_weights(train.predictions, train.log_g)
+    keep("constant weights (simplex least squares)", np.asarray(test.predictions) @ constant.astype(np.float32))
+    params = prepared.classifier.params
+    temperature = fit_temperature(LinearGate().apply(params, train.features), train.predictions, train.log_g)
+    sharpened = sharpen(LinearGate().apply(params, test.features), temperature)
+    keep(f"classification gate at temperature {temperature:.2f}", route_soft(sharpened, test.predictions))
+    inputs = {"features": ("features",), "features + expert predictions": ("features", "predictions")}
+    folds = np.arange(len(y)) % config.n_folds  # the stars are in random order
+    for name, columns in inputs.items():
+        x, x_test = (jnp.concatenate([jnp.asarray(getattr(s, c)) for c in columns], axis=1) for s in (train, test))
+        with stages(f"controls from {name}"):
+            alphas = jnp.array(config.stack_alphas)
+            alpha = select_alpha(alphas, cross_validate_ridge(x, y, alphas, folds).mse).alpha
+            keep(f"ridge on {name}", predict_ridge(fit_ridge(x, y, alpha), x_test))
+
+            networks = jax.vmap(lambda key, x=x: fit_mlp_regressor(key, x, y, hidden=config.hidden, config=config.network)[0])
+            keep(f"MLP on {name}", jax.vmap(lambda model, x=x_test: predict_mlp_regressor(model, x))(networks(keys)))
+            boosted = HistGradientBoostingRegressor(random_state=config.seed).fit(np.asarray(x), np.asarray(y))
+            keep(f"gradient boosting on {name}", boosted.predict(np.asarray(x_test)).astype(np.float32))
+    with stages("gate on permuted features"):
+        key_train, key_test = jax.random.split(draw_keys(config.seed).in_sample)
+        mixed_train, mixed_test = _permute(key_train, train), _permute(key_test, test)
+        sweep = train_gates(keys, params, mixed_train, mixed_test, MLPGate(config.hidden), config.network)
+        keep("MLP gate on permuted features", sweep.predictions)
+    return found
+
+
+def _permute(key: jax.Array, stars: Stars) -> Stars:
+    """Gives each star the features of another."""
+    return stars._replace(features=jax.random.permutation(key, jnp.asarray(stars.features), axis=0))
+
+
+def main(config: ControlConfig) -> pd.DataFrame:
+    """Fits all controls and writes the results."""
+    stages = Stages()
+    output_folder(config, "control_gate")
+    prepared = prepare(config.data, stages, config.cache)
+    test = prepared.test.covered()
+    classify = LinearGate().apply(prepared.classifier.params, test.features)
+    with stages("gates"):
+        mlp = run_gates(config, prepared, GateRun(MLPGate(config.hidden), config.network, n_seeds=config.n_seeds))
+        linear = run_gates(config, prepared, GateRun(LinearGate(), CONVERGED, n_seeds=1))
+    variants = {
+        "mixture, classification gate": np.asarray(route_soft(classify, test.predictions))[None, :],
+        "mixture, linear regression gate": linear.predictions,
+        "mixture, MLP regression gate": mlp.predictions,
+    }
+    n_mixtures = len(variants)
+    variants |= fit_controls(config, prepared, stages)
+    with stages("bootstrap"):
+        table = compare_variants(
+            draw_keys(config.seed).bootstrap,
+            test.log_g,
+            variants,
+            variants["mixture, MLP regression gate"],
+            n_resamples=config.n_resamples,
+            confidence_level=config.confidence_level,
+        )
+    weights = pd.DataFrame(
+        {
+            "cell": CELL_NAMES,
+            "classification gate": np.asarray(classify).mean(axis=0),
+            "linear regression gate": linear.mean_weights.mean(axis=0),
+            "MLP regression gate": mlp.mean_weights.mean(axis=0),
+            "MLP, lowest of the seeds": mlp.mean_weights.min(axis=0),
+        }
+    )
+    weights["vanishes"] = [
+        ", ".join(name for name in weights.columns[1:] if row[name] < VANISHING) for row in weights.to_dict("records")
+    ]
+    write_variants(
+        "control_gate",
+        "What the mixture gains over simpler uses of the same information",
+        config,
+        PRESETS,
+        stages,
+        table,
+        setup=f"All are fitted on the same {prepared.n_covered:,} covered training stars with cross-fitted expert predictions, and "
+        f"judged on {len(test.log_g):,} covered test stars. All networks have {config.hidden} hidden units and stop early on "
+        "held-out stars.",
+        against="the mixture with the MLP regression gate",
+        groups=["mixtures"] * n_mixtures + ["controls"] * (len(variants) - n_mixtures),
+        sections=[
+            "## Mean weight by expert, covered test stars",
+            table_markdown(weights, dict.fromkeys(weights.columns[1:5], ".3f")),
+            f"*vanishes*: gates whose mean weight of the expert is below {VANISHING:g}.",
+        ],
+        tables={"mean_weights": weights},
+    )
+    return table
+
+
+if __name__ == "__main__":
+    run_command(main, PRESETS, __doc__)

@@ -1,0 +1,129 @@
+"""What does it cost to train a gate on stars that its experts have seen? Four protocols, the same test stars.
+
+python -m experiments.measure_leakage                  4 seeds of each; about 4 min on 2 cores
+python -m experiments.measure_leakage --preset smoke   small; about a minute
+
+Results go to results/measure_leakage/PRESET.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
+
+from experiments.command_line import Stages, run_command
+from experiments.gate_sweep import GateRun, run_gates
+from experiments.prepare import draw_keys, prepare
+from experiments.replicate import CONVERGED
+from experiments.study import StudyConfig, interval, output_folder, table_markdown, write_variants
+from moe_jax.evaluation import PROTOCOLS, compare_variants
+from moe_jax.gates import Gate, LinearGate, MLPGate
+from moe_jax.optimize import GateConfig
+from moe_jax.routing import route_soft
+
+
+@dataclass(frozen=True)
+class LeakageConfig(StudyConfig):
+    """Protocols and gates."""
+
+    preset: Literal["default", "smoke"] = "default"
+    """What the other options start from."""
+    n_seeds: int = 4
+    """Gates of each kind."""
+    gate: GateConfig = dataclasses.field(default_factory=GateConfig)
+    """Of the MLP."""
+
+
+PRESETS = {
+    "default": LeakageConfig(),
+    "smoke": LeakageConfig(
+        preset="smoke",
+        n_train=1_200,
+        n_test=1_200,
+        alphas=(1.0,),
+        global_alphas=(10.0,),
+        C_grid=(10.0,),
+        n_seeds=2,
+        gate=GateConfig(epochs=5),
+    ),
+}
+FRACTIONS = {"20 %": 0.2, "all": 1.0}
+
+
+def main(config: LeakageConfig) -> pd.DataFrame:
+    """Trains all gates and writes the results."""
+    stages = Stages()
+    output_folder(config, "measure_leakage")
+    prepared = prepare(config.data, stages, config.cache)
+    kinds: dict[str, tuple[Gate, GateConfig]] = {
+        "MLP": (MLPGate(config.hidden), config.gate),
+        "linear, converged": (LinearGate(), CONVERGED),
+    }
+    runs = {
+        f"{kind}: {protocol} {part}": GateRun(gate, training, protocol, fraction, 1 if training == CONVERGED else config.n_seeds)
+        for kind, (gate, training) in kinds.items()
+        for protocol in PROTOCOLS
+        for part, fraction in FRACTIONS.items()
+    }
+    predictions = {}
+    with stages.steps("gates", len(runs)) as advance:
+        for name, run in runs.items():
+            predictions[name] = run_gates(config, prepared, run).predictions
+            advance()
+    test = prepared.test.covered()
+    baseline = route_soft(LinearGate().apply(prepared.classifier.params, test.features), test.predictions)[None, :]
+    compare = functools.partial(
+        compare_variants,
+        draw_keys(config.seed).bootstrap,
+        test.log_g,
+        n_resamples=config.n_resamples,
+        confidence_level=config.confidence_level,
+    )
+    table = compare(predictions, baseline)
+    pairs = []
+    for kind in kinds:
+        for better, worse in (
+            ("in-sample all", "in-sample 20 %"),
+            ("cross-fitted 20 %", "in-sample 20 %"),
+            ("cross-fitted all", "in-sample all"),
+            ("cross-fitted all", "cross-fitted 20 %"),
+            ("cross-fitted all", "in-sample 20 %"),
+        ):
+            ours, theirs = predictions[f"{kind}: {better}"], predictions[f"{kind}: {worse}"]
+            row = compare({better: ours}, theirs).iloc[0]
+            pairs.append(
+                {
+                    "gate": kind,
+                    "difference": f"{better} - {worse}",
+                    "delta_r2": row["delta_r2"],
+                    "low": row["low"],
+                    "high": row["high"],
+                }
+            )
+    differences = pd.DataFrame(pairs)
+    shown = differences[["gate", "difference"]].copy()
+    shown["delta R2"] = [interval(row["delta_r2"], row["low"], row["high"]) for row in pairs]
+    write_variants(
+        "measure_leakage",
+        "Leakage, measured",
+        config,
+        PRESETS,
+        stages,
+        table,
+        setup=f"Gates trained on 20 % or on all of {prepared.n_covered:,} covered training stars, with expert predictions that are "
+        f"in-sample (the experts had seen the stars) or cross-fitted (a star's own expert had not); the 20 % are the same stars. "
+        f"{len(test.log_g):,} covered test stars.",
+        against="the classification gate",
+        groups=[name.split(":")[0] for name in runs],
+        sections=["## Differences between protocols", table_markdown(shown)],
+        tables={"differences": differences},
+    )
+    return table
+
+
+if __name__ == "__main__":
+    run_command(main, PRESETS, __doc__)
