@@ -131,6 +131,7 @@ def main(config: ControlConfig) -> pd.DataFrame:
             variants["mixture, MLP regression gate"],
             n_resamples=config.n_resamples,
             confidence_level=config.confidence_level,
+            method=config.interval_method,
         )
     weights = pd.DataFrame(
         {

@@ -98,6 +98,7 @@ def main(config: ConvergeConfig) -> pd.DataFrame:
             baseline,
             n_resamples=config.n_resamples,
             confidence_level=config.confidence_level,
+            method=config.interval_method,
         )
     # The linear gate that starts at the classification gate and is fitted on all stars can only fall below its loss.
     classify_loss = {}

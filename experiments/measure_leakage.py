@@ -82,6 +82,7 @@ def main(config: LeakageConfig) -> pd.DataFrame:
         test.log_g,
         n_resamples=config.n_resamples,
         confidence_level=config.confidence_level,
+        method=config.interval_method,
     )
     table = compare(predictions, baseline)
     pairs = []

@@ -141,6 +141,7 @@ def run(config: RegressGateConfig, stages: Stages) -> Results:
             test.cell,
             n_resamples=config.n_resamples,
             confidence_level=config.confidence_level,
+            method=config.interval_method,
         )
         return Results(
             overall=overall_table(test.log_g, predictions),
@@ -233,7 +234,7 @@ def report_of(config: RegressGateConfig, results: Results) -> str:
     setup = (
         f"Data: {data}. Covered stars: {results.n_covered_train:,} to train, {len(results.star):,} to test. Noise level "
         f"{config.noise_level:g}, seed {config.seed}. {config.n_resamples:,} resamples of the test stars, "
-        f"{config.confidence_level:.0%} percentile intervals. Alpha by cross-validation: {alphas} (cells), "
+        f"{config.confidence_level:.0%} {config.interval_method} intervals. Alpha by cross-validation: {alphas} (cells), "
         f"{float(prepared.global_ridge.alpha):g} (global). Classification gate: C {prepared.classifier.C:g}, accuracy "
         f"{prepared.classifier.accuracy:.4f} (cross-validated), {test_accuracy(results):.4f} (test)."
     )

@@ -27,6 +27,7 @@ from moe_jax.arrays import InputError
 from moe_jax.bootstrap import DEFAULT_METHOD
 from moe_jax.figures import interval_plot, save_figure
 from moe_jax.files import atomic_folder
+from moe_jax.intervals import IntervalMethod
 from moe_jax.report import markdown_table
 
 
@@ -41,6 +42,8 @@ class StudyConfig(DataConfig):
     n_resamples: int = 1_000
     """Bootstrap resamples."""
     confidence_level: float = 0.95
+    interval_method: IntervalMethod = DEFAULT_METHOD
+    """Of the bootstrap intervals; "percentile" is the report's."""
     output_dir: Path | None = None
     """Where the results go; results/EXPERIMENT/PRESET by default."""
     cache_dir: Path = DEFAULT_FOLDER
@@ -180,11 +183,12 @@ def write_variants(
     """
     command = command_of(experiment, config, presets)
     label = f"$\\Delta R^2$ against {against}, {100 * config.confidence_level:g} % intervals"
-    figure = interval_plot(list(table["variant"]), table["delta_r2"], table["low"], table["high"], label, groups=groups)
+    estimate, low, high = (table[column].to_numpy() for column in ("delta_r2", "low", "high"))
+    figure = interval_plot(list(table["variant"]), estimate, low, high, label, groups=groups)
     shown = table.drop(columns=["standard_error", "low", "high"]).rename(columns={"delta_r2": f"delta R2 against {against}"})
     shown[f"delta R2 against {against}"] = [interval(row["delta_r2"], row["low"], row["high"]) for row in table.to_dict("records")]
     intervals = (
-        f"Intervals: {100 * config.confidence_level:g} %, {DEFAULT_METHOD} bootstrap over the test stars "
+        f"Intervals: {100 * config.confidence_level:g} %, {config.interval_method} bootstrap over the test stars "
         f"({config.n_resamples:,} resamples) of the mean over seeds; they speak of other test stars only."
     )
     text = [f"# {title}", f"Made by `{command}`.", setup, table_markdown(shown, _FORMATS), intervals]

@@ -47,6 +47,7 @@ from moe_jax.ridge import Ridge as Ridge
 from moe_jax.ridge import RidgeCV as RidgeCV
 from moe_jax.ridge import cross_validate_ridge as cross_validate_ridge
 from moe_jax.ridge import fit_ridge as fit_ridge
+from moe_jax.ridge import fit_weighted_ridge as fit_weighted_ridge
 from moe_jax.ridge import predict_ridge as predict_ridge
 from moe_jax.ridge import select_alpha as select_alpha
 from moe_jax.routing import route_fallback as route_fallback

@@ -83,13 +83,36 @@ def fit_ridge(x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alpha: ArrayL
     """
     require_same_length(x=x, y=y)
     _require_positive(alpha)
-    return _fit(jnp.asarray(x), jnp.asarray(y), alpha)
+    return _fit(jnp.asarray(x), jnp.asarray(y), alpha, jnp.ones(len(x)))
 
 
 @jax.jit
-def _fit(x: jax.Array, y: jax.Array, alpha: ArrayLike) -> Ridge:
-    centred = center(x, y, jnp.ones(len(x), x.dtype))
+def _fit(x: jax.Array, y: jax.Array, alpha: ArrayLike, root: jax.Array) -> Ridge:
+    centred = center(x, y, root.astype(x.dtype))
     return solve(centred, gram(centred.x), jnp.asarray(alpha, x.dtype))
+
+
+def fit_weighted_ridge(
+    x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], sample_weight: Float[AnyArray, " N"], alpha: ArrayLike
+) -> Ridge:
+    """Ridge regression of stars with weights: minimises sum_i s_i (y_i - x_i w - b)^2 + alpha |w|^2.
+
+    Args:
+        x: features.
+        y: target.
+        sample_weight: s_i, at least 0 and not all 0.
+        alpha: penalty, > 0.
+
+    Raises:
+        InputError: shapes that disagree, weights or an alpha out of range.
+    """
+    require_same_length(x=x, y=y, sample_weight=sample_weight)
+    _require_positive(alpha)
+    if not isinstance(sample_weight, jax.core.Tracer):
+        values = np.asarray(sample_weight)
+        if not (np.isfinite(values) & (values >= 0)).all() or not values.any():
+            raise InputError(f"sample_weight holds {values.min()} to {values.max()}, expected numbers >= 0, not all 0")
+    return _fit(jnp.asarray(x), jnp.asarray(y), alpha, jnp.sqrt(jnp.asarray(sample_weight)))
 
 
 @jax.jit
@@ -142,11 +165,11 @@ def select_alpha(alphas: Float[AnyArray, " A"], mse: Float[AnyArray, " A"]) -> A
 
 
 # What follows is shared with moe_jax.experts, which calls it on cells padded to a common size: `mask` is 1 for a star and
-# 0 for padding, and padded rows of x and y are 0 once they are centred.
+# 0 for padding (the root of the weight in a weighted fit), and padded rows of x and y are 0 once they are centred.
 
 
 class Centred(NamedTuple):
-    """Data with the mean of the unmasked rows removed."""
+    """Data with the mean removed, each row scaled by the root of its weight."""
 
     x: Float[jax.Array, "N P"]
     y: Float[jax.Array, " N"]
@@ -178,14 +201,18 @@ def is_dual(x: AnyArray) -> bool:
 
 
 def center(x: jax.Array, y: jax.Array, mask: jax.Array) -> Centred:
-    """Removes the means over the unmasked rows, and sets masked rows to 0."""
-    n = jnp.sum(mask)
+    """Removes the weighted means, and scales each row by ``mask``: the root of its weight, 1 for a star and 0 for padding.
+
+    With (x - mean) sqrt(s) and (y - mean) sqrt(s) for x and y, a weighted ridge is an unweighted one.
+    """
+    weight = mask**2
+    n = jnp.sum(weight)
     y = y.astype(x.dtype)
-    x_mean = matmul(mask[None, :], x)[0] / n
+    x_mean = matmul(weight[None, :], x)[0] / n
     # The mean is removed twice: what float32 left of it in the first pass is gone after the second.
-    x_centred = (x - x_mean[None, :]) * mask[:, None]
-    rest = matmul(mask[None, :], x_centred)[0] / n
-    y_mean = jnp.sum(y * mask) / n
+    x_centred = x - x_mean[None, :]
+    rest = matmul(weight[None, :], x_centred)[0] / n
+    y_mean = jnp.sum(y * weight) / n
     return Centred((x_centred - rest[None, :]) * mask[:, None], (y - y_mean) * mask, mask, x_mean + rest, y_mean)
 
 
@@ -229,7 +256,7 @@ def solve(data: Centred, gram_matrix: jax.Array, alpha: jax.Array) -> Ridge:
 
         def refine(_: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             a, coef = state
-            residual = (y - matmul(x, coef[:, None])[:, 0] - alpha * a) * mask
+            residual = y - matmul(x, coef[:, None])[:, 0] - alpha * a
             step = _cho_solve(factor, residual[:, None])
             return a + step[:, 0], coef + matmul(x.T, step)[:, 0]
 

@@ -51,7 +51,7 @@ def test_each_resample_against_scikit_learn(stars, x64):
 def test_interval_against_scipy(stars, x64):
     """The ends' Monte-Carlo errors are about 2 % of the interval at 10,000 resamples; 8 % is failed once in 10^4 runs."""
     y, prediction, baseline, _ = stars
-    ours = bootstrap_delta_r2(jax.random.key(1), y, prediction, baseline, n_resamples=10_000)
+    ours = bootstrap_delta_r2(jax.random.key(1), y, prediction, baseline, n_resamples=10_000, method="percentile")
 
     def delta(y, p, b, axis=-1):
         total = ((y - y.mean(axis=axis, keepdims=True)) ** 2).sum(axis=axis)
@@ -69,7 +69,9 @@ def test_interval_against_scipy(stars, x64):
 
 def test_interval_is_the_quantiles_of_the_samples(stars, x64):
     y, prediction, baseline, _ = stars
-    result = bootstrap_delta_r2(jax.random.key(1), y, prediction, baseline, n_resamples=500, confidence_level=0.9)
+    result = bootstrap_delta_r2(
+        jax.random.key(1), y, prediction, baseline, n_resamples=500, confidence_level=0.9, method="percentile"
+    )
     np.testing.assert_allclose([result.low, result.high], np.quantile(result.samples, [0.05, 0.95]), rtol=1e-12)
     assert result.samples.shape == (500,)
     assert result.group_samples.shape == (500, 0)
