@@ -19,7 +19,7 @@ from moe_jax.arrays import AnyArray
 from moe_jax.evaluation import PROTOCOLS
 from moe_jax.gates import Gate
 from moe_jax.optimize import GateConfig, Hyper, Params
-from moe_jax.routing import route_soft
+from moe_jax.routing import route_soft, sharpen
 from moe_jax.training import fit_gate, mixture_loss
 
 CODE_OF_GATES = [*CODE, *package_files("gates.py", "optimize.py", "training.py", "routing.py"), Path(__file__)]
@@ -90,6 +90,7 @@ def train_gates(
     *,
     hyper: Hyper | None = None,
     mask: AnyArray | None = None,
+    temperature: AnyArray | None = None,
 ) -> Sweep:
     """Trains a gate for each key, and applies them to test stars.
 
@@ -102,35 +103,36 @@ def train_gates(
         gate_config: how they are trained.
         hyper: (S,) each; replaces the numbers of ``gate_config``.
         mask: (S, F) factor on the features; 0 takes a feature away.
+        temperature: (S,) at which the trained weights are used on the test stars.
     """
     n_seeds, n_features = len(keys), test.features.shape[1]
     mask = jnp.ones((n_seeds, n_features)) if mask is None else jnp.asarray(mask)
+    temperature = jnp.ones(n_seeds) if temperature is None else jnp.asarray(temperature)
     train = tuple(map(jnp.asarray, (stars.features, stars.predictions, stars.log_g)))
     seen = tuple(map(jnp.asarray, (test.features, test.predictions)))
     parts = []
     for i in range(0, n_seeds, SEEDS_AT_ONCE):
         part = slice(i, i + SEEDS_AT_ONCE)
         own = jax.tree.map(lambda values, part=part: jnp.asarray(values)[part], hyper)
-        parts.append(_train_at_once(keys[part], own, mask[part], train, seen, logistic, gate, gate_config))
+        each = (keys[part], own, mask[part], temperature[part])
+        parts.append(_train_at_once(each, train, seen, logistic, gate, gate_config))
     sweep: Sweep = jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *parts)
     return sweep
 
 
 @functools.partial(jax.jit, static_argnames=("gate", "config"))
 def _train_at_once(
-    keys: jax.Array,
-    hyper: Hyper | None,
-    mask: jax.Array,
+    each: tuple[jax.Array, Hyper | None, jax.Array, jax.Array],
     train: tuple[jax.Array, ...],
     test: tuple[jax.Array, ...],
     logistic: Params,
     gate: Gate,
     config: GateConfig,
 ) -> Sweep:
-    def one(key: jax.Array, hyper: Hyper | None, mask: jax.Array) -> Sweep:
+    def one(key: jax.Array, hyper: Hyper | None, mask: jax.Array, temperature: jax.Array) -> Sweep:
         features, predictions, y = train
         fit = fit_gate(key, gate, features * mask[None, :], predictions, y, config, logistic=logistic, hyper=hyper)
-        weights = gate.apply(fit.params, test[0] * mask[None, :])
+        weights = sharpen(gate.apply(fit.params, test[0] * mask[None, :]), temperature)
         n_run = jnp.sum(jnp.isfinite(fit.train_loss))
         return Sweep(
             predictions=route_soft(weights, test[1]),
@@ -144,4 +146,4 @@ def _train_at_once(
             converged=fit.converged,
         )
 
-    return jax.vmap(one)(keys, hyper, mask)
+    return jax.vmap(one)(*each)

@@ -56,6 +56,8 @@ class DataConfig:
     """Factor on the errors of training and test spectra."""
     label_sampling: LabelSampling = "lattice"
     """How simulated labels are drawn."""
+    test_sampling: LabelSampling | None = None
+    """Likewise for the test stars; as for the training stars by default."""
     train_file: Path | None = None
     """HDF5 survey to train on, instead of a simulated one."""
     test_file: Path | None = None
@@ -194,7 +196,8 @@ def load_surveys(config: DataConfig) -> tuple[Survey, Survey]:
     if config.train_file is None or config.test_file is None:
         test_keys = draw_keys(config.seed if config.test_seed is None else config.test_seed)
         train = simulate_survey(draw_keys(config.seed).train, config.n_train, label_sampling=config.label_sampling)
-        return train, simulate_survey(test_keys.test, config.n_test, label_sampling=config.label_sampling)
+        sampling = config.test_sampling or config.label_sampling
+        return train, simulate_survey(test_keys.test, config.n_test, label_sampling=sampling)
     train, test = load_survey(config.train_file, config.n_train), load_survey(config.test_file, config.n_test)
     for path, survey in ((config.train_file, train), (config.test_file, test)):
         line_pixels(survey.wave, f"{path}: {WAVE_FIELD}")
@@ -262,7 +265,7 @@ def _no_ridge(n_stars: int, n_pixels: int) -> CrossValidatedRidge:
 
 def _stars_of(config: DataConfig) -> DataConfig:
     """The part of a configuration on which its surveys depend."""
-    names = ("n_train", "n_test", "label_sampling", "train_file", "test_file", "seed", "test_seed")
+    names = ("n_train", "n_test", "label_sampling", "test_sampling", "train_file", "test_file", "seed", "test_seed")
     return DataConfig(**{name: getattr(config, name) for name in names})
 
 

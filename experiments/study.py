@@ -195,8 +195,8 @@ def write_variants(
     report = "\n\n".join([*text, "![Differences of R2](delta_r2.png)", *sections]) + "\n"
     run = describe_run(command, config, stages.seconds, **(found or {}))
     for row in table.to_dict("records"):
-        estimate = interval(row["delta_r2"], row["low"], row["high"])
-        console.print(f"{row['variant']:<56} R2 {row['r2']:.4f}  {estimate}", highlight=False)
+        difference = interval(row["delta_r2"], row["low"], row["high"])
+        console.print(f"{row['variant']:<56} R2 {row['r2']:.4f}  {difference}", highlight=False)
     write_results(output_folder(config, experiment), {"variants": table, **(tables or {})}, {"delta_r2": figure}, report, run)
 
 

@@ -108,6 +108,7 @@ def minimize(
     data: tuple[Float[AnyArray, "N ..."], ...],
     config: GateConfig,
     hyper: Hyper | None = None,
+    validation: tuple[Float[AnyArray, "M ..."], ...] | None = None,
 ) -> GateFit:
     """Fits params to data by the objective; the params of the lowest validation loss are returned.
 
@@ -118,6 +119,7 @@ def minimize(
         data: arrays with N rows each.
         config: optimiser, stopping, held-out part.
         hyper: replaces the configuration's numbers; may hold tracers.
+        validation: held-out data, instead of a part that the key draws.
 
     Raises:
         InputError: too few stars for a training and a validation part.
@@ -126,19 +128,25 @@ def minimize(
         raise InputError(f"found {n_stars} stars, expected at least 2: one to train and one to validate")
     hyper = Hyper.of(config) if hyper is None else hyper
     shape = dataclasses.replace(config, learning_rate=1.0, weight_decay=0.0, entropy_penalty=0.0, init="random")
-    return _minimize(key, objective, params, tuple(map(jnp.asarray, data)), shape, hyper)
+    return _minimize(key, objective, params, tuple(map(jnp.asarray, data)), shape, hyper, validation)
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "config"))
 def _minimize(
-    key: jax.Array, objective: Objective, params: Params, data: tuple[jax.Array, ...], config: GateConfig, hyper: Hyper
+    key: jax.Array,
+    objective: Objective,
+    params: Params,
+    data: tuple[jax.Array, ...],
+    config: GateConfig,
+    hyper: Hyper,
+    given: tuple[jax.Array, ...] | None,
 ) -> GateFit:
     key_split, key_batches = jax.random.split(key)
     n_stars = len(data[0])
     held = config.validation_fraction > 0
-    n_validation = min(max(round(config.validation_fraction * n_stars), 1), n_stars - 1) if held else 0
+    n_validation = min(max(round(config.validation_fraction * n_stars), 1), n_stars - 1) if held and given is None else 0
     order = jax.random.permutation(key_split, n_stars)
-    validation = tuple(array[order[:n_validation]] for array in data)
+    validation = tuple(array[order[:n_validation]] for array in data) if given is None else given
     train = tuple(array[order[n_validation:]] for array in data)
     dtype = data[0].dtype
     hyper = Hyper(*(jnp.asarray(value, dtype) for value in hyper))

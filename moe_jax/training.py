@@ -57,6 +57,7 @@ def fit_gate(
     config: GateConfig | None = None,
     *,
     logistic: Params | None = None,
+    start: Params | None = None,
     hyper: Hyper | None = None,
 ) -> GateFit:
     """Trains a gate on the squared error of the mixture; the params of the lowest validation loss are kept.
@@ -75,6 +76,7 @@ def fit_gate(
         y: target (log g).
         config: ``GateConfig()`` by default.
         logistic: params of the classification gate, for ``init="logistic"``.
+        start: params to start from, instead of those that ``config.init`` names.
         hyper: replaces the learning rate and the penalties of ``config``; may hold tracers, to vmap over them.
 
     Raises:
@@ -83,12 +85,14 @@ def fit_gate(
     config = GateConfig() if config is None else config
     require_same_length(features=features, y=y)
     require_same_length(expert_predictions=expert_predictions, y=y)
-    if config.init == "logistic" and logistic is None:
+    if start is None and config.init == "logistic" and logistic is None:
         raise InputError("logistic is None, expected the params of a classification gate, as config.init is 'logistic'")
     features, expert_predictions, y = (jnp.asarray(array) for array in (features, expert_predictions, y))
     key_init, key_train = jax.random.split(key)
     params = _init(key_init, gate, features.shape[1], expert_predictions.shape[1], features.dtype)
-    if config.init == "logistic" and logistic is not None:
+    if start is not None:
+        params = start
+    elif config.init == "logistic" and logistic is not None:
         params = gate.from_linear(params, logistic)
     objective = MixtureObjective(gate, hyper is not None or config.entropy_penalty != 0)
     return minimize(key_train, objective, params, (features, expert_predictions, y.astype(features.dtype)), config, hyper)

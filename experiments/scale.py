@@ -1,0 +1,231 @@
+"""How do the methods scale with training stars and noise?
+
+python -m experiments.scale                  4,000 to 100,000 training stars x noise 0.1 to 1.0; about 40 min on 2 cores, 8 GiB
+python -m experiments.scale --preset smoke   small; about two minutes
+
+A run that was stopped goes on where it was, from the cache. Results go to results/scale/PRESET.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.command_line import Stages, console, run_command
+from experiments.gate_sweep import GateRun, run_gates
+from experiments.prepare import Prepared, draw_keys, prepare_each
+from experiments.replicate import CONVERGED
+from experiments.study import StudyConfig, command_of, describe_run, output_folder, table_markdown, write_results
+from moe_jax.arrays import InputError
+from moe_jax.bootstrap import paired_bootstrap
+from moe_jax.figures import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure
+from moe_jax.gates import LinearGate, MLPGate
+from moe_jax.metrics import r2_score
+from moe_jax.optimize import GateConfig
+from moe_jax.report import load_published
+from moe_jax.routing import route_hard, route_oracle, route_soft
+
+METHODS = ("global", "oracle", "hard", "soft", "MLP", "linear")
+STYLES = {
+    "global": (GREY, "v"),
+    "oracle": (GREEN, "^"),
+    "hard": ("#CC79A7", "x"),
+    "soft": (BLACK, "D"),
+    "MLP": (BLUE, "o"),
+    "linear": (ORANGE, "s"),
+}
+
+
+@dataclass(frozen=True)
+class ScaleConfig(StudyConfig):
+    """Numbers of stars and noise levels."""
+
+    preset: Literal["default", "smoke"] = "default"
+    """What the other options start from."""
+    n_trains: tuple[int, ...] = (4_000, 8_000, 16_000, 32_000, 100_000)
+    """Training stars."""
+    noise_levels: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0)
+    """Factors on the errors of training and test spectra."""
+    alphas: tuple[float, ...] = (0.1, 1.0, 10.0)
+    """Ridge penalties of the experts to choose from."""
+    global_alphas: tuple[float, ...] = (10.0, 100.0)
+    """Ridge penalties of the global ridge to choose from."""
+    n_seeds: int = 2
+    """MLP gates."""
+    gate: GateConfig = dataclasses.field(default_factory=GateConfig)
+    """Of the MLP."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("n_trains", "noise_levels"):
+            if not getattr(self, name):
+                raise InputError(f"{name} is empty, expected at least one")
+        if self.train_file is not None:
+            raise InputError("--train-file was given, expected none: surveys of several sizes are simulated")
+
+
+PRESETS = {
+    "default": ScaleConfig(),
+    "smoke": ScaleConfig(
+        preset="smoke",
+        n_test=1_200,
+        n_trains=(1_000, 2_000),
+        noise_levels=(0.2, 1.0),
+        alphas=(1.0, 10.0),
+        global_alphas=(10.0,),
+        C_grid=(10.0,),
+        gate=GateConfig(epochs=20),
+    ),
+}
+
+
+def score(config: ScaleConfig, prepared: Prepared) -> list[dict[str, float | str]]:
+    """R2 of each method, rho and Delta R2 against the soft classification gate, with bootstrap bands; one row each."""
+    mlp = run_gates(config, prepared, GateRun(MLPGate(config.hidden), config.gate, n_seeds=config.n_seeds))
+    linear = run_gates(config, prepared, GateRun(LinearGate(), CONVERGED, n_seeds=1))
+    test = prepared.test.covered()
+    weights = LinearGate().apply(prepared.classifier.params, test.features)
+    predictions = jnp.stack(
+        [
+            jnp.asarray(test.global_prediction),
+            route_oracle(test.cell, test.predictions),
+            route_hard(weights, test.predictions),
+            route_soft(weights, test.predictions),
+            *map(jnp.asarray, mlp.predictions),
+            jnp.asarray(linear.predictions[0]),
+        ],
+        axis=1,
+    )
+
+    def statistics(y: jax.Array, predictions: jax.Array) -> jax.Array:
+        """R2 of the six methods, then rho and Delta R2 of each; (3, 6)."""
+        each = jax.vmap(r2_score, in_axes=(None, 1))(y, predictions)
+        r2 = jnp.concatenate([each[:4], jnp.mean(each[4:-1], keepdims=True), each[-1:]])
+        return jnp.stack([r2, (r2 - r2[0]) / (r2[1] - r2[0]), r2 - r2[3]])
+
+    y = jnp.asarray(test.log_g)
+    estimate = jax.jit(statistics)(y, predictions)
+    samples = _bootstrap(draw_keys(config.seed).bootstrap, statistics, (y, predictions), config.n_resamples)
+    tail = 0.5 * (1 - config.confidence_level)
+    low, high = np.quantile(samples, [tail, 1 - tail], axis=0)
+    rows: list[dict[str, float | str]] = []
+    for j, method in enumerate(METHODS):
+        row: dict[str, float | str] = {"n_train": config.n_train, "noise_level": config.noise_level, "method": method}
+        for i, name in enumerate(("r2", "rho", "delta_r2")):
+            row |= {name: float(estimate[i, j]), f"{name}_low": low[i, j], f"{name}_high": high[i, j]}
+        rows.append(row)
+    return rows
+
+
+def _bootstrap(key: jax.Array, statistic: object, arrays: tuple[jax.Array, ...], n_resamples: int) -> np.ndarray:
+    """Bootstrap in parts, so that the resampled stars of all resamples need not be held at once."""
+    size = 50
+    keys = jax.random.split(key, -(-n_resamples // size))
+    once = jax.jit(lambda key: paired_bootstrap(key, statistic, arrays, size))  # type: ignore[arg-type]
+    return np.concatenate([np.asarray(once(key)) for key in keys])[:n_resamples]
+
+
+def draw_figures(table: pd.DataFrame, noise_levels: tuple[float, ...]) -> dict[str, Figure]:
+    """R2 and Delta R2 against the number of training stars, one panel for each noise level."""
+    drawn = {}
+    for name, label in (("r2", "$R^2$ of log g"), ("delta_r2", r"$\Delta R^2$ against the classification gate (soft)")):
+        shown = METHODS if name == "r2" else ("hard", "MLP", "linear")
+        fig, axes = new_figure(
+            1, len(noise_levels), figsize=(2.6 * len(noise_levels) + 0.6, 3.8), squeeze=False, sharey=name != "r2"
+        )
+        for ax, noise in zip(axes[0], noise_levels, strict=True):
+            for method in shown:
+                part = table[(table["method"] == method) & (table["noise_level"] == noise)]
+                color, marker = STYLES[method]
+                ax.fill_between(part["n_train"], part[f"{name}_low"], part[f"{name}_high"], color=color, alpha=0.15, lw=0)
+                ax.plot(part["n_train"], part[name], color=color, marker=marker, ms=4, lw=1.2, label=method)
+            if name == "delta_r2":
+                ax.axhline(0.0, color=BLACK, lw=0.8, ls="--")
+            ax.set_xscale("log")
+            ax.set_title(f"noise {noise:g}", fontsize=10)
+            ax.set_xlabel("training stars")
+        axes[0, 0].set_ylabel(label)
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, ncols=6, loc="outside upper center")
+        drawn[name] = fig
+    return drawn
+
+
+def report_of(config: ScaleConfig, command: str, table: pd.DataFrame, choices: pd.DataFrame) -> str:
+    """report.md."""
+    r2 = table.pivot(index=["noise_level", "n_train"], columns="method", values="r2")[list(METHODS)]
+    rho = table.pivot(index=["noise_level", "n_train"], columns="method", values="rho")[["soft", "MLP", "linear"]]
+    delta = table[table["method"].isin(("MLP", "linear"))].copy()
+    delta["delta R2 against soft"] = [
+        f"{row['delta_r2']:+.4f} [{row['delta_r2_low']:+.4f}, {row['delta_r2_high']:+.4f}]" for row in delta.to_dict("records")
+    ]
+    delta = delta.pivot(index=["noise_level", "n_train"], columns="method", values="delta R2 against soft")
+    plain = {"noise_level": "g"}
+    published = load_published()
+    large, million = published["n_train_100000"]["r2"], published["n_train_1000000_noise_1"]
+    sections = [
+        "# Training stars and noise",
+        f"Made by `{command}`.",
+        f"Cross-fitted gates: MLP (Adam, {config.gate.epochs} epochs, mean of {config.n_seeds} seeds), linear (converged). The "
+        f"test stars are the same {config.n_test:,} for all, those that the cells cover; they are observed at the noise of the "
+        f"training stars. Bands: {100 * config.confidence_level:g} % percentile bootstrap over test stars.",
+        "## R2",
+        table_markdown(r2.reset_index(), plain),
+        "![R2](r2.png)",
+        "## Delta R2 against the classification gate (soft)",
+        table_markdown(delta.reset_index(), plain),
+        "![Delta R2](delta_r2.png)",
+        "## Oracle-gain retention rho",
+        table_markdown(rho.reset_index(), plain),
+        f"The report at 100,000 training spectra and noise 0.2: soft {large['classify']:.4f}, MLP {large['regress_mlp']:.4f}, "
+        f"linear {large['regress_linear']:.4f}; at 1,000,000 and noise 1: global {million['global']:.4f}, "
+        f"oracle {million['oracle']:.4f}, soft {million['classify']:.4f}.",
+        "## Chosen penalties",
+        table_markdown(choices, plain | {"global_alpha": "g"}),
+        "At an edge: cells whose penalty lies at an end of the grid.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def main(config: ScaleConfig) -> pd.DataFrame:
+    """Runs all sizes and noise levels and writes the results."""
+    stages = Stages()
+    folder = output_folder(config, "scale")
+    configs = [
+        dataclasses.replace(config, n_train=n_train, noise_level=noise)
+        for n_train in config.n_trains
+        for noise in config.noise_levels
+    ]
+    rows, choices = [], []
+    with stages.steps("sizes and noise levels", len(configs)) as advance:
+        for one, prepared in zip(configs, prepare_each([c.data for c in configs], Stages(quiet=True), config.cache), strict=True):
+            rows += score(one, prepared)
+            choices.append(
+                {
+                    "noise_level": one.noise_level,
+                    "n_train": one.n_train,
+                    "cell_alphas": " ".join(f"{float(alpha):g}" for alpha in prepared.experts.alpha),
+                    "cells_at_edge": int(np.sum(np.asarray(prepared.experts.at_edge))),
+                    "global_alpha": float(prepared.global_ridge.alpha),
+                    "gate_accuracy": prepared.classifier.accuracy,
+                }
+            )
+            found = ", ".join(f"{row['method']} {row['r2']:.4f}" for row in rows[-len(METHODS) :])
+            console.print(f"{one.n_train:>7,} stars, noise {one.noise_level:g}: {found}", highlight=False)
+            advance()
+    table, chosen = pd.DataFrame(rows), pd.DataFrame(choices)
+    command = command_of("scale", config, PRESETS)
+    report = report_of(config, command, table, chosen)
+    run = describe_run(command, config, stages.seconds)
+    write_results(folder, {"scale": table, "choices": chosen}, draw_figures(table, config.noise_levels), report, run)
+    return table
+
+
+if __name__ == "__main__":
+    run_command(main, PRESETS, __doc__)
