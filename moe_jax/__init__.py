@@ -1,7 +1,8 @@
 """Mixtures of closed-form ridge experts for stellar spectra, and the gates that mix them.
 
 In the order of the data: ``survey`` (types, HDF5), ``simulate`` (model grid to survey), ``cells``, ``ridge``, ``experts``,
-``features``, ``gates``, ``training``, ``routing``, ``metrics``, ``bootstrap``, then ``evaluation``, ``figures``, ``report``.
+``features``, ``classifier``, ``gates``, ``optimize``, ``training``, ``routing``, ``controls``, ``joint``, ``metrics``,
+``bootstrap``, ``intervals``, ``variance``, then ``evaluation``, ``figures``, ``report``.
 
 Dimensions in docstrings and annotations: N stars, P pixels, K experts (or cells), F gate features, B bootstrap resamples,
 A alphas, E epochs, G groups, R components of the model grid.
@@ -10,11 +11,17 @@ A alphas, E epochs, G groups, R components of the model grid.
 from moe_jax.arrays import InputError as InputError
 from moe_jax.bootstrap import Bootstrap as Bootstrap
 from moe_jax.bootstrap import bootstrap_delta_r2 as bootstrap_delta_r2
+from moe_jax.bootstrap import bootstrap_gain as bootstrap_gain
 from moe_jax.bootstrap import paired_bootstrap as paired_bootstrap
 from moe_jax.cells import CELL_NAMES as CELL_NAMES
 from moe_jax.cells import assign_cells as assign_cells
+from moe_jax.cells import nearest_cells as nearest_cells
 from moe_jax.classifier import ClassifierFit as ClassifierFit
 from moe_jax.classifier import fit_classifier as fit_classifier
+from moe_jax.controls import fit_mlp_regressor as fit_mlp_regressor
+from moe_jax.controls import fit_temperature as fit_temperature
+from moe_jax.controls import predict_mlp_regressor as predict_mlp_regressor
+from moe_jax.controls import simplex_weights as simplex_weights
 from moe_jax.experts import CrossValidatedRidge as CrossValidatedRidge
 from moe_jax.experts import Experts as Experts
 from moe_jax.experts import assign_folds as assign_folds
@@ -33,6 +40,8 @@ from moe_jax.gates import linear_params as linear_params
 from moe_jax.grid import SpectralGrid as SpectralGrid
 from moe_jax.grid import interpolate_grid as interpolate_grid
 from moe_jax.grid import load_grid as load_grid
+from moe_jax.joint import backfit_mixture_experts as backfit_mixture_experts
+from moe_jax.joint import fit_mixture_experts as fit_mixture_experts
 from moe_jax.metrics import GroupScores as GroupScores
 from moe_jax.metrics import mae as mae
 from moe_jax.metrics import r2_by_group as r2_by_group
@@ -54,6 +63,7 @@ from moe_jax.routing import route_fallback as route_fallback
 from moe_jax.routing import route_hard as route_hard
 from moe_jax.routing import route_oracle as route_oracle
 from moe_jax.routing import route_soft as route_soft
+from moe_jax.routing import sharpen as sharpen
 from moe_jax.simulate import simulate_survey as simulate_survey
 from moe_jax.survey import Labels as Labels
 from moe_jax.survey import Survey as Survey
@@ -62,3 +72,5 @@ from moe_jax.survey import load_survey as load_survey
 from moe_jax.survey import save_survey as save_survey
 from moe_jax.training import fit_gate as fit_gate
 from moe_jax.training import mixture_loss as mixture_loss
+from moe_jax.variance import required_stars as required_stars
+from moe_jax.variance import variance_components as variance_components

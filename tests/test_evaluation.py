@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import r2_score
 
+from moe_jax import bootstrap_delta_r2
 from moe_jax.evaluation import (
     CLASSIFY,
     GLOBAL,
@@ -14,6 +15,7 @@ from moe_jax.evaluation import (
     bin_table,
     bootstrap_table,
     compare,
+    compare_variants,
     overall_table,
     verdict,
 )
@@ -69,3 +71,21 @@ def test_bootstrap(run):
 )
 def test_verdict(r2, low, expected):
     assert verdict(r2, 0.93, low) == expected
+
+
+def test_variants_of_several_seeds(rng):
+    """The mean over seeds of R2 by scikit-learn, and the bootstrap of the mean gain."""
+    y = rng.uniform(1, 5, 200)
+    variants = {"a": y + rng.normal(0, 0.3, (3, 200)), "b": y + rng.normal(0, 0.5, (1, 200))}
+    baseline = y + rng.normal(0, 0.4, (2, 200))
+    table = compare_variants(jax.random.key(0), y, variants, baseline, n_resamples=50, method="percentile").set_index("variant")
+    reference = np.mean([r2_score(y, p) for p in baseline])
+    for name, predictions in variants.items():
+        r2 = [r2_score(y, p) for p in predictions]
+        assert table.loc[name, "r2"] == pytest.approx(np.mean(r2), abs=1e-5)
+        assert table.loc[name, "delta_r2"] == pytest.approx(np.mean(r2) - reference, abs=1e-5)
+    assert table.loc["a", "r2_sd_over_seeds"] == pytest.approx(np.std([r2_score(y, p) for p in variants["a"]], ddof=1), abs=1e-5)
+    assert np.isnan(table.loc["b", "r2_sd_over_seeds"])
+    one = bootstrap_delta_r2(jax.random.key(0), y, variants["b"][0], baseline[0], n_resamples=50, method="percentile")
+    same = compare_variants(jax.random.key(0), y, {"b": variants["b"]}, baseline[:1], n_resamples=50, method="percentile")
+    np.testing.assert_allclose([same["low"][0], same["high"][0]], [one.low, one.high], atol=1e-5)

@@ -16,6 +16,7 @@ from experiments import make_survey, regress_gate
 from experiments.build_lte_grid import PRESETS as BUILD_PRESETS
 from experiments.command_line import Stages, parse_config
 from experiments.measure_interpolation import PRESETS as INTERPOLATION_PRESETS
+from experiments.prepare import load_surveys
 from moe_jax import InputError, load_survey
 from moe_jax.evaluation import METHODS
 from moe_jax.optimize import GateConfig
@@ -24,7 +25,13 @@ from moe_jax.survey import FLUX_FIELD, WAVE_FIELD
 TABLES = ("overall", "per_bin", "bootstrap", "predictions")
 FIGURES = ("r2_comparison", "per_bin_delta", "mean_weights", "bootstrap", "loss_curves", "predicted_against_true")
 SMALL = dataclasses.replace(
-    regress_gate.PRESETS["smoke"], n_train=600, n_test=300, alphas=(1.0, 10.0), gate=GateConfig(epochs=3), n_resamples=50
+    regress_gate.PRESETS["smoke"],
+    n_train=600,
+    n_test=300,
+    alphas=(1.0, 10.0),
+    gate=GateConfig(epochs=3),
+    n_resamples=50,
+    use_cache=False,
 )
 
 
@@ -71,7 +78,7 @@ def test_run_json(results):
     run = json.loads((results / "run.json").read_text())
     assert run["config"]["n_train"] == 600
     assert run["config"]["gate"]["epochs"] == 3
-    assert run["seconds"]["experts: nine cells, cross-validated"] > 0
+    assert run["seconds"]["experts, cross-validated"] > 0
     assert len(run["alpha"]["cells"]) == 9
     assert set(run["gates"]) == {method.column for method in METHODS if method.protocol}
     assert {"versions", "device", "precision", "git_commit", "peak_memory_gib"} <= set(run)
@@ -88,6 +95,14 @@ def test_report_warns_of_gates_at_the_epoch_cap(results):
 def test_same_seed_same_tables(results, tmp_path):
     regress_gate.main(dataclasses.replace(SMALL, output_dir=tmp_path / "again"))
     assert read(tmp_path / "again") == read(results)
+
+
+def test_the_cache_changes_nothing(results, tmp_path):
+    cached = dataclasses.replace(SMALL, use_cache=True, cache_dir=tmp_path / "cache")
+    for name in ("first", "second"):
+        regress_gate.main(dataclasses.replace(cached, output_dir=tmp_path / name))
+        assert read(tmp_path / name) == read(results)
+    assert "experts, cross-validated" not in json.loads((tmp_path / "second" / "run.json").read_text())["seconds"]
 
 
 def test_another_seed_changes_data_noise_and_gates(results, tmp_path):
@@ -167,6 +182,7 @@ def test_command_ends_with_code_2_and_no_traceback(tmp_path):
 @pytest.mark.slow
 def test_a_killed_run_leaves_nothing_and_the_next_completes(tmp_path):
     arguments = ["--preset", "smoke", "--n-train", "600", "--n-test", "300", "--output-dir", str(tmp_path / "out")]
+    arguments += ["--cache-dir", str(tmp_path / "cache")]
     process = subprocess.Popen([sys.executable, "-m", "experiments.regress_gate", *arguments], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
@@ -223,7 +239,7 @@ def test_the_defaults_are_the_experiment():
 
 def test_survey_files_hold_what_is_simulated(surveys):
     assert load_survey(surveys / "train.h5").flux.shape == (600, 4096)
-    simulated, _ = regress_gate.load_surveys(SMALL, regress_gate.draw_keys(0))
+    simulated, _ = load_surveys(SMALL.data)
     np.testing.assert_array_equal(load_survey(surveys / "train.h5").flux, simulated.flux)
 
 
