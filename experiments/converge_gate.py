@@ -37,6 +37,8 @@ class ConvergeConfig(StudyConfig):
     """Gates of each kind."""
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     """Adam, as in the report."""
+    in_sample_fraction: float = 0.2
+    """Part of the covered training stars on which the in-sample gates are trained."""
     patience: int = 100
     """Of L-BFGS for the MLP, in iterations, on held-out stars."""
     max_iterations: int = 2_000
@@ -52,6 +54,7 @@ PRESETS = {
         alphas=(1.0,),
         global_alphas=(10.0,),
         C_grid=(10.0,),
+        in_sample_fraction=1.0,
         n_seeds=2,
         gate=GateConfig(epochs=5),
         max_iterations=50,
@@ -64,7 +67,7 @@ def runs_of(config: ConvergeConfig) -> dict[str, GateRun]:
     adam = config.gate
     lbfgs = GateConfig(optimizer="lbfgs", patience=config.patience, max_iterations=config.max_iterations)
     runs = {}
-    for protocol, fraction in zip(PROTOCOLS, (0.2, 1.0), strict=True):
+    for protocol, fraction in zip(PROTOCOLS, (config.in_sample_fraction, 1.0), strict=True):
         for name, gate in (("linear", LinearGate()), ("MLP", MLPGate(config.hidden))):
             # 126 weights cannot fit the noise of thousands of stars: the linear gate is fitted on all of them to its optimum.
             converged = dataclasses.replace(lbfgs, validation_fraction=0.0) if name == "linear" else lbfgs
@@ -102,7 +105,7 @@ def main(config: ConvergeConfig) -> pd.DataFrame:
         )
     # The linear gate that starts at the classification gate and is fitted on all stars can only fall below its loss.
     classify_loss = {}
-    for protocol, fraction in zip(PROTOCOLS, (0.2, 1.0), strict=True):
+    for protocol, fraction in zip(PROTOCOLS, (config.in_sample_fraction, 1.0), strict=True):
         stars = training_stars(config, prepared, protocol, fraction)
         x, yhat, y = map(jnp.asarray, (stars.features, stars.predictions, stars.log_g))
         classify_loss[protocol] = float(mixture_loss(LinearGate(), prepared.classifier.params, x, yhat, y))
@@ -129,7 +132,8 @@ def main(config: ConvergeConfig) -> pd.DataFrame:
         PRESETS,
         stages,
         table,
-        setup=f"{prepared.n_covered:,} covered training stars (cross-fitted: all of them; in-sample: 20 %), {len(test.log_g):,} "
+        setup=f"{prepared.n_covered:,} covered training stars (cross-fitted: all of them; in-sample: "
+        f"{100 * config.in_sample_fraction:g} %), {len(test.log_g):,} "
         f"covered test stars. cold: random params; warm: the classification gate's. The linear gate by L-BFGS is fitted on all its "
         f"stars until no derivative of the loss is above {GateConfig().gradient_tolerance:g}; the MLP by L-BFGS until "
         f"{config.patience} iterations brought no better loss on held-out stars.",

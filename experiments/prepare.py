@@ -93,9 +93,6 @@ class DataConfig:
         for name, (fine, expected) in checks.items():
             if not fine:
                 raise InputError(f"{name} is {getattr(self, name)}, expected {expected}")
-        if (self.train_file is None) != (self.test_file is None):
-            missing, given = ("train", "test") if self.train_file is None else ("test", "train")
-            raise InputError(f"--{given}-file was given without --{missing}-file, expected both or neither")
 
     @property
     def n_experts(self) -> int:
@@ -193,6 +190,9 @@ def take_rows(arrays: tuple[jax.Array, ...], rows: jax.Array) -> tuple[jax.Array
 
 def load_surveys(config: DataConfig) -> tuple[Survey, Survey]:
     """The training and the test survey, from files or simulated, and checked against each other."""
+    if (config.train_file is None) != (config.test_file is None):
+        missing, given = ("train", "test") if config.train_file is None else ("test", "train")
+        raise InputError(f"--{given}-file was given without --{missing}-file, expected both or neither")
     if config.train_file is None or config.test_file is None:
         test_keys = draw_keys(config.seed if config.test_seed is None else config.test_seed)
         train = simulate_survey(draw_keys(config.seed).train, config.n_train, label_sampling=config.label_sampling)
@@ -248,7 +248,7 @@ def prepare_each(configs: Sequence[DataConfig], stages: Stages, cache: Cache) ->
 
     for config, following in zip(configs, [*configs[1:], None], strict=True):
         # What is in a file can change under its name, so nothing of it is kept.
-        kept = cache if config.train_file is None else Cache(None)
+        kept = cache if config.train_file is None and config.test_file is None else Cache(None)
         prepared, found = kept.load_or_compute("prepared", config, CODE, SKELETON, functools.partial(compute, config, following))
         if found:
             stages.note("data, experts, features, classification gate: found in the cache")

@@ -57,7 +57,7 @@ class ScaleConfig(StudyConfig):
     """Ridge penalties of the experts to choose from."""
     global_alphas: tuple[float, ...] = (10.0, 100.0)
     """Ridge penalties of the global ridge to choose from."""
-    n_seeds: int = 2
+    n_seeds: int = 1
     """MLP gates."""
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     """Of the MLP."""
@@ -172,7 +172,7 @@ def report_of(config: ScaleConfig, command: str, table: pd.DataFrame, choices: p
     sections = [
         "# Training stars and noise",
         f"Made by `{command}`.",
-        f"Cross-fitted gates: MLP (Adam, {config.gate.epochs} epochs, mean of {config.n_seeds} seeds), linear (converged). The "
+        f"Cross-fitted gates: MLP (Adam, {config.gate.epochs} epochs, {config.n_seeds} seed(s)), linear (converged). The "
         f"test stars are the same {config.n_test:,} for all, those that the cells cover; they are observed at the noise of the "
         f"training stars. Bands: {100 * config.confidence_level:g} % percentile bootstrap over test stars.",
         "## R2",

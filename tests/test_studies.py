@@ -39,7 +39,7 @@ TINY = {
     "n_folds": 2,
 }
 STUDIES = {
-    "converge_gate": (converge_gate, {"n_seeds": 2, "gate": QUICK, "max_iterations": 20}),
+    "converge_gate": (converge_gate, {"n_seeds": 2, "gate": QUICK, "max_iterations": 20, "hidden": 26}),
     "measure_leakage": (measure_leakage, {"n_seeds": 2, "gate": QUICK}),
     "control_gate": (control_gate, {"n_seeds": 2, "network": QUICK}),
     "ablate_gate": (ablate_gate, {"n_seeds": 2, "gate": QUICK, "widths": (8,), "fractions": (0.5,)}),
