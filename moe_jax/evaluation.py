@@ -115,6 +115,8 @@ def bin_table(
 ) -> pd.DataFrame:
     """R2 of each method in each cell, and Delta R2 of each regression gate against the classification gate.
 
+    The intervals ``low`` to ``high`` are of each cell by itself, ``simultaneous_low`` to ``simultaneous_high`` of all at once.
+
     NaN where a cell holds fewer than two test stars; the column ``defined`` says so.
     """
     scores = {method: r2_by_group(y, prediction, cell, N_CELLS) for method, prediction in predictions.items()}
@@ -129,6 +131,8 @@ def bin_table(
             table[f"delta_r2_{pair.method.column}"] = np.asarray(bootstrap.group_estimate)
             table[f"delta_r2_{pair.method.column}_low"] = np.asarray(bootstrap.group_low)
             table[f"delta_r2_{pair.method.column}_high"] = np.asarray(bootstrap.group_high)
+            table[f"delta_r2_{pair.method.column}_simultaneous_low"] = np.asarray(bootstrap.simultaneous_low)
+            table[f"delta_r2_{pair.method.column}_simultaneous_high"] = np.asarray(bootstrap.simultaneous_high)
             table[f"undefined_resamples_{pair.method.column}"] = np.asarray(bootstrap.group_n_undefined)
     return table
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +94,7 @@ class GateFit(NamedTuple):
     validation_loss: Float[jax.Array, " E"]  #: at the same time, without penalties; NaN after the stop and without validation
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A loss for each star. It is hashable, since the compiled loops are kept by it."""
 

@@ -28,11 +28,23 @@ config = moe_jax.GateConfig(epochs=2)
 for gate in (moe_jax.LinearGate(), moe_jax.MLPGate(8)):
     fit = moe_jax.fit_gate(keys[4], gate, features, yhat, y, config)
     moe_jax.mixture_loss(gate, fit.params, features, yhat, y)
+logistic = moe_jax.fit_classifier(features, cell, n_folds=2).params
+config = moe_jax.GateConfig(optimizer="lbfgs", init="logistic", max_iterations=3)
+moe_jax.fit_gate(keys[4], gate.__class__(26), features, yhat, y, config, logistic=logistic)
+moe_jax.fit_mlp_regressor(keys[4], features, y, config=moe_jax.GateConfig(epochs=2))
 weights = gate.apply(fit.params, features)
+moe_jax.fit_temperature(weights, yhat, y)
+moe_jax.simplex_weights(yhat + 0.1 * weights, y)
+moe_jax.fit_weighted_ridge(features, y, weights[:, 0], 1.0)
+moe_jax.fit_mixture_experts(features, y, weights, 1.0)
+moe_jax.backfit_mixture_experts(features, y, weights, 1.0, folds=np.arange(len(y)) % 3, max_sweeps=2)
 prediction = moe_jax.route_soft(weights, yhat)
 baseline = moe_jax.route_fallback(weights, yhat, moe_jax.route_oracle(cell, yhat))
 moe_jax.fit_classifier(features, cell, n_folds=2)
 moe_jax.bootstrap_delta_r2(keys[5], y, prediction, moe_jax.route_hard(weights, yhat), groups=cell, n_resamples=5)
+for method in ("basic", "percentile", "bca", "studentized"):
+    moe_jax.bootstrap_gain(keys[5], y, y - prediction, groups=cell, n_resamples=5, method=method)
+moe_jax.variance_components(np.random.default_rng(0).normal(size=(2, 2, 2, 2)))
 moe_jax.paired_bootstrap(keys[5], moe_jax.rmse, (y, baseline), 5)
 try:
     moe_jax.rmse(y, baseline[:, None])
