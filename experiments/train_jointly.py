@@ -42,10 +42,12 @@ class JointConfig(StudyConfig):
 
     preset: Literal["default", "smoke"] = "default"
     """What the other options start from."""
-    joint_alphas: tuple[float, ...] = (1.0, 3.0, 10.0)
+    joint_alphas: tuple[float, ...] = (0.1, 0.3, 1.0)
     """Penalties of the joint experts to choose from, in the first round."""
     n_rounds: int = 3
-    """Most alternations of experts and gate; they stop where the held-out loss no longer falls."""
+    """Most alternations of experts and gate."""
+    least_improvement: float = 0.005
+    """A round that lowers the held-out loss by less than this part of it is the last."""
     max_sweeps: int = 12
     """Sweeps of back-fitting in a round."""
     tolerance: float = 1e-3
@@ -267,9 +269,10 @@ def main(config: JointConfig) -> pd.DataFrame:
         with stages(f"round {number}, alpha {alpha:g}"):
             following = run_round(gate.apply(params, data.features), params, path)
         note(number, alpha, following)
-        if held_out_loss(following.gate) >= held_out_loss(best.gate):
+        improvement = 1.0 - held_out_loss(following.gate) / held_out_loss(best.gate)
+        best = following if improvement > 0 else best
+        if improvement < config.least_improvement:
             break
-        best = following
     variants = {
         "frozen experts, classification gate": np.asarray(
             route_soft(LinearGate().apply(prepared.classifier.params, data.test_features), prepared.test.covered().predictions)
