@@ -73,6 +73,10 @@ class StudyConfig(DataConfig):
         return Cache(self.cache_dir if self.use_cache else None)
 
 
+#: Options that say where things lie, and change no result.
+PLACES = ("output_dir", "cache_dir", "use_cache", "results_dir")
+
+
 def output_folder(config: StudyConfig, experiment: str) -> Path:
     """Where the results go.
 
@@ -93,7 +97,7 @@ def command_of(experiment: str, config: StudyConfig, presets: Mapping[str, Any])
         given.append(f"--preset {config.preset}")
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value == getattr(start, field.name) or field.name in ("preset", "output_dir", "cache_dir", "use_cache"):
+        if value == getattr(start, field.name) or field.name in ("preset", *PLACES):
             continue
         if not dataclasses.is_dataclass(value):
             shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -119,10 +123,11 @@ def describe_run(command: str, config: StudyConfig, seconds: Mapping[str, float]
     """What run.json holds: all that is needed to repeat the run and to judge it."""
     device = jax.devices()[0]
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
+    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     packages = ("moe_jax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "scikit-learn", "pandas", "h5py", "tables")
     return {
         "command": command,
-        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "config": {name: value for name, value in settings.items() if name not in PLACES},
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "device": f"{device.platform}: {device.device_kind}",
