@@ -8,6 +8,7 @@ train_jointly, cover_all and scale under --results-dir. Writes FINDINGS.md there
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,7 +228,8 @@ def write_findings(config: FindingsConfig, evidence: Evidence, command: str) -> 
     noisy = scale[(scale["noise_level"] == 1.0) & (scale["method"] == "MLP")].sort_values("n_train")
     at_report = noisy[noisy["n_train"] == 32_000].iloc[0]
     largest = noisy.iloc[-1]
-    star_variance = REPORT_STARS * of(spread[spread["gate"] == mlp_20["gate"]], "source", "test stars")["sd"] ** 2
+    set_size = json.loads((config.results_dir / "replicate" / "default" / "run.json").read_text())["stars_in_a_test_set"]
+    star_variance = set_size * of(spread[spread["gate"] == mlp_20["gate"]], "source", "test stars")["sd"] ** 2
     weights = {row["gate"] + row["entropy"]: row for row in evidence.weights.to_dict("records")}
     of_mean = weights["MLP, in-sample 20 %of the mean weights"]
     of_star = weights["MLP, in-sample 20 %of a star's weights, mean"]
@@ -325,22 +327,22 @@ def write_findings(config: FindingsConfig, evidence: Evidence, command: str) -> 
         table,
         "Intervals of claims 2, 3, 5 and 7 speak of other test stars only "
         f"({evidence.n_test:,} covered test stars, one training survey); that of claim 1 also of new training stars, noise and gate "
-        f"seeds; those of claim 3 hold all cells at once. One more repetition of claim 1 with {REPORT_STARS} test stars will lie in "
+        f"seeds; those of claim 3 hold all cells at once. One more repetition of claim 1 with {set_size} test stars will, with 95 % confidence, lie in "
         f"[{mlp_20['repetition_low']:+.4f}, {mlp_20['repetition_high']:+.4f}] (cross-fitted: [{mlp['repetition_low']:+.4f}, "
         f"{mlp['repetition_high']:+.4f}]); to see a difference of {mlp_20['mean']:+.4f} with 80 % power takes {needed:,.0f} test stars, so "
         f"the report's {REPORT_STARS} were {'enough' if needed < REPORT_STARS else 'too few'} on these spectra.",
         "## What we find beside them",
-        f"- **Leakage costs more than the choice of the gate's form.** Trained on stars that their experts had not seen, the MLP gains "
+        f"- **Leakage.** Trained on stars that their experts had not seen, the MLP gains "
         f"{shown(leak_mlp)} and the converged linear gate {shown(leak_linear)} over the same stars in-sample. "
         "[measure_leakage](measure_leakage/default/report.md)\n"
         f"- **The linear gate had not converged.** At its optimum it gets {linear['delta_r2'] / mlp_adam['delta_r2']:.0%} of the MLP's "
         f"gain over the classification gate (cross-fitted); non-linearity adds the rest. [converge_gate](converge_gate/default/report.md)\n"
-        f"- **Mixing is not the best use of the experts.** A network of the same size that regresses log g on features and expert "
-        f"predictions beats the mixture by {shown(stacked)} (R2 {stacked['r2']:.4f} against {ours['r2']:.4f}); from the 13 features "
+        f"- **{'Mixing is not the best use of the experts' if stacked['low'] > 0 else 'A simpler use of the experts'}.** A network of the same size that regresses log g on features and expert "
+        f"predictions differs from the mixture by {shown(stacked)} (R2 {stacked['r2']:.4f} against {ours['r2']:.4f}); from the 13 features "
         f"alone it reaches {alone['r2']:.4f}, constant weights {constant['r2']:.4f}. [control_gate](control_gate/default/report.md)\n"
         f"- **Training experts and gate together** reaches R2 {best_joint['r2']:.4f}, {shown(best_joint.to_dict())} against frozen experts "
         f"({best_joint['variant']}). [train_jointly](train_jointly/default/report.md)\n"
-        f"- **Most of a repetition's spread is the test stars**: {shares['test stars']:.0%} of its variance; survey {shares['survey']:.0%}, "
+        f"- **Where a repetition's spread comes from**: test stars {shares['test stars']:.0%} of its variance, survey {shares['survey']:.0%}, "
         f"noise draw {shares['noise draw']:.0%}, gate seed {shares['gate seed']:.0%}, interactions the rest. "
         "[replicate](replicate/default/report.md)\n"
         f"- **Intervals.** At 816 stars the report's percentile intervals hold {at_95['percentile']:.1%} of the time where they promise "
