@@ -53,11 +53,11 @@ class ScaleConfig(StudyConfig):
     """Training stars."""
     noise_levels: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0)
     """Factors on the errors of training and test spectra."""
-    alphas: tuple[float, ...] = (0.1, 1.0, 10.0)
+    alphas: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
     """Ridge penalties of the experts to choose from."""
-    global_alphas: tuple[float, ...] = (10.0, 100.0)
+    global_alphas: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
     """Ridge penalties of the global ridge to choose from."""
-    n_seeds: int = 1
+    n_seeds: int = 2
     """MLP gates."""
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     """Of the MLP."""
@@ -149,6 +149,9 @@ def draw_figures(table: pd.DataFrame, noise_levels: tuple[float, ...]) -> dict[s
             if name == "delta_r2":
                 ax.axhline(0.0, color=BLACK, lw=0.8, ls="--")
             ax.set_xscale("log")
+            sizes = sorted(set(table["n_train"]))
+            ax.set_xticks(sizes, [f"{size / 1000:g}k" for size in sizes], fontsize=8)
+            ax.minorticks_off()
             ax.set_title(f"noise {noise:g}", fontsize=10)
             ax.set_xlabel("training stars")
         axes[0, 0].set_ylabel(label)
@@ -172,7 +175,7 @@ def report_of(config: ScaleConfig, command: str, table: pd.DataFrame, choices: p
     sections = [
         "# Training stars and noise",
         f"Made by `{command}`.",
-        f"Cross-fitted gates: MLP (Adam, {config.gate.epochs} epochs, {config.n_seeds} seed(s)), linear (converged). The "
+        f"Cross-fitted gates: MLP (Adam, {config.gate.epochs} epochs, {config.n_seeds} seed{'s' * (config.n_seeds > 1)}), linear (converged). The "
         f"test stars are the same {config.n_test:,} for all, those that the cells cover; they are observed at the noise of the "
         f"training stars. Bands: {100 * config.confidence_level:g} % percentile bootstrap over test stars.",
         "## R2",
