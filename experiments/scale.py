@@ -176,8 +176,9 @@ def report_of(config: ScaleConfig, command: str, table: pd.DataFrame, choices: p
         "# Training stars and noise",
         f"Made by `{command}`.",
         f"Cross-fitted gates: MLP (Adam, {config.gate.epochs} epochs, {config.n_seeds} seed{'s' * (config.n_seeds > 1)}), "
-        f"linear (converged). The test stars are the same {config.n_test:,} for all, those that the cells cover; they are observed at the "
-        f"noise of the training stars. Bands: {100 * config.confidence_level:g} % percentile bootstrap over test stars.",
+        f"linear (converged). The test stars are the same {config.n_test:,} for all, those that the cells cover; they are "
+        "observed at the noise of the training stars. Bands: "
+        f"{100 * config.confidence_level:g} % percentile bootstrap over test stars.",
         "## R2",
         table_markdown(r2.reset_index(), plain),
         "![R2](r2.png)",

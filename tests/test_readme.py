@@ -32,3 +32,19 @@ def test_the_map_names_every_module():
     for path in [*ROOT.glob("moe_jax/*.py"), *ROOT.glob("experiments/*.py")]:
         if path.name != "__init__.py":
             assert f"`{path.stem}`" in README, path.name
+
+
+def test_the_findings_are_those_of_the_committed_tables():
+    findings = (ROOT / "results/FINDINGS.md").read_text()
+
+    def row(experiment, variant):
+        table = pd.read_csv(ROOT / f"results/{experiment}/default/variants.csv").set_index("variant")
+        return "{delta_r2:+.4f} [{low:+.4f}, {high:+.4f}]".format(**table.loc[variant, ["delta_r2", "low", "high"]])
+
+    for protocol in ("in-sample", "cross-fitted"):
+        assert row("converge_gate", f"linear, {protocol}, L-BFGS, warm") in findings
+    assert row("control_gate", "MLP on features + expert predictions") in findings
+    repeated = pd.read_csv(ROOT / "results/replicate/default/intervals.csv").set_index("gate").loc["MLP, cross-fitted"]
+    assert "{mean:+.4f} [{mean_low:+.4f}, {mean_high:+.4f}]".format(**repeated) in findings
+    for path in re.findall(r"\]\(([\w/]+\.(?:md|png|csv|json))\)", findings):
+        assert (ROOT / "results" / path).is_file(), path
