@@ -63,7 +63,9 @@ def test_mlp_regressor_learns_as_scikit_learn_does(rng):
     model, fit = fit_mlp_regressor(jax.random.key(0), x[:1500], y[:1500], config=GateConfig(epochs=150, learning_rate=3e-3))
     ours = np.mean((predict_mlp_regressor(model, x[1500:]) - y[1500:]) ** 2)
     z = (x - x.mean(axis=0)) / x.std(axis=0)
-    oracle = ScikitMLP((64,), learning_rate_init=3e-3, batch_size=256, max_iter=150, random_state=0, early_stopping=True)
+    oracle = ScikitMLP(
+        hidden_layer_sizes=(64,), learning_rate_init=3e-3, batch_size=256, max_iter=150, random_state=0, early_stopping=True
+    )
     theirs = np.mean((oracle.fit(z[:1500], y[:1500] - 100).predict(z[1500:]) + 100 - y[1500:]) ** 2)
     assert ours < 1.5 * theirs + 0.01
     assert ours < 0.05 * y.var()
