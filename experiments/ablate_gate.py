@@ -17,15 +17,12 @@ import numpy as np
 import pandas as pd
 
 from experiments.command_line import Stages, run_command
-from experiments.gate_sweep import GateRun, Sweep, gate_keys, run_gates, train_gates
-from experiments.prepare import Prepared, draw_keys, prepare
-from experiments.replicate import CONVERGED
-from experiments.study import StudyConfig, output_folder, write_variants
-from moe_jax.evaluation import compare_variants
+from experiments.gate_sweep import CONVERGED_LINEAR, GateRun, Sweep, gate_keys, mix_by_class, run_gates, train_gates
+from experiments.prepare import Prepared, prepare
+from experiments.study import SMALL, StudyConfig, compare_by, output_folder, write_variants
 from moe_jax.features import FEATURE_NAMES
-from moe_jax.gates import LinearGate, MLPGate
+from moe_jax.gates import MLPGate
 from moe_jax.optimize import GateConfig, Hyper
-from moe_jax.routing import route_soft
 
 CA_LINES = ("depth_8498", "EW_8498", "depth_8542", "EW_8542", "depth_8662", "EW_8662", "EW_CaT")
 SODIUM = ("depth_Na", "EW_Na")
@@ -64,11 +61,7 @@ PRESETS = {
     "default": AblateConfig(),
     "smoke": AblateConfig(
         preset="smoke",
-        n_train=1_200,
-        n_test=1_200,
-        alphas=(1.0,),
-        global_alphas=(10.0,),
-        C_grid=(10.0,),
+        **SMALL,
         n_seeds=2,
         gate=GateConfig(epochs=5),
         widths=(8,),
@@ -121,7 +114,7 @@ def main(config: AblateConfig) -> pd.DataFrame:
 
     with stages("baseline"):
         keep("baseline", run_gates(config, prepared, baseline_run))
-        keep("linear gate, converged", run_gates(config, prepared, GateRun(LinearGate(), CONVERGED, n_seeds=1)))
+        keep("linear gate, converged", run_gates(config, prepared, CONVERGED_LINEAR))
     with stages("features, penalties and temperatures"):
         found |= train_variants(config, prepared)
     with stages("widths"):
@@ -138,20 +131,15 @@ def main(config: AblateConfig) -> pd.DataFrame:
         uniform = prepare(other.data, stages, config.cache)
         with stages("gates of uniform labels"):
             keep("trained on uniform labels", run_gates(other, uniform, baseline_run))
-            weights = LinearGate().apply(uniform.classifier.params, uniform.test.covered().features)
-            found["classification gate, uniform labels"] = np.asarray(route_soft(weights, uniform.test.covered().predictions))[None]
+            found["classification gate, uniform labels"] = mix_by_class(uniform, uniform.test.covered())
     test = prepared.test.covered()
-    weights = LinearGate().apply(prepared.classifier.params, test.features)
-    found["classification gate"] = np.asarray(route_soft(weights, test.predictions))[None, :]
+    found["classification gate"] = mix_by_class(prepared, test)
     with stages("bootstrap"):
-        table = compare_variants(
-            draw_keys(config.seed).bootstrap,
+        table = compare_by(
+            config,
             test.log_g,
             found,
             found["baseline"],
-            n_resamples=config.n_resamples,
-            confidence_level=config.confidence_level,
-            method=config.interval_method,
         )
     write_variants(
         "ablate_gate",

@@ -23,10 +23,9 @@ from jax import lax
 from matplotlib.figure import Figure
 
 from experiments.command_line import Stages, console, run_command
-from experiments.gate_sweep import CODE_OF_GATES, training_stars
+from experiments.gate_sweep import CODE_OF_GATES, CONVERGED, training_stars
 from experiments.prepare import Prepared, draw_keys, prepare
-from experiments.replicate import CONVERGED
-from experiments.study import StudyConfig, command_of, describe_run, output_folder, table_markdown, write_results
+from experiments.study import SMALL, StudyConfig, command_of, describe_run, output_folder, table_markdown, write_results
 from moe_jax.arrays import AnyArray, InputError
 from moe_jax.bootstrap import resample_gain, squared_error_gain
 from moe_jax.cells import CELL_NAMES, N_CELLS, assign_cells
@@ -74,11 +73,7 @@ PRESETS = {
     "default": CalibrateConfig(),
     "smoke": CalibrateConfig(
         preset="smoke",
-        n_train=1_200,
-        n_test=1_200,
-        alphas=(1.0,),
-        global_alphas=(10.0,),
-        C_grid=(10.0,),
+        **SMALL,
         n_population=5_000,
         n_sets=50,
         n_resamples=200,

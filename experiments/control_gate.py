@@ -19,13 +19,11 @@ import pandas as pd
 from sklearn.ensemble import HistGradientBoostingRegressor
 
 from experiments.command_line import Stages, run_command
-from experiments.gate_sweep import GateRun, gate_keys, run_gates, train_gates
+from experiments.gate_sweep import CONVERGED_LINEAR, GateRun, gate_keys, mix_by_class, run_gates, train_gates
 from experiments.prepare import Prepared, Stars, draw_keys, prepare
-from experiments.replicate import CONVERGED
-from experiments.study import StudyConfig, output_folder, table_markdown, write_variants
+from experiments.study import SMALL, StudyConfig, compare_by, output_folder, table_markdown, write_variants
 from moe_jax.cells import CELL_NAMES
 from moe_jax.controls import fit_mlp_regressor, fit_temperature, predict_mlp_regressor, simplex_weights
-from moe_jax.evaluation import compare_variants
 from moe_jax.gates import LinearGate, MLPGate
 from moe_jax.optimize import GateConfig
 from moe_jax.ridge import cross_validate_ridge, fit_ridge, predict_ridge, select_alpha
@@ -53,11 +51,7 @@ PRESETS = {
     "default": ControlConfig(),
     "smoke": ControlConfig(
         preset="smoke",
-        n_train=1_200,
-        n_test=1_200,
-        alphas=(1.0,),
-        global_alphas=(10.0,),
-        C_grid=(10.0,),
+        **SMALL,
         n_seeds=2,
         network=GateConfig(epochs=5),
     ),
@@ -115,23 +109,20 @@ def main(config: ControlConfig) -> pd.DataFrame:
     classify = LinearGate().apply(prepared.classifier.params, test.features)
     with stages("gates"):
         mlp = run_gates(config, prepared, GateRun(MLPGate(config.hidden), config.network, n_seeds=config.n_seeds))
-        linear = run_gates(config, prepared, GateRun(LinearGate(), CONVERGED, n_seeds=1))
+        linear = run_gates(config, prepared, CONVERGED_LINEAR)
     variants = {
-        "mixture, classification gate": np.asarray(route_soft(classify, test.predictions))[None, :],
+        "mixture, classification gate": mix_by_class(prepared, test),
         "mixture, linear regression gate": linear.predictions,
         "mixture, MLP regression gate": mlp.predictions,
     }
     n_mixtures = len(variants)
     variants |= fit_controls(config, prepared, stages)
     with stages("bootstrap"):
-        table = compare_variants(
-            draw_keys(config.seed).bootstrap,
+        table = compare_by(
+            config,
             test.log_g,
             variants,
             variants["mixture, MLP regression gate"],
-            n_resamples=config.n_resamples,
-            confidence_level=config.confidence_level,
-            method=config.interval_method,
         )
     weights = pd.DataFrame(
         {

@@ -17,13 +17,12 @@ import numpy as np
 import pandas as pd
 
 from experiments.command_line import Stages, run_command
-from experiments.gate_sweep import GateRun, Sweep, run_gates, training_stars
-from experiments.prepare import draw_keys, prepare
-from experiments.study import StudyConfig, output_folder, write_variants
-from moe_jax.evaluation import PROTOCOLS, compare_variants
+from experiments.gate_sweep import GateRun, Sweep, mix_by_class, run_gates, training_stars
+from experiments.prepare import prepare
+from experiments.study import SMALL, StudyConfig, compare_by, output_folder, write_variants
+from moe_jax.evaluation import PROTOCOLS
 from moe_jax.gates import LinearGate, MLPGate
 from moe_jax.optimize import GateConfig
-from moe_jax.routing import route_soft
 from moe_jax.training import mixture_loss
 
 
@@ -49,11 +48,7 @@ PRESETS = {
     "default": ConvergeConfig(),
     "smoke": ConvergeConfig(
         preset="smoke",
-        n_train=1_200,
-        n_test=1_200,
-        alphas=(1.0,),
-        global_alphas=(10.0,),
-        C_grid=(10.0,),
+        **SMALL,
         in_sample_fraction=1.0,
         n_seeds=2,
         gate=GateConfig(epochs=5),
@@ -92,16 +87,13 @@ def main(config: ConvergeConfig) -> pd.DataFrame:
             sweeps[name] = run_gates(config, prepared, run)
             advance()
     test = prepared.test.covered()
-    baseline = route_soft(LinearGate().apply(prepared.classifier.params, test.features), test.predictions)[None, :]
+    baseline = mix_by_class(prepared, test)
     with stages("bootstrap"):
-        table = compare_variants(
-            draw_keys(config.seed).bootstrap,
+        table = compare_by(
+            config,
             test.log_g,
             {name: sweep.predictions for name, sweep in sweeps.items()},
             baseline,
-            n_resamples=config.n_resamples,
-            confidence_level=config.confidence_level,
-            method=config.interval_method,
         )
     # The linear gate that starts at the classification gate and is fitted on all stars can only fall below its loss.
     classify_loss = {}

@@ -17,17 +17,15 @@ import numpy as np
 import pandas as pd
 
 from experiments.command_line import Stages, run_command
-from experiments.gate_sweep import gate_keys, train_gates
-from experiments.prepare import Prepared, Stars, draw_keys, prepare
-from experiments.study import StudyConfig, output_folder, table_markdown, write_variants
+from experiments.gate_sweep import gate_keys, mix_by_class, train_gates
+from experiments.prepare import Prepared, Stars, prepare
+from experiments.study import SMALL, StudyConfig, compare_by, output_folder, table_markdown, write_variants
 from moe_jax.cells import N_CELLS
-from moe_jax.evaluation import compare_variants
 from moe_jax.experts import cross_fitted_predictions
-from moe_jax.gates import LinearGate, MLPGate
+from moe_jax.gates import MLPGate
 from moe_jax.metrics import r2_score
 from moe_jax.optimize import GateConfig
 from moe_jax.report import load_published
-from moe_jax.routing import route_soft
 
 
 @dataclass(frozen=True)
@@ -45,11 +43,7 @@ PRESETS = {
     "default": CoverConfig(),
     "smoke": CoverConfig(
         preset="smoke",
-        n_train=1_200,
-        n_test=1_200,
-        alphas=(1.0,),
-        global_alphas=(10.0,),
-        C_grid=(10.0,),
+        **SMALL,
         n_seeds=2,
         gate=GateConfig(epochs=5),
     ),
@@ -73,8 +67,7 @@ def predict_all(config: CoverConfig, stages: Stages) -> tuple[dict[str, np.ndarr
 
     def both(name: str, prepared: Prepared, train: Stars, test: Stars) -> None:
         params = prepared.classifier.params
-        weights = LinearGate().apply(params, test.features)
-        found[f"{name}, classification gate"] = np.asarray(route_soft(weights, test.predictions))[None, :]
+        found[f"{name}, classification gate"] = mix_by_class(prepared, test)
         sweep = train_gates(keys, params, train, test, mlp, config.gate)
         found[f"{name}, MLP regression gate"] = np.asarray(sweep.predictions)
 
@@ -104,14 +97,11 @@ def main(config: CoverConfig) -> pd.DataFrame:
     output_folder(config, "cover_all")
     found, test = predict_all(config, stages)
     with stages("bootstrap"):
-        table = compare_variants(
-            draw_keys(config.seed).bootstrap,
+        table = compare_by(
+            config,
             test.log_g,
             found,
             found["no special treatment, classification gate"],
-            n_resamples=config.n_resamples,
-            confidence_level=config.confidence_level,
-            method=config.interval_method,
         )
     covered = np.asarray(test.cell) >= 0
     y = np.asarray(test.log_g)

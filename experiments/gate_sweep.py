@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.cache import Cache, package_files
+from experiments.cache import package_files
 from experiments.prepare import CODE, Prepared, Stars, draw_keys
 from experiments.study import StudyConfig
 from moe_jax.arrays import AnyArray
 from moe_jax.evaluation import PROTOCOLS
-from moe_jax.gates import Gate
+from moe_jax.gates import Gate, LinearGate
 from moe_jax.optimize import GateConfig, Hyper, Params
 from moe_jax.routing import route_soft, sharpen
 from moe_jax.training import fit_gate, mixture_loss
@@ -37,6 +37,11 @@ class GateRun:
     n_seeds: int = 8
 
 
+#: The linear gate at its optimum, from the classification gate's weights on all stars: nothing is drawn.
+CONVERGED = GateConfig(optimizer="lbfgs", init="logistic", validation_fraction=0.0, gradient_tolerance=1e-5)
+CONVERGED_LINEAR = GateRun(LinearGate(), CONVERGED, n_seeds=1)
+
+
 class Sweep(NamedTuple):
     """Gates of several seeds, as seen by the test stars."""
 
@@ -54,6 +59,12 @@ class Sweep(NamedTuple):
 SWEEP = Sweep(*[np.zeros(0)] * 9)
 
 
+def mix_by_class(prepared: Prepared, stars: Stars) -> np.ndarray:
+    """(1, N) predictions of the mixture with the classification gate's weights."""
+    weights = LinearGate().apply(prepared.classifier.params, stars.features)
+    return np.asarray(route_soft(weights, stars.predictions))[None, :]
+
+
 def training_stars(config: StudyConfig, prepared: Prepared, protocol: str, fraction: float) -> Stars:
     """Training stars of a gate: a part of the covered stars, the same for both protocols."""
     drawn = jax.random.permutation(draw_keys(config.seed).in_sample, prepared.n_covered)
@@ -64,7 +75,6 @@ def training_stars(config: StudyConfig, prepared: Prepared, protocol: str, fract
 
 def run_gates(config: StudyConfig, prepared: Prepared, run: GateRun) -> Sweep:
     """Trains the gates of a run and applies them to the covered test stars; from the cache where they are known."""
-    kept = config.cache if config.train_file is None else Cache(None)
 
     def compute() -> Sweep:
         stars = training_stars(config, prepared, run.protocol, run.fraction)
@@ -72,7 +82,7 @@ def run_gates(config: StudyConfig, prepared: Prepared, run: GateRun) -> Sweep:
         return train_gates(keys, prepared.classifier.params, stars, prepared.test.covered(), run.gate, run.training)
 
     settings = dataclasses.asdict(run) | {"gate": repr(run.gate), "data": dataclasses.asdict(config.data)}
-    return kept.load_or_compute("gates", settings, CODE_OF_GATES, SWEEP, compute)[0]
+    return config.cache.load_or_compute("gates", settings, CODE_OF_GATES, SWEEP, compute)[0]
 
 
 def gate_keys(config: StudyConfig, n_seeds: int) -> jax.Array:

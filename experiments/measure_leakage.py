@@ -9,21 +9,18 @@ Results go to results/measure_leakage/PRESET.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 from typing import Literal
 
 import pandas as pd
 
 from experiments.command_line import Stages, run_command
-from experiments.gate_sweep import GateRun, run_gates
-from experiments.prepare import draw_keys, prepare
-from experiments.replicate import CONVERGED
-from experiments.study import StudyConfig, interval, output_folder, table_markdown, write_variants
-from moe_jax.evaluation import PROTOCOLS, compare_variants
+from experiments.gate_sweep import CONVERGED, GateRun, mix_by_class, run_gates
+from experiments.prepare import prepare
+from experiments.study import SMALL, StudyConfig, compare_by, interval, output_folder, table_markdown, write_variants
+from moe_jax.evaluation import PROTOCOLS
 from moe_jax.gates import Gate, LinearGate, MLPGate
 from moe_jax.optimize import GateConfig
-from moe_jax.routing import route_soft
 
 
 @dataclass(frozen=True)
@@ -42,11 +39,7 @@ PRESETS = {
     "default": LeakageConfig(),
     "smoke": LeakageConfig(
         preset="smoke",
-        n_train=1_200,
-        n_test=1_200,
-        alphas=(1.0,),
-        global_alphas=(10.0,),
-        C_grid=(10.0,),
+        **SMALL,
         n_seeds=2,
         gate=GateConfig(epochs=5),
     ),
@@ -75,16 +68,8 @@ def main(config: LeakageConfig) -> pd.DataFrame:
             predictions[name] = run_gates(config, prepared, run).predictions
             advance()
     test = prepared.test.covered()
-    baseline = route_soft(LinearGate().apply(prepared.classifier.params, test.features), test.predictions)[None, :]
-    compare = functools.partial(
-        compare_variants,
-        draw_keys(config.seed).bootstrap,
-        test.log_g,
-        n_resamples=config.n_resamples,
-        confidence_level=config.confidence_level,
-        method=config.interval_method,
-    )
-    table = compare(predictions, baseline)
+    baseline = mix_by_class(prepared, test)
+    table = compare_by(config, test.log_g, predictions, baseline)
     pairs = []
     for kind in kinds:
         for better, worse in (
@@ -95,7 +80,7 @@ def main(config: LeakageConfig) -> pd.DataFrame:
             ("cross-fitted all", "in-sample 20 %"),
         ):
             ours, theirs = predictions[f"{kind}: {better}"], predictions[f"{kind}: {worse}"]
-            row = compare({better: ours}, theirs).iloc[0]
+            row = compare_by(config, test.log_g, {better: ours}, theirs).iloc[0]
             pairs.append(
                 {
                     "gate": kind,

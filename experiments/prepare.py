@@ -247,9 +247,7 @@ def prepare_each(configs: Sequence[DataConfig], stages: Stages, cache: Cache) ->
         return fit_stages(config, train, test, wave, stages)
 
     for config, following in zip(configs, [*configs[1:], None], strict=True):
-        # What is in a file can change under its name, so nothing of it is kept.
-        kept = cache if config.train_file is None and config.test_file is None else Cache(None)
-        prepared, found = kept.load_or_compute("prepared", config, CODE, SKELETON, functools.partial(compute, config, following))
+        prepared, found = cache.load_or_compute("prepared", config, CODE, SKELETON, functools.partial(compute, config, following))
         if found:
             stages.note("data, experts, features, classification gate: found in the cache")
         params, C, accuracy, at_edge, converged = prepared.classifier

@@ -18,7 +18,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.command_line import Stages, run_command
-from experiments.gate_sweep import GateRun, run_gates
+from experiments.gate_sweep import CONVERGED_LINEAR, GateRun, mix_by_class, run_gates
 from experiments.prepare import Prepared, prepare_each
 from experiments.study import StudyConfig, command_of, describe_run, interval, output_folder, table_markdown, write_results
 from moe_jax.arrays import InputError
@@ -26,10 +26,7 @@ from moe_jax.evaluation import PROTOCOLS
 from moe_jax.figures import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure
 from moe_jax.gates import LinearGate, MLPGate
 from moe_jax.optimize import GateConfig
-from moe_jax.routing import route_soft
 from moe_jax.variance import SOURCES, VarianceComponents, variance_components
-
-CONVERGED = GateConfig(optimizer="lbfgs", init="logistic", validation_fraction=0.0, gradient_tolerance=1e-5)
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def gates_of(config: ReplicateConfig) -> dict[str, GateRun]:
         "MLP, in-sample 20 %": GateRun(mlp, config.gate, PROTOCOLS[0], 0.2, config.n_seeds),
         "MLP, cross-fitted": GateRun(mlp, config.gate, n_seeds=config.n_seeds),
         "linear, in-sample 20 %": GateRun(linear, config.gate, PROTOCOLS[0], 0.2, config.n_seeds),
-        "linear, cross-fitted, converged": GateRun(linear, CONVERGED, n_seeds=1),
+        "linear, cross-fitted, converged": CONVERGED_LINEAR,
     }
 
 
@@ -99,18 +96,17 @@ def delta_r2(y: np.ndarray, prediction: np.ndarray, baseline: np.ndarray, n_sets
 def repeat_once(config: ReplicateConfig, prepared: Prepared) -> dict[str, np.ndarray]:
     """Delta R2 against the classification gate by gate; (seeds, test sets) each."""
     test = prepared.test.covered()
-    baseline = route_soft(LinearGate().apply(prepared.classifier.params, test.features), test.predictions)
-    y, baseline64 = np.asarray(test.log_g, np.float64), np.asarray(baseline, np.float64)
+    y, baseline = np.asarray(test.log_g, np.float64), mix_by_class(prepared, test)[0].astype(np.float64)
     values = {}
     for name, run in gates_of(config).items():
         sweep = run_gates(config, prepared, run)
-        delta = delta_r2(y, np.asarray(sweep.predictions, np.float64), baseline64, config.n_sets)
+        delta = delta_r2(y, np.asarray(sweep.predictions, np.float64), baseline, config.n_sets)
         values[name] = np.broadcast_to(delta, (config.n_seeds, config.n_sets))
     return values
 
 
-def repeat(config: ReplicateConfig, stages: Stages) -> dict[str, np.ndarray]:
-    """Delta R2 of all repetitions by gate; (surveys, noise draws, seeds, test sets) each."""
+def repeat(config: ReplicateConfig, stages: Stages) -> tuple[dict[str, np.ndarray], int]:
+    """Delta R2 of all repetitions by gate, (surveys, noise draws, seeds, test sets) each; and the stars of a test set."""
     configs = [
         dataclasses.replace(config, seed=config.seed + survey, test_seed=config.seed, noise_draw=draw)
         for survey in range(config.n_surveys)
@@ -121,9 +117,10 @@ def repeat(config: ReplicateConfig, stages: Stages) -> dict[str, np.ndarray]:
         quiet = Stages(quiet=True)
         for one, prepared in zip(configs, prepare_each([c.data for c in configs], quiet, config.cache), strict=True):
             found.append(repeat_once(one, prepared))
+            size = int(np.sum(np.asarray(prepared.test.cell) >= 0)) // config.n_sets
             advance()
     shape = (config.n_surveys, config.n_draws, config.n_seeds, config.n_sets)
-    return {name: np.stack([values[name] for values in found]).reshape(shape) for name in found[0]}
+    return {name: np.stack([values[name] for values in found]).reshape(shape) for name in found[0]}, size
 
 
 def summarize(config: ReplicateConfig, values: dict[str, np.ndarray]) -> tuple[dict[str, pd.DataFrame], dict]:
@@ -225,10 +222,8 @@ def main(config: ReplicateConfig) -> dict[str, pd.DataFrame]:
     """Runs all repetitions and writes the results."""
     stages = Stages()
     folder = output_folder(config, "replicate")
-    values = repeat(config, stages)
+    values, size = repeat(config, stages)
     tables, components = summarize(config, values)
-    first = next(prepare_each([dataclasses.replace(config, test_seed=config.seed).data], Stages(quiet=True), config.cache))
-    size = int(np.sum(np.asarray(first.test.cell) >= 0)) // config.n_sets
     command = command_of("replicate", config, PRESETS)
     report = report_of(config, command, tables, size)
     run = describe_run(command, config, stages.seconds, stars_in_a_test_set=size)

@@ -19,10 +19,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.command_line import Stages, console, run_command
-from experiments.gate_sweep import GateRun, run_gates
+from experiments.gate_sweep import CONVERGED_LINEAR, GateRun, run_gates
 from experiments.prepare import Prepared, draw_keys, prepare_each
-from experiments.replicate import CONVERGED
-from experiments.study import StudyConfig, command_of, describe_run, output_folder, table_markdown, write_results
+from experiments.study import StudyConfig, command_of, describe_run, interval, output_folder, table_markdown, write_results
 from moe_jax.arrays import InputError
 from moe_jax.bootstrap import paired_bootstrap
 from moe_jax.figures import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure
@@ -89,7 +88,7 @@ PRESETS = {
 def score(config: ScaleConfig, prepared: Prepared) -> list[dict[str, float | str]]:
     """R2 of each method, rho and Delta R2 against the soft classification gate, with bootstrap bands; one row each."""
     mlp = run_gates(config, prepared, GateRun(MLPGate(config.hidden), config.gate, n_seeds=config.n_seeds))
-    linear = run_gates(config, prepared, GateRun(LinearGate(), CONVERGED, n_seeds=1))
+    linear = run_gates(config, prepared, CONVERGED_LINEAR)
     test = prepared.test.covered()
     weights = LinearGate().apply(prepared.classifier.params, test.features)
     predictions = jnp.stack(
@@ -166,7 +165,7 @@ def report_of(config: ScaleConfig, command: str, table: pd.DataFrame, choices: p
     rho = table.pivot(index=["noise_level", "n_train"], columns="method", values="rho")[["soft", "MLP", "linear"]]
     delta = table[table["method"].isin(("MLP", "linear"))].copy()
     delta["delta R2 against soft"] = [
-        f"{row['delta_r2']:+.4f} [{row['delta_r2_low']:+.4f}, {row['delta_r2_high']:+.4f}]" for row in delta.to_dict("records")
+        interval(row["delta_r2"], row["delta_r2_low"], row["delta_r2_high"]) for row in delta.to_dict("records")
     ]
     delta = delta.pivot(index=["noise_level", "n_train"], columns="method", values="delta R2 against soft")
     plain = {"noise_level": "g"}

@@ -22,9 +22,10 @@ from matplotlib.figure import Figure
 
 from experiments.cache import DEFAULT_FOLDER, Cache
 from experiments.command_line import Stages, console
-from experiments.prepare import DataConfig
-from moe_jax.arrays import InputError
+from experiments.prepare import DataConfig, draw_keys
+from moe_jax.arrays import AnyArray, InputError
 from moe_jax.bootstrap import DEFAULT_METHOD
+from moe_jax.evaluation import compare_variants
 from moe_jax.figures import interval_plot, save_figure
 from moe_jax.files import atomic_folder
 from moe_jax.intervals import IntervalMethod
@@ -69,10 +70,13 @@ class StudyConfig(DataConfig):
 
     @property
     def cache(self) -> Cache:
-        """The cache of the stages."""
-        return Cache(self.cache_dir if self.use_cache else None)
+        """The cache of the stages; what is in a file can change under its name, so nothing of it is kept."""
+        from_files = self.train_file is not None or self.test_file is not None
+        return Cache(self.cache_dir if self.use_cache and not from_files else None)
 
 
+#: The data of a smoke preset.
+SMALL: dict[str, Any] = {"n_train": 1_200, "n_test": 1_200, "alphas": (1.0,), "global_alphas": (10.0,), "C_grid": (10.0,)}
 #: Options that say where things lie, and change no result.
 PLACES = ("output_dir", "cache_dir", "use_cache", "results_dir")
 
@@ -153,6 +157,19 @@ def write_results(
 
 def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray | np.generic | jax.Array) else str(value)
+
+
+def compare_by(config: StudyConfig, y: AnyArray, variants: Mapping[str, AnyArray], baseline: AnyArray) -> pd.DataFrame:
+    """``compare_variants`` with the resamples, level and method of a configuration."""
+    return compare_variants(
+        draw_keys(config.seed).bootstrap,
+        y,
+        variants,
+        baseline,
+        n_resamples=config.n_resamples,
+        confidence_level=config.confidence_level,
+        method=config.interval_method,
+    )
 
 
 def write_variants(

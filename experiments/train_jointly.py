@@ -22,13 +22,12 @@ from jax.typing import ArrayLike
 
 from experiments.cache import package_files
 from experiments.command_line import Stages, console, run_command
-from experiments.gate_sweep import CODE_OF_GATES
+from experiments.gate_sweep import CODE_OF_GATES, mix_by_class
 from experiments.prepare import Prepared, draw_keys, load_surveys, observe, prepare
-from experiments.study import StudyConfig, output_folder, table_markdown, write_variants
+from experiments.study import SMALL, StudyConfig, compare_by, output_folder, table_markdown, write_variants
 from moe_jax.arrays import AnyArray
-from moe_jax.evaluation import compare_variants
 from moe_jax.experts import assign_folds
-from moe_jax.gates import LinearGate, MLPGate
+from moe_jax.gates import MLPGate
 from moe_jax.joint import Backfit, MixtureExperts, backfit_mixture_experts, predict_mixture_experts
 from moe_jax.optimize import GateConfig, GateFit, Params, minimize
 from moe_jax.ridge import matmul
@@ -63,11 +62,7 @@ PRESETS = {
     "default": JointConfig(),
     "smoke": JointConfig(
         preset="smoke",
-        n_train=1_200,
-        n_test=1_200,
-        alphas=(1.0,),
-        global_alphas=(10.0,),
-        C_grid=(10.0,),
+        **SMALL,
         n_folds=2,
         joint_alphas=(3.0,),
         n_rounds=2,
@@ -274,9 +269,7 @@ def main(config: JointConfig) -> pd.DataFrame:
         if improvement < config.least_improvement:
             break
     variants = {
-        "frozen experts, classification gate": np.asarray(
-            route_soft(LinearGate().apply(prepared.classifier.params, data.test_features), prepared.test.covered().predictions)
-        )[None, :],
+        "frozen experts, classification gate": mix_by_class(prepared, prepared.test.covered()),
         "frozen experts, MLP gate": _mixture(gate, frozen, prepared),
         f"frozen experts, MLP gate, {longer.epochs} epochs": _mixture(gate, trained_longer, prepared),
         "joint experts, one round": predict_round(config, data, first),
@@ -286,14 +279,11 @@ def main(config: JointConfig) -> pd.DataFrame:
     if by_gradient is not None:
         variants["all by gradient from the best round"] = by_gradient
     with stages("bootstrap"):
-        table = compare_variants(
-            draw_keys(config.seed).bootstrap,
+        table = compare_by(
+            config,
             data.test_y,
             variants,
             variants["frozen experts, MLP gate"],
-            n_resamples=config.n_resamples,
-            confidence_level=config.confidence_level,
-            method=config.interval_method,
         )
     rounds_table, gradient_table = pd.DataFrame(history), pd.DataFrame(tried)
     outcome = "" if by_gradient is not None else " No epoch lowered the held-out loss, so nothing was trained by gradient."
