@@ -24,9 +24,10 @@ from experiments.prepare import Prepared, Stars, draw_keys, prepare
 from experiments.study import SMALL, StudyConfig, compare_by, output_folder, table_markdown, write_variants
 from moe_jax.cells import CELL_NAMES
 from moe_jax.controls import fit_mlp_regressor, fit_temperature, predict_mlp_regressor, simplex_weights
+from moe_jax.cross_validation import cross_validate_ridge, select_alpha
 from moe_jax.gates import LinearGate, MLPGate
 from moe_jax.optimize import GateConfig
-from moe_jax.ridge import cross_validate_ridge, fit_ridge, predict_ridge, select_alpha
+from moe_jax.ridge import fit_ridge, predict_ridge
 from moe_jax.routing import route_soft, sharpen
 
 VANISHING = 0.01

@@ -17,8 +17,8 @@ from experiments.command_line import Stages
 from moe_jax.arrays import AnyArray, InputError
 from moe_jax.cells import N_CELLS, assign_cells, nearest_cells
 from moe_jax.classifier import C_GRID, ClassifierFit, fit_classifier
+from moe_jax.cross_validation import CrossValidatedRidge
 from moe_jax.experts import (
-    CrossValidatedRidge,
     Experts,
     assign_folds,
     cross_fitted_predictions,
@@ -34,14 +34,11 @@ from moe_jax.simulate import LabelSampling, simulate_survey
 from moe_jax.survey import WAVE_FIELD, Survey, add_noise, load_survey
 
 Coverage = Literal["cells", "edge_clamp", "tenth_expert"]
-CODE = [
-    *package_files(
-        *(f"{name}.py" for name in ("pixels", "grid", "sky", "simulate", "survey", "cells", "ridge", "experts", "features")),
-        "classifier.py",
-        "data/lte_grid.npz",
-    ),
-    Path(__file__),
-]
+MODULES = (
+    *("pixels", "grid", "sky", "simulate", "survey", "cells", "ridge", "factorize", "sums", "cross_validation", "experts"),
+    *("features", "classifier"),
+)
+CODE = [*package_files(*(f"{name}.py" for name in MODULES), "data/lte_grid.npz"), Path(__file__)]
 
 
 @dataclass(frozen=True)

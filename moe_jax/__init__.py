@@ -22,7 +22,11 @@ from moe_jax.controls import fit_mlp_regressor as fit_mlp_regressor
 from moe_jax.controls import fit_temperature as fit_temperature
 from moe_jax.controls import predict_mlp_regressor as predict_mlp_regressor
 from moe_jax.controls import simplex_weights as simplex_weights
-from moe_jax.experts import CrossValidatedRidge as CrossValidatedRidge
+from moe_jax.cross_validation import AlphaChoice as AlphaChoice
+from moe_jax.cross_validation import CrossValidatedRidge as CrossValidatedRidge
+from moe_jax.cross_validation import RidgeCV as RidgeCV
+from moe_jax.cross_validation import cross_validate_ridge as cross_validate_ridge
+from moe_jax.cross_validation import select_alpha as select_alpha
 from moe_jax.experts import Experts as Experts
 from moe_jax.experts import assign_folds as assign_folds
 from moe_jax.experts import cross_fitted_predictions as cross_fitted_predictions
@@ -51,14 +55,10 @@ from moe_jax.metrics import rmse as rmse
 from moe_jax.optimize import GateConfig as GateConfig
 from moe_jax.optimize import GateFit as GateFit
 from moe_jax.optimize import Hyper as Hyper
-from moe_jax.ridge import AlphaChoice as AlphaChoice
 from moe_jax.ridge import Ridge as Ridge
-from moe_jax.ridge import RidgeCV as RidgeCV
-from moe_jax.ridge import cross_validate_ridge as cross_validate_ridge
 from moe_jax.ridge import fit_ridge as fit_ridge
 from moe_jax.ridge import fit_weighted_ridge as fit_weighted_ridge
 from moe_jax.ridge import predict_ridge as predict_ridge
-from moe_jax.ridge import select_alpha as select_alpha
 from moe_jax.routing import route_fallback as route_fallback
 from moe_jax.routing import route_hard as route_hard
 from moe_jax.routing import route_oracle as route_oracle

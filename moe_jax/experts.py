@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-from moe_jax import ridge
 from moe_jax.arrays import AnyArray, InputError, require_same_length
-from moe_jax.ridge import Folds, Ridge, matmul
+from moe_jax.cross_validation import CrossValidatedRidge, fit_cross_validated, held_rows
+from moe_jax.ridge import matmul
 
 ROW_MULTIPLE = 64  # of a padded size
 LEAST_ROWS = 256  # small cells all share one size
@@ -33,16 +33,6 @@ class Experts(NamedTuple):
     at_edge: Bool[jax.Array, " K"]  #: whether that alpha lies at an end of the grid
     mse: Float[jax.Array, "K A"]  #: cross-validated mean squared error
     out_of_fold: Float[jax.Array, " N"]  #: each star predicted by its own cell's expert, fitted without its fold; NaN outside
-
-
-class CrossValidatedRidge(NamedTuple):
-    """One ridge regression with its alpha by cross-validation."""
-
-    ridge: Ridge
-    alpha: Float[jax.Array, ""]
-    at_edge: Bool[jax.Array, ""]
-    mse: Float[jax.Array, " A"]
-    out_of_fold: Float[jax.Array, " N"]
 
 
 def assign_folds(key: PRNGKeyArray, cell: Int[AnyArray, " N"], n_folds: int = 5) -> Int[jax.Array, " N"]:
@@ -63,17 +53,6 @@ def padded_sizes(counts: Int[np.ndarray, " K"]) -> list[int]:
     return [int(size) for size in sizes]
 
 
-@jax.jit
-def _fit_padded(x: jax.Array, y: jax.Array, mask: jax.Array, alphas: jax.Array, folds: Folds) -> CrossValidatedRidge:
-    """Cross-validates over the alphas and fits with the best, all from one Gram matrix."""
-    data = ridge.center(x, y, mask)
-    gram = ridge.gram_by_fold(data, alphas, folds)
-    cv = ridge.cross_validate_centred(data, gram, alphas, folds)
-    choice = ridge.select_alpha(alphas, cv.mse)
-    fit = ridge.solve(data, gram.matrix, choice.alpha)
-    return CrossValidatedRidge(fit, choice.alpha, choice.at_edge, cv.mse, cv.predictions[choice.position])
-
-
 def _fit_expert(
     x: jax.Array, y: jax.Array, stars: np.ndarray, n_padded: int, alphas: jax.Array, folds: np.ndarray
 ) -> tuple[jax.Array, CrossValidatedRidge]:
@@ -81,7 +60,8 @@ def _fit_expert(
     rows = jnp.asarray(np.pad(stars, (0, n_padded - len(stars)), constant_values=len(y)))
     x_cell, y_cell = (array.at[rows].get(mode="fill", fill_value=0) for array in (x, y))
     mask = (rows < len(y)).astype(x.dtype)
-    return rows, _fit_padded(x_cell, y_cell, mask, alphas, ridge.fold_rows(folds[stars], n_padded, slack=FOLD_SLACK))
+    held = held_rows(folds[stars], n_padded, slack=FOLD_SLACK)
+    return rows, fit_cross_validated(x_cell, y_cell, mask, alphas, held, len(stars))
 
 
 def fit_experts(
@@ -136,7 +116,7 @@ def fit_global(
     """One ridge regression for all stars, its alpha by cross-validation; arguments as those of ``fit_experts``."""
     require_same_length(x=x, y=y, folds=folds)
     x, y = jnp.asarray(x), jnp.asarray(y)
-    return _fit_padded(x, y, jnp.ones(len(y), x.dtype), jnp.asarray(alphas, x.dtype), ridge.fold_rows(folds))
+    return fit_cross_validated(x, y, jnp.ones(len(y), x.dtype), jnp.asarray(alphas, x.dtype), held_rows(folds), len(y))
 
 
 @jax.jit

@@ -49,3 +49,9 @@ def noisy_flux(survey):
 def small_survey():
     """400 simulated stars."""
     return moe_jax.simulate_survey(jax.random.key(3), 400)
+
+
+@pytest.fixture(scope="session")
+def spectra(survey, noisy_flux):
+    """The real size of a cell: 3,000 spectra of 4,096 pixels."""
+    return noisy_flux, np.asarray(survey.labels.log_g)

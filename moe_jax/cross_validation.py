@@ -1,0 +1,250 @@
+"""Exact cross-validation of ridge regressions: every fold and every alpha from one Gram matrix and one factor per alpha.
+
+Held-out residuals follow from the fit to all stars. Dual form (N < P), with K the kernel, C the upper left block of the
+inverse of the bordered matrix [[K + alpha I, 1], [1', 0]] and a = C y: those of the fold S are C_SS^-1 a_S (Cawley & Talbot
+2004, eq. 11; An, Liu & Venkatesh 2007, eq. 15). Primal form, with H the hat matrix and r the residuals: (I - H_SS)^-1 r_S; or,
+where folds are few, a fit to the sums of all stars less those of the fold. So leave-one-out costs what five folds cost.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Bool, Float, Int
+
+from moe_jax import ridge
+from moe_jax.arrays import AnyArray, InputError, require_same_length
+from moe_jax.factorize import inverse_cholesky
+from moe_jax.ridge import Centred, Ridge, center, is_dual, jitter, kernel, matmul, require_positive
+from moe_jax.sums import Moments, Sums, moments, solve_moments, sum_stars
+
+BLOCK_BATCH = 16  # folds whose held-out blocks are formed at a time, where there are many
+# Costs in units of n^3 operations, as measured against products on two CPU cores; they choose between exact forms.
+CHOLESKY_COST = 1.0
+INVERSE_CHOLESKY_COST = 1.5
+
+
+class RidgeCV(NamedTuple):
+    """Exact cross-validation of a ridge regression over several alphas."""
+
+    mse: Float[jax.Array, " A"]  #: mean squared error of the out-of-fold predictions of all N stars
+    predictions: Float[jax.Array, "A N"]  #: prediction of each star by the model fitted without the star's fold
+
+
+class AlphaChoice(NamedTuple):
+    """The alpha of the smallest cross-validated error."""
+
+    alpha: Float[jax.Array, ""]
+    position: Int[jax.Array, ""]  #: its place among the alphas
+    at_edge: jax.Array  #: bool: it is the smallest or the largest of several, so the best may lie outside the grid
+
+
+class CrossValidatedRidge(NamedTuple):
+    """One ridge regression with its alpha by cross-validation."""
+
+    ridge: Ridge
+    alpha: Float[jax.Array, ""]
+    at_edge: Bool[jax.Array, ""]
+    mse: Float[jax.Array, " A"]
+    out_of_fold: Float[jax.Array, " N"]
+
+
+def cross_validate_ridge(
+    x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alphas: Float[AnyArray, " A"], folds: Int[AnyArray, " N"]
+) -> RidgeCV:
+    """Out-of-fold predictions of ridge regressions: exactly those of refitting without each fold, for every alpha.
+
+    Args:
+        x: features.
+        y: target.
+        alphas: penalties, > 0.
+        folds: fold of each star, any integers; concrete, since their sizes set the shapes. At least two folds.
+
+    Returns:
+        Mean squared error by alpha, and the predictions.
+
+    Raises:
+        InputError: shapes that disagree, alphas that are not positive, fewer than two folds.
+    """
+    require_same_length(x=x, y=y, folds=folds)
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    alphas = jnp.asarray(alphas, x.dtype)
+    require_positive(alphas)
+    data = _center(x, y, jnp.ones(len(x), x.dtype))
+    return _cross_validate(data, alphas, held_rows(folds), len(x))[0]
+
+
+def fit_cross_validated(
+    x: jax.Array, y: jax.Array, mask: jax.Array, alphas: jax.Array, held: Int[AnyArray, "folds n_held"], n_stars: int
+) -> CrossValidatedRidge:
+    """Cross-validates over the alphas and fits with the best, all from one Gram matrix.
+
+    Args:
+        x: features; the rows after the first ``n_stars`` are padding, and 0.
+        y: target, likewise.
+        mask: 1 for a star, 0 for padding.
+        alphas: penalties.
+        held: ``held_rows``.
+        n_stars: rows that are stars.
+    """
+    data = _center(x, y, mask)
+    cv, inverse_factor = _cross_validate(data, alphas, held, n_stars)
+    choice = select_alpha(alphas, cv.mse)
+    fit = _solve(data, choice.alpha, inverse_factor(choice))
+    return CrossValidatedRidge(fit, choice.alpha, choice.at_edge, cv.mse, cv.predictions[choice.position])
+
+
+def select_alpha(alphas: Float[AnyArray, " A"], mse: Float[AnyArray, " A"]) -> AlphaChoice:
+    """The alpha with the smallest error; a tie goes to the larger alpha."""
+    alphas, mse = jnp.asarray(alphas), jnp.asarray(mse)
+    position = jnp.argmax(jnp.where(mse == jnp.min(mse), alphas, -jnp.inf))
+    alpha = alphas[position]
+    at_edge = ((alpha == jnp.min(alphas)) | (alpha == jnp.max(alphas))) & (len(alphas) > 1)
+    return AlphaChoice(alpha, position, at_edge)
+
+
+def held_rows(folds: AnyArray, n_padded: int | None = None, slack: int = 0) -> Int[np.ndarray, "folds n_held"]:
+    """Rows of each fold, padded to a common length.
+
+    Args:
+        folds: fold of each star, any integers, at least two different ones.
+        n_padded: number of rows of the padded arrays that the rows index; N by default. It is also the mark of padding.
+        slack: with it, the length is that of equal folds of the padded rows plus this, where that is enough, so that data
+            sets of one padded size share their shapes.
+
+    Raises:
+        InputError: for fewer than two folds.
+    """
+    folds = np.asarray(folds)
+    n_padded = len(folds) if n_padded is None else n_padded
+    names, position = np.unique(folds, return_inverse=True)
+    if len(names) < 2:
+        raise InputError(f"folds holds {len(names)} different values, expected at least 2")
+    counts = np.bincount(position)
+    length = max(counts.max(), round(n_padded / len(names)) + slack if slack else 0)
+    rows = np.full((len(names), length), n_padded, np.int32)
+    order = np.argsort(position, kind="stable")
+    first = np.cumsum(counts) - counts
+    rows[position[order], np.arange(len(folds)) - np.repeat(first, counts)] = order
+    return rows
+
+
+_center, _kernel = jax.jit(center), jax.jit(kernel)
+
+
+@jax.jit
+def _solve(data: Centred, alpha: jax.Array, inverse_factor: jax.Array) -> Ridge:
+    factor = jnp.tril(inverse_factor)
+    return ridge.solve(data, alpha, lambda b: matmul(factor.T, matmul(factor, b)))
+
+
+def _cross_validate(
+    data: Centred, alphas: jax.Array, held: AnyArray, n_stars: int
+) -> tuple[RidgeCV, Callable[[AlphaChoice], AnyArray]]:
+    """The cross-validation, and a function that gives the inverse Cholesky factor at the chosen alpha."""
+    dual = is_dual(data.x)
+    if not dual and _is_cheaper_by_fold(data.x, held):
+        by_fold = _sum_by_fold(data, held)
+        cv = _finish(data, _residuals_by_fold(data, by_fold, alphas, held))
+        matrix = jnp.sum(by_fold.xx, axis=0)
+        mean_eigenvalue = jnp.trace(matrix) / len(matrix)
+        return cv, lambda choice: inverse_cholesky(matrix, choice.alpha + jitter(mean_eigenvalue))
+    matrix, mean_eigenvalue = _kernel(data)
+    residuals_at_once = _dual_residuals if dual else _primal_residuals
+    invert = functools.partial(inverse_cholesky, matrix, n_used=n_stars if dual else None)
+    factors = [invert(alpha + jitter(mean_eigenvalue)) for alpha in alphas]
+    cv = _finish(data, jnp.stack([residuals_at_once(data, factor, held) for factor in factors]))
+    return cv, lambda choice: factors[int(choice.position)]
+
+
+@jax.jit
+def _finish(data: Centred, residuals: jax.Array) -> RidgeCV:
+    mse = jnp.sum((residuals * data.mask[None, :]) ** 2, axis=1) / jnp.sum(data.mask)
+    return RidgeCV(mse, (data.y + data.y_mean)[None, :] - residuals)
+
+
+def _is_cheaper_by_fold(x: jax.Array, held: AnyArray) -> bool:
+    """Whether a primal fit for each fold costs less than one for all folds."""
+    (n, p), (n_folds, n_held) = x.shape, held.shape
+    by_fold = n_folds * CHOLESKY_COST * p**3
+    at_once = INVERSE_CHOLESKY_COST * p**3 + n * p**2 + n_folds * (n_held**2 * p + n_held**3)
+    return by_fold < at_once
+
+
+def _gather(array: jax.Array, rows: jax.Array) -> jax.Array:
+    return array.at[rows].get(mode="fill", fill_value=0)
+
+
+def _scatter(values: jax.Array, rows: AnyArray, n: int) -> jax.Array:
+    """From (folds, n_held) values to (N,)."""
+    return jnp.zeros(n, values.dtype).at[jnp.asarray(rows).reshape(-1)].set(values.reshape(-1), mode="drop")
+
+
+def _solve_block(block: jax.Array, residual: jax.Array, padding: jax.Array) -> jax.Array:
+    """Solves one fold's symmetric positive (n_held, n_held) block for its residuals; padded rows become the identity."""
+    block = block + jnp.diag(padding.astype(block.dtype))
+    if len(block) == 1:  # leave-one-out
+        return residual / block[0]
+    solution: jax.Array = jnp.linalg.solve(block, residual)
+    return solution
+
+
+@jax.jit
+def _dual_residuals(data: Centred, inverse_factor: jax.Array, held: jax.Array) -> jax.Array:
+    """(N,) held-out residuals from the inverse Cholesky factor W of the kernel: (K + alpha I)^-1 = W' W."""
+    n, factor = len(data.y), jnp.tril(inverse_factor)
+    solution = matmul(factor.T, matmul(factor, jnp.stack([data.y, data.mask], axis=1)))
+    ones, total = solution[:, 1], jnp.sum(data.mask * solution[:, 1])
+    a = solution[:, 0] - ones * jnp.sum(data.mask * solution[:, 0]) / total
+
+    def hold_out(rows: jax.Array) -> jax.Array:
+        own, column = _gather(factor.T, rows), _gather(ones, rows)
+        block = matmul(own, own.T) - jnp.outer(column, column) / total
+        return _solve_block(block, _gather(a, rows), rows == n)
+
+    return _scatter(lax.map(hold_out, held, batch_size=min(BLOCK_BATCH, len(held))), held, n)
+
+
+@jax.jit
+def _primal_residuals(data: Centred, inverse_factor: jax.Array, held: jax.Array) -> jax.Array:
+    """(N,) held-out residuals from the inverse Cholesky factor W of the scatter matrix: H = (X W')(X W')'."""
+    n = len(data.y)
+    whitened = matmul(data.x, jnp.tril(inverse_factor).T)
+    residual = data.y - matmul(whitened, matmul(whitened.T, data.y[:, None]))[:, 0]
+
+    def hold_out(rows: jax.Array) -> jax.Array:
+        part, mask = _gather(whitened, rows), _gather(data.mask, rows)
+        # The intercept adds 1 / n to the hat matrix.
+        block = jnp.diag(mask) - matmul(part, part.T) - jnp.outer(mask, mask) / jnp.sum(data.mask)
+        return _solve_block(block, _gather(residual, rows), rows == n)
+
+    return _scatter(lax.map(hold_out, held, batch_size=min(BLOCK_BATCH, len(held))), held, n)
+
+
+@jax.jit
+def _sum_by_fold(data: Centred, held: jax.Array) -> Sums:
+    def sums(rows: jax.Array) -> Sums:
+        return sum_stars(*(_gather(array, rows) for array in (data.x, data.y, data.mask)))
+
+    return lax.map(sums, held)
+
+
+@jax.jit
+def _residuals_by_fold(data: Centred, by_fold: Sums, alphas: jax.Array, held: jax.Array) -> jax.Array:
+    """(A, N) held-out residuals: a fold is held out by subtracting its sums from those of all."""
+    total = jax.tree.map(lambda sums: jnp.sum(sums, axis=0), by_fold)
+
+    def hold_out(fold: tuple[Sums, jax.Array]) -> jax.Array:
+        own, rows = fold
+        train: Moments = moments(jax.tree.map(jnp.subtract, total, own))
+        x_held, y_held = _gather(data.x, rows) - train.x_mean[None, :], _gather(data.y, rows) - train.y_mean
+        return lax.map(lambda alpha: y_held - matmul(x_held, solve_moments(train, alpha)[:, None])[:, 0], alphas)
+
+    by_alpha = jnp.moveaxis(lax.map(hold_out, (by_fold, held)), 1, 0)
+    return jax.vmap(lambda values: _scatter(values, held, len(data.y)))(by_alpha)

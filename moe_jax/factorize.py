@@ -1,0 +1,61 @@
+"""Inverse Cholesky factors: by LAPACK on a CPU, by XLA elsewhere and under ``jit`` or ``vmap``.
+
+Of LAPACK, XLA on a CPU has the Cholesky factor (with two more copies of the matrix) but not the inverse of a triangle, which
+it gets from a solve with three times the operations; SciPy's ``potrf`` and ``trtri`` work in place. Both paths give the same
+up to rounding.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Float
+from scipy.linalg import lapack
+
+from moe_jax.arrays import AnyArray
+
+LAPACK = {"float32": (lapack.spotrf, lapack.strtri), "float64": (lapack.dpotrf, lapack.dtrtri)}
+
+
+def inverse_cholesky(matrix: Float[jax.Array, "M M"], shift: ArrayLike, n_used: int | None = None) -> Float[AnyArray, "M M"]:
+    """Inverse W of the Cholesky factor of matrix + shift I, so that (matrix + shift I)^-1 = W' W.
+
+    Args:
+        matrix: symmetric; only its lower triangle is read.
+        shift: added to the diagonal.
+        n_used: leading rows and columns that hold something; the others are 0, and their part of W may be 0 or not.
+
+    Returns:
+        W, in its lower triangle; what is above is undefined. NaN where the matrix is not positive definite.
+    """
+    if isinstance(matrix, jax.core.Tracer) or isinstance(shift, jax.core.Tracer) or _platform(matrix) != "cpu":
+        return _by_xla(matrix, shift)
+    size = len(matrix)
+    n = size if n_used is None else n_used
+    # LAPACK counts columns first, so the lower triangle of these rows is its upper one.
+    work = np.array(np.asarray(matrix)[:n, :n])
+    work.flat[:: n + 1] += np.asarray(shift)
+    potrf, trtri = LAPACK[work.dtype.name]
+    factor, failed = potrf(work.T, lower=0, overwrite_a=1, clean=0)
+    if not failed:
+        factor, failed = trtri(factor, lower=0, overwrite_c=1)
+    if failed:
+        return np.full((size, size), np.nan, work.dtype)
+    inverse: np.ndarray = factor.T
+    return inverse if n == size else np.pad(inverse, (0, size - n))
+
+
+def _platform(matrix: jax.Array) -> str:
+    platform: str = next(iter(matrix.devices())).platform
+    return platform
+
+
+@jax.jit
+def _by_xla(matrix: jax.Array, shift: ArrayLike) -> jax.Array:
+    diagonal = jnp.arange(len(matrix))
+    factor = lax.linalg.cholesky(matrix.at[diagonal, diagonal].add(shift), symmetrize_input=False)
+    inverse: jax.Array = lax.linalg.triangular_solve(factor, jnp.eye(len(matrix), dtype=matrix.dtype), left_side=True, lower=True)
+    return inverse
