@@ -1,8 +1,8 @@
 """Paired bootstrap over stars: the difference of two methods' R2, with intervals overall, by group and for all groups at once.
 
 A resample draws N of the N stars with replacement, the same stars for both methods. ``bootstrap_delta_r2`` counts how often
-each star was drawn and turns all resamples into R2 by one matmul over sufficient statistics; ``paired_bootstrap`` gathers
-the stars and evaluates any statistic. From the same key both draw the same stars, and agree resample by resample.
+each star was drawn and turns resamples into R2 by a matmul over sufficient statistics; ``paired_bootstrap`` gathers the stars
+and evaluates any statistic. From the same key both draw the same stars, and agree resample by resample.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ from moe_jax.intervals import (
 DEFAULT_METHOD: IntervalMethod = "basic"
 
 
+RESAMPLES_IN_TILE = 64  # counted at a time; fewer where N is large
+COUNTS_IN_TILE = 2**23
+
+
 class Bootstrap(NamedTuple):
     """Delta R2 = R2(prediction) - R2(baseline), with its bootstrap distribution.
 
@@ -56,8 +60,18 @@ class Bootstrap(NamedTuple):
 
 
 def resample_rows(key: PRNGKeyArray, n: int) -> Int[jax.Array, " N"]:
-    """The stars of one resample: N draws of 0 .. N - 1 with replacement."""
-    return jax.random.randint(key, (n,), 0, n)
+    """The stars of one resample: N draws of 0 .. N - 1 with replacement, N < 2^31.
+
+    A draw is the upper half of the product of N and 32 random bits, so the probabilities of two stars differ by 2^-32 at the
+    most; drawing without that would double the bits.
+    """
+    low = np.uint32(0xFFFF)
+    bits = jax.random.bits(key, (n,), jnp.uint32)
+    bits_high, bits_low, n_high, n_low = bits >> 16, bits & low, np.uint32(n >> 16), np.uint32(n & 0xFFFF)
+    # The product of two halves fits into 32 bits; the upper half of the whole product is their sum with carries.
+    low_high, high_low = bits_low * n_high, bits_high * n_low
+    carried = ((bits_low * n_low) >> 16) + (low_high & low) + (high_low & low)
+    return (bits_high * n_high + (low_high >> 16) + (high_low >> 16) + (carried >> 16)).astype(jnp.int32)
 
 
 def paired_bootstrap(key: PRNGKeyArray, statistic: Callable[..., Any], arrays: tuple[AnyArray, ...], n_resamples: int) -> Any:
@@ -100,6 +114,7 @@ def bootstrap_delta_r2(
     method: IntervalMethod = DEFAULT_METHOD,
     groups: Int[AnyArray, " N"] | None = None,
     n_groups: int | None = None,
+    block_size: int | None = None,
 ) -> Bootstrap:
     """Paired bootstrap of R2(prediction) - R2(baseline) over stars, all resamples in one vectorised call.
 
@@ -116,6 +131,8 @@ def bootstrap_delta_r2(
         groups: group of each star, from 0; gives Delta R2 within each group from the same resamples. Stars of a negative
             group count in the overall difference only.
         n_groups: G; by default the highest group plus one.
+        block_size: resamples in one call of the compiled program, rounded up to whole tiles; all by default. The result is
+            the same to the last bit.
 
     Raises:
         InputError: shapes that disagree, values that are not finite, B < 1, another method, or a level that is not between
@@ -134,6 +151,7 @@ def bootstrap_delta_r2(
         method=method,
         groups=groups,
         n_groups=n_groups,
+        block_size=block_size,
     )
 
 
@@ -155,6 +173,7 @@ def bootstrap_gain(
     method: IntervalMethod = DEFAULT_METHOD,
     groups: Int[AnyArray, " N"] | None = None,
     n_groups: int | None = None,
+    block_size: int | None = None,
 ) -> Bootstrap:
     """Paired bootstrap of a difference of R2 from the stars' gains in squared error; the rest as ``bootstrap_delta_r2``.
 
@@ -169,12 +188,15 @@ def bootstrap_gain(
         method: of the intervals.
         groups: group of each star, from 0, or negative.
         n_groups: G.
+        block_size: resamples in one call of the compiled program.
 
     Raises:
         InputError: as ``bootstrap_delta_r2``.
     """
     require_vectors(y=y, gain=gain)
     _require_resamples(n_resamples)
+    if block_size is not None and block_size < 1:
+        raise InputError(f"block_size is {block_size}, expected at least 1, or None")
     require_interval(method, confidence_level)
     if groups is None:
         groups, n_groups = jnp.zeros(len(y), jnp.int32), 0
@@ -184,24 +206,16 @@ def bootstrap_gain(
     for name, array in {"y": y, "gain": gain}.items():
         _require_finite(name, array)
     y, gain, groups = map(jnp.asarray, (y, gain, groups))
-    return _bootstrap_gain(key, y, gain, groups, confidence_level, method, n_resamples, n_groups)
+    resampled = resample_gain(key, y, gain, groups, n_resamples, n_groups, block_size)
+    return _summarize(resampled, confidence_level, method)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "n_resamples", "n_groups"))
-def _bootstrap_gain(
-    key: jax.Array,
-    y: jax.Array,
-    gain: jax.Array,
-    groups: jax.Array,
-    confidence_level: ArrayLike,
-    method: IntervalMethod,
-    n_resamples: int,
-    n_groups: int,
-) -> Bootstrap:
-    resampled = resample_gain(key, y, gain, groups, n_resamples, n_groups)
+@functools.partial(jax.jit, static_argnames=("method",))
+def _summarize(resampled: Resampled, confidence_level: ArrayLike, method: IntervalMethod) -> Bootstrap:
     low, high = confidence_interval(resampled, method, confidence_level)
     own = Resampled(*(column[..., 1:] for column in resampled))
-    simultaneous = simultaneous_interval(own, confidence_level) if n_groups else Interval(own.estimate, own.estimate)
+    any_group = own.estimate.shape[0] > 0
+    simultaneous = simultaneous_interval(own, confidence_level) if any_group else Interval(own.estimate, own.estimate)
     undefined = jnp.sum(jnp.isnan(resampled.samples), axis=0)
     estimate, samples, error = resampled.estimate, resampled.samples, resampled.standard_error
     return Bootstrap(
@@ -212,7 +226,6 @@ def _bootstrap_gain(
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("n_resamples", "n_groups"))
 def resample_gain(
     key: PRNGKeyArray,
     y: Float[jax.Array, " N"],
@@ -220,13 +233,35 @@ def resample_gain(
     groups: Int[jax.Array, " N"],
     n_resamples: int,
     n_groups: int,
+    block_size: int | None = None,
 ) -> Resampled:
     """Delta R2 of all stars and of each group, on the stars and on each resample, with standard errors; 1 + G statistics.
 
     With d = y - mean(y), b = mean(d^2) and g the gain, Delta R2 = mean(g) / b, and its influence function is
     (g - Delta R2 d^2) / b. Its second moment on a resample, whose mean of d is m, needs the moments of d up to the fourth,
     as (d - m)^2 must be multiplied out; so one matmul of counts with nine columns for each group gives everything.
+
+    Resamples are counted in tiles, whose size depends on N alone: the memory does not grow with the number of resamples but
+    for the results, and a resample's numbers do not depend on which others are computed with it.
     """
+    tile = min(max(COUNTS_IN_TILE // len(y), 1), RESAMPLES_IN_TILE)
+    columns, estimate, error, skewed = _columns(y, gain, groups, n_groups)
+    n_tiles = -(-n_resamples // tile)
+    keys = jax.random.split(key, n_tiles * tile).reshape(n_tiles, tile)
+    step = n_tiles if block_size is None else -(-block_size // tile)
+    if step >= n_tiles:
+        samples, errors = _resample(keys, y, columns)
+    else:
+        last = -(-n_tiles // step) * step  # the last block is filled with tiles that are not needed, to have the same shape
+        keys = keys[jnp.minimum(jnp.arange(last), n_tiles - 1)]
+        blocks = [jax.device_get(_resample(keys[i : i + step], y, columns)) for i in range(0, last, step)]
+        samples, errors = (jnp.asarray(np.concatenate(part)) for part in zip(*blocks, strict=True))
+    return Resampled(estimate, error, skewed, samples[:n_resamples], errors[:n_resamples])
+
+
+@functools.partial(jax.jit, static_argnames="n_groups")
+def _columns(y: jax.Array, gain: jax.Array, groups: jax.Array, n_groups: int) -> tuple[jax.Array, ...]:
+    """The (9, 1 + G, N) columns whose sums a resample needs; and estimates, standard errors, accelerations."""
     n = len(y)
     # One row for all stars, then one for each group; (1 + G, N).
     member = jnp.concatenate([jnp.ones((1, n), bool), groups[None, :] == jnp.arange(n_groups)[:, None]])
@@ -236,25 +271,36 @@ def resample_gain(
     d = jnp.where(member, y[None, :] - mean[:, None], 0.0)
     g = jnp.where(member, gain[None, :], 0.0)
     columns = jnp.stack([member.astype(y.dtype), d, d**2, d**3, d**4, g, g * d, g * d**2, g**2])
-
-    def count(key: jax.Array) -> jax.Array:
-        return jnp.zeros(n, y.dtype).at[resample_rows(key, n)].add(1.0)
-
-    counts = jax.vmap(count)(jax.random.split(key, n_resamples))
-    sums = jnp.einsum("bn,mgn->mbg", counts, columns, precision=lax.Precision.HIGHEST)
-    drawn, _, squares, *_ = sums
-    ss_total = squares - sums[1] ** 2 / jnp.maximum(drawn, 1.0)
-    # A constant y leaves ss_total at its rounding error. Only where one comes near it need all extremes be looked up.
-    surely_defined = ss_total > 8.0 * n * jnp.finfo(y.dtype).eps * squares
-    defined = lax.cond(jnp.all(surely_defined), lambda: surely_defined, lambda: _is_not_constant(y, member, counts))
-    samples, sample_errors = _delta_and_error(sums, defined)
     own = jnp.sum(columns, axis=2)[:, None, :]
     varies = jnp.max(jnp.where(member, y, -jnp.inf), axis=1) > jnp.min(jnp.where(member, y, jnp.inf), axis=1)
     estimate, error = (row[0] for row in _delta_and_error(own, varies[None, :]))
     influence = jnp.where(member, g - estimate[:, None] * d**2, 0.0)
     square = jnp.sum(influence**2, axis=1)
     skewed = jnp.sum(influence**3, axis=1) / jnp.where(square > 0, 6.0 * square**1.5, 1.0)
-    return Resampled(estimate, error, skewed, samples, sample_errors)
+    return columns, estimate, error, skewed
+
+
+@jax.jit
+def _resample(keys: jax.Array, y: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Delta R2 and standard errors of the resamples whose (tiles, tile) keys are given; (tiles * tile, 1 + G) each."""
+    n, n_in_tile = len(y), keys.shape[1]
+    first = n * jnp.arange(n_in_tile)[:, None]
+
+    def tile(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rows = jax.vmap(lambda key: resample_rows(key, n))(keys)
+        flat = jnp.zeros(n_in_tile * n, jnp.int32).at[(rows + first).reshape(-1)].add(1, mode="promise_in_bounds")
+        counts = flat.reshape(n_in_tile, n).astype(y.dtype)
+        sums = jnp.einsum("bn,mgn->mbg", counts, columns, precision=lax.Precision.HIGHEST)
+        drawn, _, squares, *_ = sums
+        ss_total = squares - sums[1] ** 2 / jnp.maximum(drawn, 1.0)
+        # A constant y leaves ss_total at its rounding error. Only where one comes near it need all extremes be looked up.
+        surely_defined = ss_total > 8.0 * n * jnp.finfo(y.dtype).eps * squares
+        member = columns[0] > 0
+        defined = lax.cond(jnp.all(surely_defined), lambda: surely_defined, lambda: _is_not_constant(y, member, counts))
+        return _delta_and_error(sums, defined)
+
+    samples, errors = lax.map(tile, keys)
+    return samples.reshape(-1, samples.shape[-1]), errors.reshape(-1, errors.shape[-1])
 
 
 def _delta_and_error(sums: jax.Array, defined: jax.Array) -> tuple[jax.Array, jax.Array]:

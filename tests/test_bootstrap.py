@@ -110,9 +110,30 @@ def test_paired_bootstrap_of_another_statistic(stars, x64):
     np.testing.assert_allclose(np.std(samples), theirs.standard_error, rtol=0.15)
 
 
+@pytest.mark.parametrize("block_size", [1, 7, 64, 65, 300, 1_000])
+def test_blocks_change_no_bit(stars, block_size, dtype):
+    y, prediction, baseline, groups = cast(stars, dtype)
+    whole, parts = (
+        bootstrap_delta_r2(jax.random.key(1), y, prediction, baseline, n_resamples=300, groups=groups, block_size=size)
+        for size in (None, block_size)
+    )
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+
+
+@pytest.mark.parametrize("n", [1, 2, 816, 65_535, 65_537, 1_000_003, 2**31 - 1])
+def test_rows_are_scaled_random_bits(n, monkeypatch):
+    """Against the product in 64 bits; what is drawn at the extremes is the first and the last star."""
+    extreme = np.array([0, 1, 0xFFFF, 0x10000, 2**31, 2**32 - 1], np.uint32)
+    bits = np.concatenate([extreme, np.random.default_rng(0).integers(0, 2**32, 1_000, np.uint32)])
+    monkeypatch.setattr(jax.random, "bits", lambda *_: jnp.asarray(bits))
+    rows = resample_rows(jax.random.key(0), n)
+    np.testing.assert_array_equal(rows, (bits.astype(np.uint64) * n) >> 32)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"block_size": 0}, "block_size is 0"),
         ({"n_resamples": 0}, "n_resamples is 0"),
         ({"confidence_level": 1.0}, "confidence_level is 1.0"),
         ({"prediction": np.zeros(5)}, r"prediction has shape \(5,\)"),
