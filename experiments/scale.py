@@ -1,7 +1,7 @@
 """How do the methods scale with training stars and noise?
 
-python -m experiments.scale                  4,000 to 100,000 training stars x noise 0.1 to 1.0; about 40 min on 2 cores, 8 GiB
-python -m experiments.scale --preset smoke   small; about two minutes
+python -m experiments.scale                  4,000 to 100,000 training stars x noise 0.1 to 1.0; about 16 min on 2 cores, 10.2 GiB
+python -m experiments.scale --preset smoke   small; about a minute
 
 A run that was stopped goes on where it was, from the cache. Results go to results/scale/PRESET.
 """
