@@ -24,7 +24,8 @@ from moe_jax.factorize import inverse_cholesky
 from moe_jax.ridge import Centred, Ridge, center, is_dual, jitter, kernel, matmul, require_positive
 from moe_jax.sums import Moments, Sums, moments, solve_moments, sum_stars
 
-BLOCK_BATCH = 16  # folds whose held-out blocks are formed at a time, where there are many
+BLOCK_BATCH = 16  # folds whose held-out blocks are formed at a time, where they are small
+LARGEST_IN_BATCH = 32  # rows
 # Costs in units of n^3 operations, as measured against products on two CPU cores; they choose between exact forms.
 CHOLESKY_COST = 1.0
 INVERSE_CHOLESKY_COST = 1.5
@@ -76,8 +77,11 @@ def cross_validate_ridge(
     x, y = jnp.asarray(x), jnp.asarray(y)
     alphas = jnp.asarray(alphas, x.dtype)
     require_positive(alphas)
-    data = _center(x, y, jnp.ones(len(x), x.dtype))
-    return _cross_validate(data, alphas, held_rows(folds), len(x))[0]
+    order = np.argsort(np.asarray(folds), kind="stable")
+    if is_dual(x):
+        x, y, folds = x[order], y[order], np.asarray(folds)[order]
+    cv = _cross_validate(_center(x, y, jnp.ones(len(x), x.dtype)), alphas, held_rows(folds), len(x))[0]
+    return cv._replace(predictions=cv.predictions[:, np.argsort(order)]) if is_dual(x) else cv
 
 
 def fit_cross_validated(
@@ -90,7 +94,7 @@ def fit_cross_validated(
         y: target, likewise.
         mask: 1 for a star, 0 for padding.
         alphas: penalties.
-        held: ``held_rows``.
+        held: ``held_rows``; in the dual form (fewer rows than columns) the rows of a fold must follow one another.
         n_stars: rows that are stars.
     """
     data = _center(x, y, mask)
@@ -140,8 +144,7 @@ _center, _kernel = jax.jit(center), jax.jit(kernel)
 
 @jax.jit
 def _solve(data: Centred, alpha: jax.Array, inverse_factor: jax.Array) -> Ridge:
-    factor = jnp.tril(inverse_factor)
-    return ridge.solve(data, alpha, lambda b: matmul(factor.T, matmul(factor, b)))
+    return ridge.solve(data, alpha, lambda b: matmul(inverse_factor.T, matmul(inverse_factor, b)))
 
 
 def _cross_validate(
@@ -177,13 +180,18 @@ def _is_cheaper_by_fold(x: jax.Array, held: AnyArray) -> bool:
     return by_fold < at_once
 
 
+def _batch(held: AnyArray) -> int | None:
+    """Folds at a time: several where their blocks are small; large ones keep the processor busy by themselves."""
+    return min(BLOCK_BATCH, len(held)) if held.shape[1] <= LARGEST_IN_BATCH else None
+
+
 def _gather(array: jax.Array, rows: jax.Array) -> jax.Array:
     return array.at[rows].get(mode="fill", fill_value=0)
 
 
-def _scatter(values: jax.Array, rows: AnyArray, n: int) -> jax.Array:
+def _scatter(values: jax.Array, rows: jax.Array, n: int) -> jax.Array:
     """From (folds, n_held) values to (N,)."""
-    return jnp.zeros(n, values.dtype).at[jnp.asarray(rows).reshape(-1)].set(values.reshape(-1), mode="drop")
+    return jnp.zeros(n, values.dtype).at[rows.reshape(-1)].set(values.reshape(-1), mode="drop")
 
 
 def _solve_block(block: jax.Array, residual: jax.Array, padding: jax.Array) -> jax.Array:
@@ -197,25 +205,33 @@ def _solve_block(block: jax.Array, residual: jax.Array, padding: jax.Array) -> j
 
 @jax.jit
 def _dual_residuals(data: Centred, inverse_factor: jax.Array, held: jax.Array) -> jax.Array:
-    """(N,) held-out residuals from the inverse Cholesky factor W of the kernel: (K + alpha I)^-1 = W' W."""
-    n, factor = len(data.y), jnp.tril(inverse_factor)
-    solution = matmul(factor.T, matmul(factor, jnp.stack([data.y, data.mask], axis=1)))
+    """(N,) held-out residuals from the inverse Cholesky factor W of the kernel: (K + alpha I)^-1 = W' W.
+
+    The rows of a fold follow one another, so that its columns of W are a slice.
+    """
+    n, n_held = len(data.y), held.shape[1]
+    solution = matmul(inverse_factor.T, matmul(inverse_factor, jnp.stack([data.y, data.mask], axis=1)))
     ones, total = solution[:, 1], jnp.sum(data.mask * solution[:, 1])
     a = solution[:, 0] - ones * jnp.sum(data.mask * solution[:, 0]) / total
 
-    def hold_out(rows: jax.Array) -> jax.Array:
-        own, column = _gather(factor.T, rows), _gather(ones, rows)
-        block = matmul(own, own.T) - jnp.outer(column, column) / total
-        return _solve_block(block, _gather(a, rows), rows == n)
+    def hold_out(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        start = jnp.minimum(rows[0], n - n_held)  # the slice may reach over the fold's ends
+        window = start + jnp.arange(n_held)
+        own = (window >= rows[0]) & (window < rows[0] + jnp.sum(rows < n))
+        columns = jnp.where(own[None, :], lax.dynamic_slice_in_dim(inverse_factor, start, n_held, 1), 0.0)
+        column, right = (jnp.where(own, lax.dynamic_slice_in_dim(values, start, n_held), 0.0) for values in (ones, a))
+        block = matmul(columns.T, columns) - jnp.outer(column, column) / total
+        return _solve_block(block, right, ~own), jnp.where(own, window, n)
 
-    return _scatter(lax.map(hold_out, held, batch_size=min(BLOCK_BATCH, len(held))), held, n)
+    residuals, rows = lax.map(hold_out, held, batch_size=_batch(held))
+    return _scatter(residuals, rows, n)
 
 
 @jax.jit
 def _primal_residuals(data: Centred, inverse_factor: jax.Array, held: jax.Array) -> jax.Array:
     """(N,) held-out residuals from the inverse Cholesky factor W of the scatter matrix: H = (X W')(X W')'."""
     n = len(data.y)
-    whitened = matmul(data.x, jnp.tril(inverse_factor).T)
+    whitened = matmul(data.x, inverse_factor.T)
     residual = data.y - matmul(whitened, matmul(whitened.T, data.y[:, None]))[:, 0]
 
     def hold_out(rows: jax.Array) -> jax.Array:
@@ -224,7 +240,7 @@ def _primal_residuals(data: Centred, inverse_factor: jax.Array, held: jax.Array)
         block = jnp.diag(mask) - matmul(part, part.T) - jnp.outer(mask, mask) / jnp.sum(data.mask)
         return _solve_block(block, _gather(residual, rows), rows == n)
 
-    return _scatter(lax.map(hold_out, held, batch_size=min(BLOCK_BATCH, len(held))), held, n)
+    return _scatter(lax.map(hold_out, held, batch_size=_batch(held)), held, n)
 
 
 @jax.jit

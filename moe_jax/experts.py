@@ -16,11 +16,11 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from moe_jax.arrays import AnyArray, InputError, require_same_length
 from moe_jax.cross_validation import CrossValidatedRidge, fit_cross_validated, held_rows
-from moe_jax.ridge import matmul
+from moe_jax.ridge import is_dual, matmul
 
 ROW_MULTIPLE = 64  # of a padded size
 LEAST_ROWS = 256  # small cells all share one size
-LEAST_FILL = 0.87  # a cell is padded to the size of a larger one if it fills this part of it
+LEAST_FILL = 0.93  # a cell is padded to the size of a larger one if it fills this part of it
 FOLD_SLACK = 8
 
 
@@ -56,7 +56,8 @@ def padded_sizes(counts: Int[np.ndarray, " K"]) -> list[int]:
 def _fit_expert(
     x: jax.Array, y: jax.Array, stars: np.ndarray, n_padded: int, alphas: jax.Array, folds: np.ndarray
 ) -> tuple[jax.Array, CrossValidatedRidge]:
-    """The rows of the given stars, padded with N, and the expert that is fitted to them."""
+    """The rows of the given stars, by fold and padded with N, and the expert that is fitted to them."""
+    stars = stars[np.argsort(folds[stars], kind="stable")]
     rows = jnp.asarray(np.pad(stars, (0, n_padded - len(stars)), constant_values=len(y)))
     x_cell, y_cell = (array.at[rows].get(mode="fill", fill_value=0) for array in (x, y))
     mask = (rows < len(y)).astype(x.dtype)
@@ -115,8 +116,11 @@ def fit_global(
 ) -> CrossValidatedRidge:
     """One ridge regression for all stars, its alpha by cross-validation; arguments as those of ``fit_experts``."""
     require_same_length(x=x, y=y, folds=folds)
-    x, y = jnp.asarray(x), jnp.asarray(y)
-    return fit_cross_validated(x, y, jnp.ones(len(y), x.dtype), jnp.asarray(alphas, x.dtype), held_rows(folds), len(y))
+    x, y, folds, alphas = jnp.asarray(x), jnp.asarray(y), np.asarray(folds), jnp.asarray(alphas, jnp.asarray(x).dtype)
+    if not is_dual(x):
+        return fit_cross_validated(x, y, jnp.ones(len(y), x.dtype), alphas, held_rows(folds), len(y))
+    rows, fit = _fit_expert(x, y, np.arange(len(y)), len(y), alphas, folds)
+    return fit._replace(out_of_fold=jnp.zeros_like(y).at[rows].set(fit.out_of_fold))
 
 
 @jax.jit

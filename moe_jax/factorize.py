@@ -15,12 +15,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 from scipy.linalg import lapack
 
-from moe_jax.arrays import AnyArray
-
+ALIGNMENT = 64  # bytes
 LAPACK = {"float32": (lapack.spotrf, lapack.strtri), "float64": (lapack.dpotrf, lapack.dtrtri)}
 
 
-def inverse_cholesky(matrix: Float[jax.Array, "M M"], shift: ArrayLike, n_used: int | None = None) -> Float[AnyArray, "M M"]:
+def inverse_cholesky(matrix: Float[jax.Array, "M M"], shift: ArrayLike, n_used: int | None = None) -> Float[jax.Array, "M M"]:
     """Inverse W of the Cholesky factor of matrix + shift I, so that (matrix + shift I)^-1 = W' W.
 
     Args:
@@ -29,23 +28,36 @@ def inverse_cholesky(matrix: Float[jax.Array, "M M"], shift: ArrayLike, n_used: 
         n_used: leading rows and columns that hold something; the others are 0, and their part of W may be 0 or not.
 
     Returns:
-        W, in its lower triangle; what is above is undefined. NaN where the matrix is not positive definite.
+        W, a lower triangle. NaN where the matrix is not positive definite.
     """
     if isinstance(matrix, jax.core.Tracer) or isinstance(shift, jax.core.Tracer) or _platform(matrix) != "cpu":
         return _by_xla(matrix, shift)
     size = len(matrix)
     n = size if n_used is None else n_used
     # LAPACK counts columns first, so the lower triangle of these rows is its upper one.
-    work = np.array(np.asarray(matrix)[:n, :n])
+    work = _aligned(n, matrix.dtype)
+    work[:] = np.asarray(matrix)[:n, :n]
     work.flat[:: n + 1] += np.asarray(shift)
     potrf, trtri = LAPACK[work.dtype.name]
-    factor, failed = potrf(work.T, lower=0, overwrite_a=1, clean=0)
+    factor, failed = potrf(work.T, lower=0, overwrite_a=1, clean=1)
     if not failed:
         factor, failed = trtri(factor, lower=0, overwrite_c=1)
     if failed:
-        return np.full((size, size), np.nan, work.dtype)
-    inverse: np.ndarray = factor.T
-    return inverse if n == size else np.pad(inverse, (0, size - n))
+        return jnp.full((size, size), jnp.nan, work.dtype)
+    if n == size:
+        return jax.dlpack.from_dlpack(factor.T, copy=False)
+    inverse = _aligned(size, matrix.dtype)
+    inverse[:n, :n] = factor.T
+    inverse[n:], inverse[:n, n:] = 0.0, 0.0
+    return jax.dlpack.from_dlpack(inverse, copy=False)
+
+
+def _aligned(size: int, dtype: np.dtype) -> np.ndarray:
+    """A square matrix that JAX takes over without a copy."""
+    n_bytes = size**2 * dtype.itemsize
+    memory = np.empty(n_bytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + n_bytes].view(dtype).reshape(size, size)
 
 
 def _platform(matrix: jax.Array) -> str:
