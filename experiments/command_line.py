@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import jax
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -17,6 +19,7 @@ from moe_jax.arrays import InputError
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 EXIT_BAD_INPUT = 2
+COMPILED_PROGRAMS = Path(".cache/moe_jax/compiled")
 
 
 class HasPreset(Protocol):
@@ -43,10 +46,19 @@ def parse_config(presets: dict[str, Config], description: str | None, arguments:
     return config
 
 
+def keep_compiled_programs() -> None:
+    """Keeps what XLA compiles on disk, so that the next run starts at once; JAX_COMPILATION_CACHE_DIR puts it elsewhere."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(COMPILED_PROGRAMS))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
 def run_command(main: Callable[[Any], object], presets: dict[str, Any], description: str | None) -> None:
     """Runs an experiment from the command line; bad input ends in one sentence and exit code 2, without a traceback."""
     try:
-        main(parse_config(presets, description, sys.argv[1:]))
+        config = parse_config(presets, description, sys.argv[1:])
+        keep_compiled_programs()
+        main(config)
     except (InputError, OSError, ModuleNotFoundError) as reason:
         print(f"error: {reason}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
