@@ -18,7 +18,8 @@ import pandas as pd
 
 from experiments.command_line import Stages, run_command
 from experiments.gate_sweep import CONVERGED_LINEAR, GateRun, Sweep, gate_keys, mix_by_class, run_gates, train_gates
-from experiments.prepare import Prepared, prepare
+from experiments.prepare import prepare
+from experiments.prepared import Prepared
 from experiments.study import SMALL, StudyConfig, compare_by, output_folder, write_variants
 from moe_jax.features import FEATURE_NAMES
 from moe_jax.gates import MLPGate

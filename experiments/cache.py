@@ -42,12 +42,12 @@ class Cache:
     folder: Path | None = DEFAULT_FOLDER
 
     def path(self, stage: str, config: Any, code: Sequence[Path]) -> Path | None:
-        """Where the result of a stage lies: named by the stage and a hash of configuration, code, JAX and precision."""
+        """Where the result of a stage lies: named by the stage and a hash of configuration, files, code, JAX and precision."""
         if self.folder is None:
             return None
         settings = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else config
         made_by = {"jax": jax.__version__, "float": str(jnp.zeros(0).dtype), "device": jax.devices()[0].platform}
-        text = json.dumps([stage, settings, fingerprint(code), made_by], default=str, sort_keys=True)
+        text = json.dumps([stage, settings, fingerprint(code), made_by], default=_identity, sort_keys=True)
         return self.folder / f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.npz"
 
     def load_or_compute(
@@ -71,6 +71,14 @@ class Cache:
             with atomic_path(path) as temporary, temporary.open("wb") as file:
                 np.savez(file, *(np.asarray(leaf) for leaf in jax.tree.leaves(tree)))
         return tree, False
+
+
+def _identity(value: Any) -> Any:
+    """What stands for a value that JSON cannot hold: of a file, also its size and the time of its last change."""
+    if isinstance(value, Path) and value.is_file():
+        state = value.stat()
+        return [str(value.resolve()), state.st_size, state.st_mtime_ns]
+    return str(value)
 
 
 def _read(path: Path) -> list[np.ndarray] | None:

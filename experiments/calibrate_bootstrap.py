@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 
 from experiments.command_line import Stages, console, run_command
 from experiments.gate_sweep import CODE_OF_GATES, CONVERGED, training_stars
-from experiments.prepare import Prepared, draw_keys, prepare
+from experiments.prepare import prepare
+from experiments.prepared import Prepared, draw_keys
 from experiments.study import SMALL, StudyConfig, command_of, describe_run, output_folder, table_markdown, write_results
 from moe_jax.arrays import AnyArray, InputError
 from moe_jax.bootstrap import resample_gain, squared_error_gain

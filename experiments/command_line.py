@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from moe_jax.arrays import InputError
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 EXIT_BAD_INPUT = 2
+SECONDS_BETWEEN_NOTES = 5.0
 COMPILED_PROGRAMS = Path(".cache/moe_jax/compiled")
 
 
@@ -48,7 +50,7 @@ def parse_config(presets: dict[str, Config], description: str | None, arguments:
 
 def keep_compiled_programs() -> None:
     """Keeps what XLA compiles on disk, so that the next run starts at once; JAX_COMPILATION_CACHE_DIR puts it elsewhere."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(COMPILED_PROGRAMS))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
@@ -90,6 +92,22 @@ class Stages:
         with Progress(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal) as progress:
             task = progress.add_task(name, total=total)
             yield lambda *_: progress.advance(task)
+        self._end(name, start)
+
+    @contextmanager
+    def chunks(self, name: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+        """Times the block, and shows after each chunk how many of the stars are done, the rate and the time that remains."""
+        start, before, last = time.perf_counter(), done, -SECONDS_BETWEEN_NOTES
+
+        def advance(stars: int) -> None:
+            nonlocal done, last
+            done += stars
+            seconds = time.perf_counter() - start
+            if seconds - last > SECONDS_BETWEEN_NOTES and done < total:
+                last, rate = seconds, (done - before) / seconds
+                self.note(f"  {name}: {done:,} of {total:,} stars, {rate:,.0f} a second, {(total - done) / rate:,.0f} s left")
+
+        yield advance
         self._end(name, start)
 
     def note(self, text: str) -> None:

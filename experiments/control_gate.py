@@ -20,7 +20,8 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 
 from experiments.command_line import Stages, run_command
 from experiments.gate_sweep import CONVERGED_LINEAR, GateRun, gate_keys, mix_by_class, run_gates, train_gates
-from experiments.prepare import Prepared, Stars, draw_keys, prepare
+from experiments.prepare import prepare
+from experiments.prepared import Prepared, Stars, draw_keys
 from experiments.study import SMALL, StudyConfig, compare_by, output_folder, table_markdown, write_variants
 from moe_jax.cells import CELL_NAMES
 from moe_jax.controls import fit_mlp_regressor, fit_temperature, predict_mlp_regressor, simplex_weights

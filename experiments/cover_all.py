@@ -18,7 +18,8 @@ import pandas as pd
 
 from experiments.command_line import Stages, run_command
 from experiments.gate_sweep import gate_keys, mix_by_class, train_gates
-from experiments.prepare import Prepared, Stars, prepare
+from experiments.prepare import prepare
+from experiments.prepared import Prepared, Stars
 from experiments.study import SMALL, StudyConfig, compare_by, output_folder, table_markdown, write_variants
 from moe_jax.cells import N_CELLS
 from moe_jax.experts import cross_fitted_predictions

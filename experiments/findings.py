@@ -21,7 +21,8 @@ import pandas as pd
 
 from experiments.command_line import Stages, console, run_command
 from experiments.gate_sweep import GateRun, gate_keys, run_gates, training_stars
-from experiments.prepare import Prepared, draw_keys, prepare
+from experiments.prepare import prepare
+from experiments.prepared import Prepared, draw_keys
 from experiments.study import StudyConfig, command_of, describe_run, interval, table_markdown, write_results
 from moe_jax.arrays import AnyArray, InputError
 from moe_jax.bootstrap import bootstrap_gain, paired_bootstrap, resample_gain, squared_error_gain

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.cache import package_files
-from experiments.prepare import CODE, Prepared, Stars, draw_keys
+from experiments.prepare import CODE
+from experiments.prepared import Prepared, Stars, draw_keys
 from experiments.study import StudyConfig
 from moe_jax.arrays import AnyArray
 from moe_jax.evaluation import PROTOCOLS

@@ -15,7 +15,8 @@ from typing import Literal
 
 from experiments import regress_gate
 from experiments.command_line import Stages, console, run_command
-from experiments.prepare import DataConfig, load_surveys
+from experiments.prepared import DataConfig
+from experiments.surveys import load_surveys
 from moe_jax.simulate import LabelSampling
 from moe_jax.survey import save_survey
 

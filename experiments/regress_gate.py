@@ -24,7 +24,8 @@ from rich.table import Table
 
 from experiments.command_line import Stages, console, run_command
 from experiments.gate_sweep import training_stars
-from experiments.prepare import Prepared, draw_keys, prepare
+from experiments.prepare import prepare
+from experiments.prepared import Prepared, draw_keys
 from experiments.study import StudyConfig, command_of, describe_run, output_folder, write_results
 from moe_jax import figures
 from moe_jax.arrays import AnyArray, InputError

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 
 from experiments.command_line import Stages, run_command
 from experiments.gate_sweep import CONVERGED_LINEAR, GateRun, mix_by_class, run_gates
-from experiments.prepare import Prepared, prepare_each
+from experiments.prepare import prepare_each
+from experiments.prepared import Prepared
 from experiments.study import StudyConfig, command_of, describe_run, interval, output_folder, table_markdown, write_results
 from moe_jax.arrays import InputError
 from moe_jax.evaluation import PROTOCOLS

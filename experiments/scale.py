@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 
 from experiments.command_line import Stages, console, run_command
 from experiments.gate_sweep import CONVERGED_LINEAR, GateRun, run_gates
-from experiments.prepare import Prepared, draw_keys, prepare_each
+from experiments.prepare import prepare_each
+from experiments.prepared import Prepared, draw_keys
 from experiments.study import StudyConfig, command_of, describe_run, interval, output_folder, table_markdown, write_results
 from moe_jax.arrays import InputError
 from moe_jax.bootstrap import paired_bootstrap

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from experiments.cache import DEFAULT_FOLDER, Cache
 from experiments.command_line import Stages, console
-from experiments.prepare import DataConfig, draw_keys
+from experiments.prepared import DataConfig, draw_keys
 from moe_jax.arrays import AnyArray, InputError
 from moe_jax.bootstrap import DEFAULT_METHOD
 from moe_jax.evaluation import compare_variants
@@ -70,9 +70,8 @@ class StudyConfig(DataConfig):
 
     @property
     def cache(self) -> Cache:
-        """The cache of the stages; what is in a file can change under its name, so nothing of it is kept."""
-        from_files = self.train_file is not None or self.test_file is not None
-        return Cache(self.cache_dir if self.use_cache and not from_files else None)
+        """The cache of the stages."""
+        return Cache(self.cache_dir if self.use_cache else None)
 
 
 #: The data of a smoke preset.

@@ -23,8 +23,10 @@ from jax.typing import ArrayLike
 from experiments.cache import package_files
 from experiments.command_line import Stages, console, run_command
 from experiments.gate_sweep import CODE_OF_GATES, mix_by_class
-from experiments.prepare import Prepared, draw_keys, load_surveys, observe, prepare
+from experiments.prepare import observe, prepare
+from experiments.prepared import Prepared, draw_keys
 from experiments.study import SMALL, StudyConfig, compare_by, output_folder, table_markdown, write_variants
+from experiments.surveys import load_surveys
 from moe_jax.arrays import AnyArray
 from moe_jax.experts import assign_folds
 from moe_jax.gates import MLPGate

@@ -7,6 +7,7 @@ not say where its sidebands lie; here they are the ``SIDEBAND`` Angstrom on eith
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -115,7 +116,6 @@ def fit_pca(key: PRNGKeyArray, x: Float[AnyArray, "N P"], n_components: int = N_
 
 @functools.partial(jax.jit, static_argnames="n_components")
 def _fit_pca(key: jax.Array, x: jax.Array, n_components: int) -> PCA:
-    n, p = x.shape
     mean = jnp.mean(x, axis=0)
 
     def scatter(vectors: jax.Array) -> jax.Array:
@@ -123,13 +123,29 @@ def _fit_pca(key: jax.Array, x: jax.Array, n_components: int) -> PCA:
         projected = matmul(x, vectors) - matmul(mean[None, :], vectors)
         return matmul(x.T, projected) - jnp.outer(mean, jnp.sum(projected, axis=0))
 
-    start = jax.random.normal(key, (p, min(n_components + _OVERSAMPLING, n, p)), x.dtype)
+    return PCA(mean, _components(key, scatter, mean, n_components, len(x)))
+
+
+@functools.partial(jax.jit, static_argnames="n_components")
+def fit_pca_scatter(
+    key: PRNGKeyArray, mean: Float[jax.Array, " P"], scatter: Float[jax.Array, "P P"], n_components: int = N_COMPONENTS
+) -> PCA:
+    """``fit_pca`` from the mean of the stars and the sum of their products about it."""
+    return PCA(mean, _components(key, lambda vectors: matmul(scatter, vectors), mean, n_components, len(scatter)))
+
+
+def _components(
+    key: jax.Array, scatter: Callable[[jax.Array], jax.Array], mean: jax.Array, n_components: int, n_most: int
+) -> jax.Array:
+    """The first eigenvectors of the scatter matrix that ``scatter`` multiplies by."""
+    p = len(mean)
+    start = jax.random.normal(key, (p, min(n_components + _OVERSAMPLING, n_most, p)), mean.dtype)
     basis = lax.fori_loop(0, _POWER_ITERATIONS, lambda _, vectors: scatter(jnp.linalg.qr(vectors)[0]), start)
     basis = jnp.linalg.qr(basis)[0]
     _, rotation = jnp.linalg.eigh(matmul(basis.T, scatter(basis)))
     components = matmul(basis, rotation[:, ::-1][:, :n_components]).T
     largest = jnp.take_along_axis(components, jnp.argmax(jnp.abs(components), axis=1)[:, None], axis=1)
-    return PCA(mean, components * jnp.sign(largest))
+    return components * jnp.sign(largest)
 
 
 def raw_features(flux: Float[AnyArray, "N P"], wave: AnyArray, pca: PCA) -> Float[jax.Array, "N F"]:
@@ -156,11 +172,20 @@ def _raw_features(flux: jax.Array, pixels: tuple[LinePixels, ...], pca: PCA) -> 
 def fit_features(key: PRNGKeyArray, flux: Float[AnyArray, "N P"], wave: AnyArray) -> FeatureModel:
     """Fits what the features take from training stars: the components, and the mean and scale of each raw feature."""
     pca = fit_pca(key, flux)
-    raw = raw_features(flux, wave, pca)
+    return standardize(pca, raw_features(flux, wave, pca))
+
+
+def standardize(pca: PCA, raw: Float[AnyArray, "N F"]) -> FeatureModel:
+    """The feature model with these components, given the raw features of the training stars."""
     scale = jnp.std(raw, axis=0)
     return FeatureModel(pca, jnp.mean(raw, axis=0), jnp.where(scale > 0, scale, 1.0))
 
 
 def compute_features(model: FeatureModel, flux: Float[AnyArray, "N P"], wave: AnyArray) -> Float[jax.Array, "N F"]:
     """The 13 standardised features of any stars, by the statistics of the training stars."""
-    return (raw_features(flux, wave, model.pca) - model.mean[None, :]) / model.scale[None, :]
+    return scale_features(model, raw_features(flux, wave, model.pca))
+
+
+def scale_features(model: FeatureModel, raw: Float[AnyArray, "N F"]) -> Float[jax.Array, "N F"]:
+    """Raw features, standardised."""
+    return (jnp.asarray(raw) - model.mean[None, :]) / model.scale[None, :]

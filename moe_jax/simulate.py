@@ -53,6 +53,9 @@ def draw_labels(key: PRNGKeyArray, n_stars: int, label_sampling: LabelSampling =
     return labels | {"mag": jax.random.uniform(key_mag, (n_stars,), minval=MAG_RANGE[0], maxval=MAG_RANGE[1])}
 
 
+_draw_labels = jax.jit(draw_labels, static_argnames=("n_stars", "label_sampling"))
+
+
 def median_rows(x: Float[AnyArray, "N P"]) -> Float[jax.Array, " N"]:
     """Exact median of each row of non-negative numbers, several times faster on a CPU than a sort.
 
@@ -120,38 +123,60 @@ def simulate_survey(
     Raises:
         InputError: for fewer than one star, another sampling, or a grid that does not span the labels.
     """
-    if n_stars < 1:
-        raise InputError(f"n_stars is {n_stars}, expected at least 1")
-    if label_sampling not in ("lattice", "uniform"):
-        raise InputError(f"label_sampling is {label_sampling!r}, expected 'lattice' or 'uniform'")
-    grid = load_grid() if grid is None else grid
-    axes = tuple(tuple(map(float, np.asarray(axis))) for axis in grid[:4])
-    for name, axis in zip(SpectralGrid._fields[:4], axes, strict=True):
-        low, high, _ = LABEL_LATTICE[name]
-        if axis[0] > low or axis[-1] < high:
-            raise InputError(f"the grid's {name} runs from {axis[0]:g} to {axis[-1]:g}, expected {low:g} to {high:g}")
-    return _simulate(key, n_stars, label_sampling, axes, tuple(grid[4:]))
+    source = SimulatedSpectra(key, n_stars, label_sampling=label_sampling, grid=grid)
+    flux, error = source.read(0, n_stars)
+    return Survey(source.wave, flux, error, source.labels._replace(snr=_mean_snr(flux, error)))
 
 
-@functools.partial(jax.jit, static_argnames=("n_stars", "label_sampling", "axes"))
-def _simulate(
-    key: jax.Array,
-    n_stars: int,
-    label_sampling: LabelSampling,
-    axes: tuple[tuple[float, ...], ...],
-    components: tuple[jax.Array, ...],
-) -> Survey:
+class SimulatedSpectra:
+    """A simulated survey whose labels are drawn at once and whose spectra are computed in parts; ``labels.snr`` is NaN.
+
+    The spectra are those of ``simulate_survey`` with the same arguments, whatever the parts.
+    """
+
+    wave: Float[jax.Array, " P"]
+    labels: Labels
+    n_stars: int
+
+    def __init__(
+        self, key: PRNGKeyArray, n_stars: int, *, label_sampling: LabelSampling = "lattice", grid: SpectralGrid | None = None
+    ) -> None:
+        if n_stars < 1:
+            raise InputError(f"n_stars is {n_stars}, expected at least 1")
+        if label_sampling not in ("lattice", "uniform"):
+            raise InputError(f"label_sampling is {label_sampling!r}, expected 'lattice' or 'uniform'")
+        grid = load_grid() if grid is None else grid
+        self._axes = tuple(tuple(map(float, np.asarray(axis))) for axis in grid[:4])
+        self._components = tuple(grid[4:])
+        for name, axis in zip(SpectralGrid._fields[:4], self._axes, strict=True):
+            low, high, _ = LABEL_LATTICE[name]
+            if axis[0] > low or axis[-1] < high:
+                raise InputError(f"the grid's {name} runs from {axis[0]:g} to {axis[-1]:g}, expected {low:g} to {high:g}")
+        drawn = _draw_labels(key, n_stars, label_sampling)
+        self.wave, self.n_stars = jnp.asarray(WAVE), n_stars
+        self.labels = Labels(**drawn, redshift=jnp.zeros(n_stars), snr=jnp.full(n_stars, jnp.nan))
+
+    def read(self, start: int, stop: int) -> tuple[Float[jax.Array, "n P"], Float[jax.Array, "n P"]]:
+        """Clean flux and error of the stars ``start`` to ``stop - 1``."""
+        stars = {name: getattr(self.labels, name)[start:stop] for name in ("T_eff", "log_g", "M_H", "a_M", "mag")}
+        return _spectra(stars, self._axes, self._components)
+
+
+@functools.partial(jax.jit, static_argnames=("axes",))
+def _spectra(
+    labels: dict[str, jax.Array], axes: tuple[tuple[float, ...], ...], components: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Flux and error of some stars, in batches, so that the memory is that of the result."""
     grid = SpectralGrid(*map(np.array, axes), *components)
-    labels = draw_labels(key, n_stars, label_sampling)
 
     def spectrum(star: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         flux = model_flux(grid, *(star[name][None] for name in ("T_eff", "log_g", "M_H", "a_M")))
         return flux[0], flux_error(star["mag"][None], flux)[0]
 
-    flux, error = lax.map(spectrum, labels, batch_size=min(_BATCH, n_stars))
-    return Survey(
-        wave=jnp.asarray(WAVE),
-        flux=flux,
-        error=error,
-        labels=Labels(**labels, redshift=jnp.zeros(n_stars), snr=jnp.mean(flux / error, axis=1)),
-    )
+    flux, error = lax.map(spectrum, labels, batch_size=min(_BATCH, len(labels["mag"])))
+    return flux, error
+
+
+@jax.jit
+def _mean_snr(flux: jax.Array, error: jax.Array) -> jax.Array:
+    return jnp.mean(flux / error, axis=1)

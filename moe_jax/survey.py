@@ -6,8 +6,10 @@ and the labels as the one pandas table of the file, ``pd.read_hdf(path)``, with 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import h5py
 import jax
@@ -51,6 +53,25 @@ class Survey(NamedTuple):
     labels: Labels
 
 
+class Spectra(Protocol):
+    """Spectra that are read in parts: those of a file, or simulated ones."""
+
+    @property
+    def wave(self) -> AnyArray:
+        """(P,) vacuum wavelength, Angstrom."""
+
+    @property
+    def labels(self) -> Labels:
+        """Of all stars."""
+
+    @property
+    def n_stars(self) -> int:
+        """N."""
+
+    def read(self, start: int, stop: int) -> tuple[AnyArray, AnyArray]:
+        """Clean flux and error of the stars ``start`` to ``stop - 1``; (n, P) each."""
+
+
 def add_noise(
     key: PRNGKeyArray, flux: Float[AnyArray, "N P"], error: Float[AnyArray, "N P"], noise_level: ArrayLike
 ) -> Float[jax.Array, "N P"]:
@@ -70,14 +91,27 @@ def add_noise(
     return _add_noise(key, flux, error, noise_level)
 
 
+def star_keys(key: PRNGKeyArray, n_stars: int) -> PRNGKeyArray:
+    """The key of each star's noise; that of a star does not depend on how many there are."""
+    return jax.random.split(key, n_stars)
+
+
 @jax.jit
 def _add_noise(key: jax.Array, flux: jax.Array, error: jax.Array, noise_level: ArrayLike) -> jax.Array:
+    return add_star_noise(star_keys(key, len(flux)), flux, error, noise_level)
+
+
+@jax.jit
+def add_star_noise(
+    keys: PRNGKeyArray, flux: Float[AnyArray, "N P"], error: Float[AnyArray, "N P"], noise_level: ArrayLike
+) -> Float[jax.Array, "N P"]:
+    """``add_noise`` for some of the stars of a survey, by their ``star_keys``."""
+
     def observe(star: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         key, flux, error = star
         return flux + jnp.asarray(noise_level, flux.dtype) * error * jax.random.normal(key, flux.shape, flux.dtype)
 
     # In batches, so that the random bits of a batch fit into the cache: three times faster, and a third of the memory.
-    keys = jax.random.split(key, len(flux))
     noisy: jax.Array = lax.map(observe, (keys, flux, error), batch_size=min(_NOISE_BATCH, len(flux)))
     return noisy
 
@@ -93,11 +127,8 @@ def save_survey(path: Path | str, survey: Survey) -> None:
         labels.to_hdf(temporary, key=LABELS_KEY, mode="a")
 
 
-def load_survey(path: Path | str, n_stars: int | None = None) -> Survey:
-    """Reads and checks a survey, float32 but for the wavelengths.
-
-    Negative flux is set to 0. A NaN error in the first or last pixel is replaced by its neighbour's; elsewhere it is an
-    error. Only the rows that are asked for are read.
+class SurveyFile:
+    """A survey on disk: wavelengths and labels at once, spectra in parts.
 
     Args:
         path: HDF5 file in the layout of this module.
@@ -106,31 +137,15 @@ def load_survey(path: Path | str, n_stars: int | None = None) -> Survey:
     Raises:
         InputError: one sentence that names the file, the field, what was found and what is expected.
     """
-    path = Path(path)
-    wave, flux, error = _read_arrays(path, n_stars)
-    labels = _read_labels(path, n_stars, n_expected=len(flux))
-    _check_wave(path, wave)
-    _check_finite(path, FLUX_FIELD, flux)
-    error[:, 0] = np.where(np.isnan(error[:, 0]), error[:, 1], error[:, 0])
-    error[:, -1] = np.where(np.isnan(error[:, -1]), error[:, -2], error[:, -1])
-    _check_finite(path, ERROR_FIELD, error)
-    if (smallest := error.min()) <= 0:
-        raise InputError(f"{path}: {ERROR_FIELD} holds {smallest:g} {_where(error <= 0)}, expected positive errors")
-    return Survey(wave, np.maximum(flux, 0), error, labels)
 
+    wave: Float[np.ndarray, " P"]
+    labels: Labels
+    n_stars: int
 
-def _read_arrays(path: Path, n_stars: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    if n_stars is not None and n_stars < 1:
-        raise InputError(f"{path}: {n_stars} stars were asked for, expected at least 1")
-    if not path.is_file():
-        raise InputError(f"{path}: found {'a folder' if path.is_dir() else 'no such file'}, expected an HDF5 file")
-    if not h5py.is_hdf5(path):
-        raise InputError(f"{path}: found a file that is not HDF5, expected an HDF5 file")
-    try:
-        with h5py.File(path, "r") as file:
-            wave = _dataset(path, file, WAVE_FIELD, 1)
-            flux = _dataset(path, file, FLUX_FIELD, 2)
-            error = _dataset(path, file, ERROR_FIELD, 2)
+    def __init__(self, path: Path | str, n_stars: int | None = None) -> None:
+        self.path = Path(path)
+        with _open(self.path, n_stars) as file:
+            wave, flux, error = (_dataset(self.path, file, f, d) for f, d in ((WAVE_FIELD, 1), (FLUX_FIELD, 2), (ERROR_FIELD, 2)))
             n_pixels = wave.shape[0]
             if n_pixels < 2 or flux.shape[0] < 1:
                 raise InputError(f"{path}: {FLUX_FIELD} has shape {flux.shape}, expected at least one star of 2 pixels")
@@ -140,8 +155,48 @@ def _read_arrays(path: Path, n_stars: int | None) -> tuple[np.ndarray, np.ndarra
                 )
             if error.shape != flux.shape:
                 raise InputError(f"{path}: {ERROR_FIELD} has shape {error.shape}, expected {flux.shape} like {FLUX_FIELD}")
-            rows = slice(n_stars)
-            return wave[()].astype(np.float64), flux[rows].astype(np.float32), error[rows].astype(np.float32)
+            self.wave = wave[()].astype(np.float64)
+            self.n_stars = flux.shape[0] if n_stars is None else min(n_stars, flux.shape[0])
+        _check_wave(self.path, self.wave)
+        self.labels = _read_labels(self.path, n_stars, self.n_stars)
+
+    def read(self, start: int, stop: int) -> tuple[Float[np.ndarray, "n P"], Float[np.ndarray, "n P"]]:
+        """Clean flux and error of the stars ``start`` to ``stop - 1``, checked, float32.
+
+        Negative flux is set to 0. A NaN error in the first or last pixel is replaced by its neighbour's; elsewhere it is an
+        error.
+
+        Raises:
+            InputError: as the constructor.
+        """
+        with _open(self.path, self.n_stars) as file:
+            flux, error = (file[field][start:stop].astype(np.float32) for field in (FLUX_FIELD, ERROR_FIELD))
+        _check_finite(self.path, FLUX_FIELD, flux, start)
+        error[:, 0] = np.where(np.isnan(error[:, 0]), error[:, 1], error[:, 0])
+        error[:, -1] = np.where(np.isnan(error[:, -1]), error[:, -2], error[:, -1])
+        _check_finite(self.path, ERROR_FIELD, error, start)
+        if (smallest := error.min()) <= 0:
+            raise InputError(f"{self.path}: {ERROR_FIELD} holds {smallest:g} {_where(error <= 0, start)}, expected positive errors")
+        return np.maximum(flux, 0), error
+
+
+def load_survey(path: Path | str, n_stars: int | None = None) -> Survey:
+    """Reads and checks a survey, float32 but for the wavelengths; arguments and errors as those of ``SurveyFile``."""
+    file = SurveyFile(path, n_stars)
+    return Survey(file.wave, *file.read(0, file.n_stars), file.labels)
+
+
+@contextmanager
+def _open(path: Path, n_stars: int | None) -> Iterator[h5py.File]:
+    if n_stars is not None and n_stars < 1:
+        raise InputError(f"{path}: {n_stars} stars were asked for, expected at least 1")
+    if not path.is_file():
+        raise InputError(f"{path}: found {'a folder' if path.is_dir() else 'no such file'}, expected an HDF5 file")
+    if not h5py.is_hdf5(path):
+        raise InputError(f"{path}: found a file that is not HDF5, expected an HDF5 file")
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
     except OSError as reason:
         raise InputError(f"{path}: found an HDF5 file that cannot be read ({reason}), expected a readable one") from reason
 
@@ -189,14 +244,14 @@ def _check_wave(path: Path, wave: np.ndarray) -> None:
         )
 
 
-def _check_finite(path: Path, field: str, values: np.ndarray) -> None:
+def _check_finite(path: Path, field: str, values: np.ndarray, first: int = 0) -> None:
     if not (finite := np.isfinite(values)).all():
         value = values[~finite][0]
-        raise InputError(f"{path}: {field}: found {value} {_where(~finite)}, expected finite numbers")
+        raise InputError(f"{path}: {field}: found {value} {_where(~finite, first)}, expected finite numbers")
 
 
-def _where(bad: np.ndarray) -> str:
-    """Names the first bad element of an array by star and pixel, and says how many there are."""
-    first = np.argwhere(bad)[0]
-    place = f"star {first[0]}, pixel {first[1]}" if bad.ndim == 2 else f"row {first[0]}"
+def _where(bad: np.ndarray, first: int = 0) -> str:
+    """Names the first bad element of an array by star and pixel, and says how many there are; ``first`` is its first row."""
+    found = np.argwhere(bad)[0]
+    place = f"star {found[0] + first}, pixel {found[1]}" if bad.ndim == 2 else f"row {found[0] + first}"
     return f"at {place} ({bad.sum()} in all)" if bad.sum() > 1 else f"at {place}"

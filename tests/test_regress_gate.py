@@ -16,7 +16,7 @@ from experiments import make_survey, regress_gate
 from experiments.build_lte_grid import PRESETS as BUILD_PRESETS
 from experiments.command_line import Stages, parse_config
 from experiments.measure_interpolation import PRESETS as INTERPOLATION_PRESETS
-from experiments.prepare import load_surveys
+from experiments.surveys import load_surveys
 from moe_jax import InputError, load_survey
 from moe_jax.evaluation import METHODS
 from moe_jax.optimize import GateConfig
