@@ -16,9 +16,9 @@ from typing import Literal
 from experiments import regress_gate
 from experiments.command_line import Stages, console, run_command
 from experiments.prepared import DataConfig
-from experiments.surveys import load_surveys
+from experiments.surveys import open_surveys
 from moe_jax.simulate import LabelSampling
-from moe_jax.survey import save_survey
+from moe_jax.survey import save_spectra
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,14 @@ PRESETS = {name: MakeSurveyConfig(config.preset, config.n_train, config.n_test) 
 
 
 def main(config: MakeSurveyConfig) -> None:
-    """Draws both surveys and writes them."""
+    """Draws both surveys and writes them, in parts, so that they may be larger than the memory."""
     stages = Stages()
     drawn = DataConfig(n_train=config.n_train, n_test=config.n_test, label_sampling=config.label_sampling, seed=config.seed)
-    with stages("surveys"):
-        surveys = load_surveys(drawn)
-    for name, survey in zip(("train", "test"), surveys, strict=True):
+    for name, spectra in zip(("train", "test"), open_surveys(drawn), strict=True):
         path = config.output_dir / f"{name}.h5"
-        with stages(f"writing {name}.h5"):
-            save_survey(path, survey)
-        console.print(f"{path}: {len(survey.flux):,} stars", highlight=False)
+        with stages.chunks(f"{name}.h5", spectra.n_stars) as advance:
+            save_spectra(path, spectra, on_written=advance)
+        console.print(f"{path}: {spectra.n_stars:,} stars", highlight=False)
 
 
 if __name__ == "__main__":

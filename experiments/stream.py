@@ -191,13 +191,9 @@ class SavedSums:
 def fit_experts_from_sums(config: DataConfig, sums: Sums, offsets: Offsets) -> StreamedExperts:
     """Experts, global ridge and principal components from the sums of the groups."""
     n_folds, n_cells = config.n_folds, config.n_experts
-    cells = [fit_sums(collect(sums, np.arange(n_folds) + k * n_folds), jnp.array(config.alphas), *offsets) for k in range(n_cells)]
-    by_fold = [
-        jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), collect(sums, np.arange(n_cells + 1) * n_folds + fold))
-        for fold in range(n_folds)
-    ]
-    everyone: Sums = jax.tree.map(lambda *leaves: jnp.stack(leaves), *by_fold)
-    del by_fold
+    group = np.arange((n_cells + 1) * n_folds).reshape(n_cells + 1, n_folds)
+    cells = [fit_sums(collect(sums, group[k][:, None]), jnp.array(config.alphas), *offsets) for k in range(n_cells)]
+    everyone = collect(sums, group.T)
     whole = fit_sums(everyone, jnp.array(config.global_alphas or (1.0,)), *offsets)
     if not config.global_alphas:
         whole = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan) if leaf.dtype != bool else leaf, whole)

@@ -15,7 +15,7 @@ from moe_jax.arrays import AnyArray, InputError
 from moe_jax.grid import SpectralGrid, interpolate_grid, load_grid
 from moe_jax.pixels import WAVE
 from moe_jax.sky import sky_variance, throughput
-from moe_jax.survey import Labels, Survey
+from moe_jax.survey import Labels, Survey, mean_snr
 
 LabelSampling = Literal["lattice", "uniform"]
 
@@ -125,7 +125,7 @@ def simulate_survey(
     """
     source = SimulatedSpectra(key, n_stars, label_sampling=label_sampling, grid=grid)
     flux, error = source.read(0, n_stars)
-    return Survey(source.wave, flux, error, source.labels._replace(snr=_mean_snr(flux, error)))
+    return Survey(source.wave, flux, error, source.labels._replace(snr=mean_snr(flux, error)))
 
 
 class SimulatedSpectra:
@@ -175,8 +175,3 @@ def _spectra(
 
     flux, error = lax.map(spectrum, labels, batch_size=min(_BATCH, len(labels["mag"])))
     return flux, error
-
-
-@jax.jit
-def _mean_snr(flux: jax.Array, error: jax.Array) -> jax.Array:
-    return jnp.mean(flux / error, axis=1)

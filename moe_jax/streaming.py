@@ -126,15 +126,23 @@ class Blocks:
         return block
 
 
-def collect(sums: Sums, groups: Int[np.ndarray, " n"]) -> Sums:
-    """The sums of some groups over all devices of all processes, on the first device of this one; (n, ...)."""
-    own = _sum_devices(sums, jnp.asarray(groups))
+def collect(sums: Sums, groups: Int[np.ndarray, "n m"]) -> Sums:
+    """Sums over the m groups of each row, all devices and all processes, on the first device of this process; (n, ...)."""
+    own = _collect_own(sums, jnp.asarray(groups))
     return sum_processes(jax.device_put(own, jax.local_devices()[0]))
 
 
 @jax.jit
-def _sum_devices(sums: Sums, groups: jax.Array) -> Sums:
-    return jax.tree.map(lambda leaf: jnp.sum(leaf[:, groups], axis=0), sums)
+def _collect_own(sums: Sums, groups: jax.Array) -> Sums:
+    def one(row: jax.Array) -> Sums:
+        def group(i: int | jax.Array) -> Sums:
+            return jax.tree.map(lambda leaf: jnp.sum(lax.dynamic_index_in_dim(leaf, row[i], 1, keepdims=False), axis=0), sums)
+
+        # One by one, since several Gram matrices at a time would be most of the memory.
+        total: Sums = lax.fori_loop(1, groups.shape[1], lambda i, total: jax.tree.map(jnp.add, total, group(i)), group(0))
+        return total
+
+    return lax.map(one, groups)
 
 
 def sum_processes(tree: Tree) -> Tree:

@@ -6,7 +6,7 @@ and the labels as the one pandas table of the file, ``pd.read_hdf(path)``, with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -118,13 +118,57 @@ def add_star_noise(
 
 def save_survey(path: Path | str, survey: Survey) -> None:
     """Writes a survey in the HDF5 layout of this module, float32; the file appears whole or not at all."""
+    _write(Path(path), survey.wave, len(survey.flux), [(survey.flux, survey.error)], lambda _: survey.labels)
+
+
+def save_spectra(
+    path: Path | str, spectra: Spectra, chunk_stars: int = 4_096, on_written: Callable[[int], None] = lambda _: None
+) -> None:
+    """``save_survey`` for spectra that are computed or read in parts; the label snr is computed from them.
+
+    Args:
+        path: where the file goes.
+        spectra: what is written.
+        chunk_stars: stars that are in memory at a time.
+        on_written: called after each part with its number of stars, for progress.
+    """
+
+    def parts() -> Iterator[tuple[AnyArray, AnyArray]]:
+        for start in range(0, spectra.n_stars, chunk_stars):
+            stop = min(start + chunk_stars, spectra.n_stars)
+            yield spectra.read(start, stop)
+            on_written(stop - start)
+
+    _write(Path(path), spectra.wave, spectra.n_stars, parts(), lambda snr: spectra.labels._replace(snr=snr))
+
+
+def _write(
+    path: Path,
+    wave: AnyArray,
+    n_stars: int,
+    parts: Iterable[tuple[AnyArray, AnyArray]],
+    labels_of: Callable[[np.ndarray], Labels],
+) -> None:
+    """Writes a survey whose spectra come in parts, and whose labels may depend on their snr."""
+    snr, start = np.zeros(n_stars, np.float32), 0
     with atomic_path(path) as temporary:
         with h5py.File(temporary, "w") as file:
-            file[WAVE_FIELD] = np.asarray(survey.wave, np.float64)
-            file[FLUX_FIELD] = np.asarray(survey.flux, np.float32)
-            file[ERROR_FIELD] = np.asarray(survey.error, np.float32)
-        labels = pd.DataFrame({name: np.asarray(column, np.float32) for name, column in survey.labels._asdict().items()})
-        labels.to_hdf(temporary, key=LABELS_KEY, mode="a")
+            file[WAVE_FIELD] = np.asarray(wave, np.float64)
+            datasets = [file.create_dataset(field, (n_stars, len(wave)), np.float32) for field in (FLUX_FIELD, ERROR_FIELD)]
+            for flux, error in parts:
+                rows = slice(start, start + len(flux))
+                datasets[0][rows], datasets[1][rows] = np.asarray(flux, np.float32), np.asarray(error, np.float32)
+                snr[rows] = mean_snr(flux, error)
+                start = rows.stop
+        labels = labels_of(snr)._asdict()
+        table = pd.DataFrame({name: np.asarray(column, np.float32) for name, column in labels.items()})
+        table.to_hdf(temporary, key=LABELS_KEY, mode="a")
+
+
+@jax.jit
+def mean_snr(flux: Float[AnyArray, "N P"], error: Float[AnyArray, "N P"]) -> Float[jax.Array, " N"]:
+    """Mean over the pixels of flux / error."""
+    return jnp.mean(flux / error, axis=1)
 
 
 class SurveyFile:
