@@ -48,6 +48,40 @@ def parse_config(presets: dict[str, Config], description: str | None, arguments:
     return config
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """Several processes that share the work, each with its own devices."""
+
+    join: bool = False
+    """Whether this process is one of several; under SLURM and on Cloud TPU the rest is found from the environment."""
+    coordinator: str | None = None
+    """HOST:PORT of the first process."""
+    n_processes: int | None = None
+    """How many there are."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
+
+    def __post_init__(self) -> None:
+        given = (self.coordinator, self.n_processes, self.process_id)
+        if not self.join and any(value is not None for value in given):
+            raise InputError("coordinator, n_processes or process_id was given without join, expected --cluster.join")
+        if None in given and given != (None, None, None):
+            raise InputError(f"coordinator, n_processes and process_id are {given}, expected all three or none")
+
+    def start(self) -> None:
+        """Joins the other processes.
+
+        Raises:
+            InputError: where they cannot be found.
+        """
+        if not self.join:
+            return
+        try:
+            jax.distributed.initialize(self.coordinator, self.n_processes, self.process_id)
+        except (ValueError, RuntimeError) as reason:
+            raise InputError(f"--cluster.join: the other processes were not found ({str(reason).splitlines()[0]})") from reason
+
+
 def keep_compiled_programs() -> None:
     """Keeps what XLA compiles on disk, so that the next run starts at once; JAX_COMPILATION_CACHE_DIR puts it elsewhere."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -16,7 +16,6 @@ from moe_jax.classifier import C_GRID, ClassifierFit
 from moe_jax.cross_validation import CrossValidatedRidge
 from moe_jax.experts import Experts, cross_fitted_predictions
 from moe_jax.features import PCA, FeatureModel
-from moe_jax.gates import linear_params
 from moe_jax.ridge import Ridge
 from moe_jax.simulate import LabelSampling
 
@@ -177,7 +176,7 @@ SKELETON = Prepared(
     experts=Experts(*[_LEAF] * 6),  # type: ignore[arg-type]
     global_ridge=CrossValidatedRidge(Ridge(*[_LEAF] * 2), *[_LEAF] * 4),  # type: ignore[arg-type]
     model=FeatureModel(PCA(*[_LEAF] * 2), _LEAF, _LEAF),  # type: ignore[arg-type]
-    classifier=ClassifierFit(linear_params(_LEAF, _LEAF), 0.0, 0.0, False, False),
+    classifier=ClassifierFit({"head": {"bias": _LEAF, "kernel": _LEAF}}, 0.0, 0.0, False, False),  # type: ignore[dict-item]
 )
 
 

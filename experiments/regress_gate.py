@@ -4,6 +4,7 @@ python -m experiments.regress_gate                      32,000 training and 1,00
 python -m experiments.regress_gate --preset smoke       a small run of everything, about 20 s
 python -m experiments.regress_gate --preset large_test  10,000 test stars
 python -m experiments.regress_gate --train-file a.h5 --test-file b.h5
+python -m experiments.regress_gate --chunk-stars 100000 --n-train 1000000     more stars than fit into memory
 
 Expect R2 0.93 to 0.97 for the mixtures, the linear gate in-sample below the classification gate, the MLP gates above it.
 Tables, figures and report.md go to results/regress_gate/PRESET.
@@ -22,7 +23,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from experiments.command_line import Stages, console, run_command
+from experiments.command_line import Cluster, Stages, console, run_command
 from experiments.gate_sweep import training_stars
 from experiments.prepare import prepare
 from experiments.prepared import Prepared, draw_keys
@@ -65,9 +66,12 @@ class RegressGateConfig(StudyConfig):
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     in_sample_fraction: float = 0.2
     """Part of the covered training stars on which the in-sample gates are trained."""
+    cluster: Cluster = dataclasses.field(default_factory=Cluster)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.cluster.join and not self.chunk_stars:
+            raise InputError("--cluster.join was given without --chunk-stars: processes take turns at chunks, expected both")
         if not 0 < self.in_sample_fraction <= 1:
             raise InputError(f"in_sample_fraction is {self.in_sample_fraction}, expected a number above 0, at most 1")
 
@@ -271,6 +275,7 @@ def print_table(results: Results) -> None:
 
 def main(config: RegressGateConfig) -> Results:
     """Runs the experiment and writes its results."""
+    config.cluster.start()
     stages = Stages()
     folder = output_folder(config, "regress_gate")
     results = run(config, stages)

@@ -77,7 +77,7 @@ class StudyConfig(DataConfig):
 #: The data of a smoke preset.
 SMALL: dict[str, Any] = {"n_train": 1_200, "n_test": 1_200, "alphas": (1.0,), "global_alphas": (10.0,), "C_grid": (10.0,)}
 #: Options that say where things lie, and change no result.
-PLACES = ("output_dir", "cache_dir", "use_cache", "results_dir")
+PLACES = ("output_dir", "cache_dir", "use_cache", "results_dir", "cluster")
 
 
 def output_folder(config: StudyConfig, experiment: str) -> Path:
@@ -143,7 +143,9 @@ def describe_run(command: str, config: StudyConfig, seconds: Mapping[str, float]
 def write_results(
     folder: Path, tables: Mapping[str, pd.DataFrame], drawn: Mapping[str, Figure], report: str, run: Mapping[str, Any]
 ) -> None:
-    """Writes tables, figures, report.md and run.json, all of them or none, and says where."""
+    """Writes tables, figures, report.md and run.json, all of them or none, and says where; of several processes, the first."""
+    if jax.process_index() > 0:
+        return
     with atomic_folder(folder) as temporary:
         for name, table in tables.items():
             table.to_csv(temporary / f"{name}.csv", index=False, float_format="%.7g")
