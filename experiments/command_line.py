@@ -82,6 +82,19 @@ class Cluster:
             raise InputError(f"--cluster.join: the other processes were not found ({str(reason).splitlines()[0]})") from reason
 
 
+_compilation = {"seconds": 0.0}
+
+
+def _count_compilation(event: str, duration_secs: float, **_: str | int) -> None:
+    if event.startswith("/jax/core/compile/"):
+        _compilation["seconds"] += duration_secs
+
+
+def compile_seconds() -> float:
+    """Seconds of this process so far in tracing, lowering and compiling."""
+    return _compilation["seconds"]
+
+
 def keep_compiled_programs() -> None:
     """Keeps what XLA compiles on disk, so that the next run starts at once; JAX_COMPILATION_CACHE_DIR puts it elsewhere."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -94,6 +107,7 @@ def run_command(main: Callable[[Any], object], presets: dict[str, Any], descript
     try:
         config = parse_config(presets, description, sys.argv[1:])
         keep_compiled_programs()
+        jax.monitoring.register_event_duration_secs_listener(_count_compilation)
         main(config)
     except (InputError, OSError, ModuleNotFoundError) as reason:
         print(f"error: {reason}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -21,7 +22,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.cache import DEFAULT_FOLDER, Cache
-from experiments.command_line import Stages, console
+from experiments.command_line import Stages, compile_seconds, console
 from experiments.prepared import DataConfig, draw_keys
 from moe_jax.arrays import AnyArray, InputError
 from moe_jax.bootstrap import DEFAULT_METHOD
@@ -124,20 +125,26 @@ def git_commit() -> str | None:
 
 def describe_run(command: str, config: StudyConfig, seconds: Mapping[str, float], **found: Any) -> dict[str, Any]:
     """What run.json holds: all that is needed to repeat the run and to judge it."""
+    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    kept = {name: value for name, value in settings.items() if name not in PLACES}
+    total = {"total": round(sum(seconds.values()), 3)}
+    return {"command": command, "config": kept} | describe_machine() | {"seconds": dict(seconds) | total} | found
+
+
+def describe_machine() -> dict[str, Any]:
+    """Code, versions, device, and what this process has taken so far."""
     device = jax.devices()[0]
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
-    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     packages = ("moe_jax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "scikit-learn", "pandas", "h5py", "tables")
     return {
-        "command": command,
-        "config": {name: value for name, value in settings.items() if name not in PLACES},
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "device": f"{device.platform}: {device.device_kind}",
+        "cpu_cores": os.cpu_count(),
         "precision": f"{jnp.zeros(0).dtype}, matmul precision highest (no TF32)",
-        "seconds": dict(seconds) | {"total": round(sum(seconds.values()), 3)},
+        "compile_seconds": round(compile_seconds(), 3),
         "peak_memory_gib": round(peak_kib / 2**20, 2),
-    } | found
+    }
 
 
 def write_results(

@@ -1,0 +1,116 @@
+"""How fast is it, against what a user would write otherwise and against what the machine allows?
+
+python -m experiments.benchmark                  all rows; about 15 minutes on 2 cores
+python -m experiments.benchmark --quick          the short rows, under two minutes, compared with the committed ones
+
+Each row is timed side by side with its peer, in turns and in one run: the ratio is the median over the pairs, the first call
+of ours (which compiles) is apart. The floor is what the row's dense linear algebra takes by itself, in the same pair. Results
+go to results/benchmark/PRESET. Peers in PyTorch and arch need the extra ``benchmark``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.benchmark_rows import GROUPS, BenchmarkConfig
+from experiments.command_line import Stages, console, run_command
+from experiments.study import describe_machine, table_markdown, write_results
+from moe_jax.arrays import InputError
+from moe_jax.figures import BLACK, BLUE, GREY, new_figure
+
+MUST_STAND = 0.7  # of a committed ratio; what is below fell by more than the noise of these machines
+
+
+PRESETS = {
+    "default": BenchmarkConfig(),
+    "quick": BenchmarkConfig(
+        preset="quick", quick=True, rows=("experts", "gates", "bootstrap"), n_train=9_600, n_gates=16, n_pairs=2
+    ),
+}
+
+
+def draw_figure(table: pd.DataFrame) -> Figure:
+    """The ratios, with the targets."""
+    fig, ax = new_figure(1, 1, figsize=(8.5, 0.48 * len(table) + 1.2))
+    place = np.arange(len(table))[::-1]
+    ax.barh(place, table["ratio"], color=BLUE, height=0.55, label="median of the pairs")
+    ax.hlines(place, table["ratio_low"], table["ratio_high"], color=GREY, lw=3, label="range of the pairs")
+    ax.scatter(table["target"].astype(float), place, marker="|", s=220, color=BLACK, lw=1.8, label="target", zorder=3)
+    ax.set_yticks(place, [f"{row['row']}\nagainst {row['peer']}" for row in table.to_dict("records")], fontsize=7)
+    ax.set_xscale("log")
+    ax.axvline(1.0, color=BLACK, lw=0.8)
+    ax.set_xlabel("times faster than the peer")
+    fig.legend(loc="outside upper center", ncols=3, fontsize=8)
+    return fig
+
+
+def fallen(table: pd.DataFrame, committed: Path) -> list[str]:
+    """What the rows say beside those of an earlier run."""
+    if not committed.is_file():
+        return [f"{committed} is not there: nothing to compare with"]
+    before = pd.read_csv(committed).set_index(["row", "peer"])["ratio"]
+    found = []
+    for row in table.to_dict("records"):
+        key = (row["row"], row["peer"])
+        if key in before.index:
+            old = float(before[key])
+            verdict = "fell" if row["ratio"] < MUST_STAND * old else "stands"
+            found.append(f"{verdict}: {row['row']} against {row['peer']}: {row['ratio']:.1f}x, was {old:.1f}x")
+    return found
+
+
+def report_of(command: str, table: pd.DataFrame) -> str:
+    """report.md."""
+    shown = table[
+        ["row", "ours_s", "compile_s", "peer", "peer_s", "ratio", "ratio_low", "ratio_high", "pairs", "target", "over_floor"]
+    ]
+    formats = dict.fromkeys(("ours_s", "peer_s"), ".4g") | dict.fromkeys(("ratio", "ratio_low", "ratio_high", "target"), ".3g")
+    formats |= {"compile_s": ".2f", "over_floor": ".2f"}
+    notes = [f"- {row['row']} ({row['peer']}): {row['note']}." for row in table.to_dict("records") if row["note"]]
+    sections = [
+        "# Benchmark",
+        f"Made by `{command}`.",
+        "Seconds are medians; the ratio is the median over pairs that were timed in turns in one run, with its range. compile_s is "
+        "what the first call took longer; over_floor compares with the row's dense linear algebra alone: for the experts one "
+        "float32 Gram matrix and per alpha one potrf and one potri by SciPy's LAPACK; for the gates their multiplications at "
+        "the rate of a large matrix product.",
+        table_markdown(shown, formats),
+        "![Ratios](ratios.png)",
+        *(["\n".join(notes)] if notes else []),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def main(config: BenchmarkConfig) -> pd.DataFrame:
+    """Times all rows and writes the results."""
+    if config.quick and config.preset != "quick":
+        config = dataclasses.replace(PRESETS["quick"], output_dir=config.output_dir)
+    folder = config.output_dir or (None if config.preset == "quick" else Path("results/benchmark/default"))
+    stages, records = Stages(), []
+    for name in config.rows:
+        with stages(name):
+            for row in GROUPS[name](config):
+                records.append(row.record())
+                found = records[-1]
+                times = f"{found['ours_s']:.4g} s; {row.peer}: {found['peer_s']:.4g} s; {found['ratio']:.1f}x"
+                console.print(f"  {row.name}: {times}", highlight=False)
+    if not records:
+        raise InputError("no row could be timed, expected the packages of the extra 'benchmark'")
+    table = pd.DataFrame(records)
+    if config.preset == "quick":
+        for line in fallen(table, Path("results/benchmark/quick/benchmark.csv")):
+            console.print(line, highlight=False)
+    if folder is not None:
+        command = "python -m experiments.benchmark" + (" --quick --output-dir results/benchmark/quick" if config.quick else "")
+        run = {"command": command} | describe_machine() | {"seconds": stages.seconds}
+        write_results(folder, {"benchmark": table}, {"ratios": draw_figure(table)}, report_of(command, table), run)
+    return table
+
+
+if __name__ == "__main__":
+    run_command(main, PRESETS, __doc__)
