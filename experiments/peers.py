@@ -147,7 +147,7 @@ def scipy_bootstrap(
     n_cells: int = 9,
     batch: int | None = None,
 ) -> list[Any]:
-    """Delta R2 overall and by cell by vectorised ``scipy.stats.bootstrap``, each with the percentile interval."""
+    """Delta R2 overall and by cell by vectorised ``scipy.stats.bootstrap``: ten calls, a cell resampled by itself."""
     parts = [slice(None)] if cell is None else [slice(None), *(cell == k for k in range(n_cells))]
     return [
         scipy.stats.bootstrap(
@@ -162,6 +162,32 @@ def scipy_bootstrap(
         )
         for part in parts
     ]
+
+
+def scipy_joint_bootstrap(
+    y: np.ndarray, prediction: np.ndarray, baseline: np.ndarray, cell: np.ndarray, n_resamples: int, n_cells: int = 9
+) -> Any:
+    """As ``bootstrap_delta_r2`` does: overall and all cells from the same resamples, in one call of ``scipy.stats.bootstrap``."""
+
+    def statistics(y: np.ndarray, prediction: np.ndarray, baseline: np.ndarray, cell: np.ndarray, axis: int = -1) -> np.ndarray:
+        gain = (prediction - baseline) * (2.0 * y - baseline - prediction)
+        values = [_delta(y, prediction, baseline, axis)]
+        for k in range(n_cells):
+            own = cell == k
+            mean = np.sum(y, axis=axis, where=own, keepdims=True) / np.sum(own, axis=axis, keepdims=True)
+            total = np.sum((y - mean) ** 2, axis=axis, where=own)
+            values.append(np.sum(gain, axis=axis, where=own) / total)
+        return np.stack(values)
+
+    return scipy.stats.bootstrap(
+        (y, prediction, baseline, cell),
+        statistics,
+        paired=True,
+        vectorized=True,
+        n_resamples=n_resamples,
+        method="percentile",
+        rng=0,
+    )
 
 
 def arch_bootstrap(

@@ -32,8 +32,9 @@ from moe_jax.intervals import (
 DEFAULT_METHOD: IntervalMethod = "basic"
 
 
-RESAMPLES_IN_TILE = 64  # counted at a time; fewer where N is large
+RESAMPLES_IN_TILE = 64  # whose sums are one matmul of a fixed shape; fewer where N is large
 COUNTS_IN_TILE = 2**23
+COUNTS_AT_ONCE = 2**20  # drawn and counted at a time, where they are more than a tile's
 
 
 class Bootstrap(NamedTuple):
@@ -241,14 +242,18 @@ def resample_gain(
     (g - Delta R2 d^2) / b. Its second moment on a resample, whose mean of d is m, needs the moments of d up to the fourth,
     as (d - m)^2 must be multiplied out; so one matmul of counts with nine columns for each group gives everything.
 
-    Resamples are counted in tiles, whose size depends on N alone: the memory does not grow with the number of resamples but
+    Resamples are summed in tiles, whose size depends on N alone: the memory does not grow with the number of resamples but
     for the results, and a resample's numbers do not depend on which others are computed with it.
     """
     tile = min(max(COUNTS_IN_TILE // len(y), 1), RESAMPLES_IN_TILE)
     columns, estimate, error, skewed = _columns(y, gain, groups, n_groups)
+    at_once = max(COUNTS_AT_ONCE // (tile * len(y)), 1)
     n_tiles = -(-n_resamples // tile)
+    n_tiles = n_tiles if n_tiles <= at_once else -(-n_tiles // at_once) * at_once
     keys = jax.random.split(key, n_tiles * tile).reshape(n_tiles, tile)
-    step = n_tiles if block_size is None else -(-block_size // tile)
+    step = n_tiles if block_size is None else min(-(-block_size // tile), n_tiles)
+    if step > at_once:
+        step = -(-step // at_once) * at_once
     if step >= n_tiles:
         samples, errors = _resample(keys, y, columns)
     else:
@@ -283,23 +288,28 @@ def _columns(y: jax.Array, gain: jax.Array, groups: jax.Array, n_groups: int) ->
 @jax.jit
 def _resample(keys: jax.Array, y: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Delta R2 and standard errors of the resamples whose (tiles, tile) keys are given; (tiles * tile, 1 + G) each."""
-    n, n_in_tile = len(y), keys.shape[1]
-    first = n * jnp.arange(n_in_tile)[:, None]
+    n, (n_tiles, n_in_tile) = len(y), keys.shape
+    member = columns[0] > 0
 
-    def tile(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rows = jax.vmap(lambda key: resample_rows(key, n))(keys)
-        flat = jnp.zeros(n_in_tile * n, jnp.int32).at[(rows + first).reshape(-1)].add(1, mode="promise_in_bounds")
-        counts = flat.reshape(n_in_tile, n).astype(y.dtype)
+    def tile(counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        counts = counts.astype(y.dtype)
         sums = jnp.einsum("bn,mgn->mbg", counts, columns, precision=lax.Precision.HIGHEST)
         drawn, _, squares, *_ = sums
         ss_total = squares - sums[1] ** 2 / jnp.maximum(drawn, 1.0)
         # A constant y leaves ss_total at its rounding error. Only where one comes near it need all extremes be looked up.
         surely_defined = ss_total > 8.0 * n * jnp.finfo(y.dtype).eps * squares
-        member = columns[0] > 0
         defined = lax.cond(jnp.all(surely_defined), lambda: surely_defined, lambda: _is_not_constant(y, member, counts))
         return _delta_and_error(sums, defined)
 
-    samples, errors = lax.map(tile, keys)
+    def tiles(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rows = jax.vmap(lambda key: resample_rows(key, n))(keys.reshape(-1))
+        first = n * jnp.arange(len(rows))[:, None]
+        counts = jnp.zeros(rows.size, jnp.int32).at[(rows + first).reshape(-1)].add(1, mode="promise_in_bounds")
+        found: tuple[jax.Array, jax.Array] = lax.map(tile, counts.reshape(*keys.shape, n))
+        return found
+
+    at_once = min(max(COUNTS_AT_ONCE // (n_in_tile * n), 1), n_tiles)
+    samples, errors = lax.map(tiles, keys.reshape(n_tiles // at_once, at_once, n_in_tile))
     return samples.reshape(-1, samples.shape[-1]), errors.reshape(-1, errors.shape[-1])
 
 

@@ -8,11 +8,13 @@ within reach of its corrected quantiles; studentized intervals grow long where a
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.scipy.special import ndtr, ndtri
 from jax.typing import ArrayLike
 from jaxtyping import Float
@@ -21,6 +23,7 @@ from moe_jax.arrays import InputError
 
 IntervalMethod = Literal["percentile", "basic", "bca", "studentized"]
 METHODS: tuple[IntervalMethod, ...] = get_args(IntervalMethod)
+LEAST_TO_SORT_PARTLY = 100  # samples
 
 
 class Resampled(NamedTuple):
@@ -58,15 +61,48 @@ def confidence_interval(resampled: Resampled, method: IntervalMethod, confidence
     tails = jnp.stack([tail, 1.0 - tail])
     samples, estimate = resampled.samples, resampled.estimate
     if method == "percentile":
-        return Interval(*jnp.nanquantile(samples, tails, axis=0))
+        return Interval(*column_quantiles(samples, tails))
     if method == "basic":
-        low, high = jnp.nanquantile(samples, tails, axis=0)
+        low, high = column_quantiles(samples, tails)
         return Interval(2.0 * estimate - high, 2.0 * estimate - low)
     if method == "studentized":
-        low, high = jnp.nanquantile(_studentized(resampled), tails, axis=0)
+        low, high = column_quantiles(_studentized(resampled), tails)
         return Interval(estimate - high * resampled.standard_error, estimate - low * resampled.standard_error)
-    probabilities = _bca_probabilities(resampled, tails)
-    return Interval(*jax.vmap(jnp.nanquantile, in_axes=(1, 1), out_axes=1)(samples, probabilities))
+    return Interval(*column_quantiles(samples, _bca_probabilities(resampled, tails)))
+
+
+def column_quantiles(samples: Float[jax.Array, "B C"], probabilities: jax.Array) -> Float[jax.Array, "2 C"]:
+    """A low and a high quantile of each column, NaN left out, with linear interpolation as ``jnp.nanquantile``.
+
+    ``probabilities`` is (2,), or (2, C) where the columns have their own.
+
+    Quantiles within the outer eighths come from a partial sort, a tenth of the time of a whole one.
+    """
+    n_samples, n_columns = samples.shape
+    n_kept = n_samples // 8 + 2
+    probabilities = jnp.broadcast_to(probabilities.reshape(2, -1), (2, n_columns))
+    whole = functools.partial(jax.vmap(jnp.nanquantile, in_axes=(1, 1), out_axes=1), samples, probabilities)
+    if n_samples < LEAST_TO_SORT_PARTLY:
+        return whole()
+    undefined = jnp.isnan(samples)
+    last = (n_samples - 1 - jnp.sum(undefined, axis=0)).astype(samples.dtype)  # of the ranks of the defined samples
+
+    def read(ascending: jax.Array, rank: jax.Array) -> jax.Array:
+        """Values at ranks between two places of (C, n_kept) sorted samples."""
+        below = jnp.floor(rank)
+        low, high = (
+            jnp.take_along_axis(ascending, place.astype(jnp.int32)[:, None], axis=1)[:, 0] for place in (below, jnp.ceil(rank))
+        )
+        return jnp.where(low == high, low, low + (high - low) * (rank - below))
+
+    def partly() -> jax.Array:
+        lowest = -lax.top_k(-jnp.where(undefined, jnp.inf, samples).T, n_kept)[0]
+        highest = lax.top_k(jnp.where(undefined, -jnp.inf, samples).T, n_kept)[0]
+        return jnp.stack([read(lowest, probabilities[0] * last), read(highest, (1.0 - probabilities[1]) * last)])
+
+    outside = (probabilities[0] * last <= n_kept - 2) & ((1.0 - probabilities[1]) * last <= n_kept - 2)
+    quantiles: jax.Array = lax.cond(jnp.all(outside & (last >= n_kept)), partly, whole)
+    return quantiles
 
 
 def simultaneous_interval(resampled: Resampled, confidence_level: ArrayLike) -> Interval:

@@ -20,6 +20,8 @@ def test_what_the_peers_compute_is_what_we_compute():
     result = moe_jax.bootstrap_delta_r2(jax.random.key(0), y, ours, theirs, groups=cell, method="percentile")
     expected = r2_score(y, ours) - r2_score(y, theirs)
     assert float(result.estimate) == pytest.approx(expected, abs=1e-5)
+    joint = peers.scipy_joint_bootstrap(y, ours, theirs, cell, 1_000)
+    np.testing.assert_allclose(joint.standard_error, [result.standard_error, *result.group_standard_error], rtol=0.2)
     loop = peers.loop_bootstrap(y, ours, theirs, cell, 300)
     for k, by_scipy in enumerate(peers.scipy_bootstrap(y, ours, theirs, cell, 1_000)):
         errors = result.standard_error if k == 0 else result.group_standard_error[k - 1]

@@ -6,7 +6,7 @@ import scipy.stats
 
 from moe_jax import InputError, bootstrap_delta_r2
 from moe_jax.bootstrap import resample_gain, resample_rows, squared_error_gain
-from moe_jax.intervals import METHODS, Resampled, confidence_interval, simultaneous_interval
+from moe_jax.intervals import METHODS, Resampled, column_quantiles, confidence_interval, simultaneous_interval
 
 
 def delta(y, p, b, axis=-1):
@@ -127,3 +127,18 @@ def test_all_methods_agree_on_many_ordinary_stars(method, rng, x64):
 def test_bad_method(stars):
     with pytest.raises(InputError, match=r"method is 'bootstrap', expected one of percentile, basic, bca, studentized"):
         bootstrap_delta_r2(jax.random.key(0), *stars, method="bootstrap")
+
+
+@pytest.mark.parametrize("n_samples", [20, 400])
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.99])
+def test_column_quantiles_against_numpy(n_samples, level, rng, dtype):
+    """Few samples and low levels take the whole sort, the others the partial one; undefined samples are left out."""
+    samples = rng.normal(size=(n_samples, 4)).astype(dtype)
+    samples[:5, 1], samples[:, 2], samples[:, 3] = np.nan, 1.5, np.round(samples[:, 3])
+    tails = np.array([0.5 - level / 2, 0.5 + level / 2])
+    by_column = tails[:, None] * np.array([1.0, 0.9, 1.0, 1.0])
+    for probabilities in (tails, by_column):
+        ours = column_quantiles(jnp.asarray(samples), jnp.asarray(probabilities, dtype))
+        each = np.broadcast_to(probabilities.reshape(2, -1), (2, 4))
+        expected = [np.nanquantile(samples[:, c].astype(float), each[:, c]) for c in range(4)]
+        np.testing.assert_allclose(ours, np.transpose(expected), rtol=2e-5, atol=1e-6)
