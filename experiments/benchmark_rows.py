@@ -32,7 +32,7 @@ from moe_jax.optimize import GateConfig
 from moe_jax.ridge import matmul
 from moe_jax.simulate import simulate_survey
 from moe_jax.survey import add_noise
-from moe_jax.training import fit_gate
+from moe_jax.training import fit_gate, fit_gates
 
 N_GATE_STARS = 5_300
 N_TEST_STARS = 816
@@ -211,10 +211,9 @@ def time_gates(config: BenchmarkConfig) -> Iterator[Row]:
         row.floors = [floor_of_gate(N_GATE_STARS, 100) for _ in row.pairs]
         yield row
     keys = jax.random.split(jax.random.key(0), config.n_gates)
-    many = jax.jit(jax.vmap(lambda key: fit_gate(key, gate, *data, training)))
     row = Row(f"the same, each of {config.n_gates} in one call", "PyTorch, DataLoader", 40.0, per=config.n_gates)
-    compare(row, lambda: many(keys), loader, 1)
-    row.floors = [floor_of_gate(N_GATE_STARS, 100)]
+    compare(row, lambda: fit_gates(keys, gate, *data, training), loader, config.n_pairs)
+    row.floors = [floor_of_gate(N_GATE_STARS, 100) for _ in row.pairs]
     yield row
 
 
@@ -247,6 +246,7 @@ LARGE = """
 import json, resource, sys, time
 import numpy as np, jax
 from experiments.benchmark_rows import bootstrap_data
+from experiments.study import peak_memory
 from moe_jax import bootstrap_delta_r2
 n_stars, n_resamples = int(sys.argv[1]), int(sys.argv[2])
 y, prediction, baseline, cell = bootstrap_data(n_stars)
@@ -256,7 +256,7 @@ start = time.perf_counter()
 result = bootstrap_delta_r2(jax.random.key(0), y, prediction, baseline, groups=cell, n_resamples=n_resamples, method="percentile")
 jax.block_until_ready(result)
 seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = peak_memory()
 inputs = sum(array.nbytes for array in (y, prediction, baseline, cell))
 print(json.dumps({"seconds": seconds, "peak_gib": peak / 2**30, "before_gib": resident / 2**30, "inputs_gib": inputs / 2**30}))
 """
@@ -264,7 +264,7 @@ print(json.dumps({"seconds": seconds, "peak_gib": peak / 2**30, "before_gib": re
 
 def time_large_bootstrap(config: BenchmarkConfig) -> Iterator[Row]:
     """Many stars, many resamples: in pairs with fewer resamples, as the peers take too long, and whole by ours alone."""
-    for n_stars, n_resamples, in_pair, batch in ((1_000_000, 1_000, 20, 1), (N_TEST_STARS, 1_000_000, 20_000, 1_000)):
+    for n_stars, n_resamples, in_pair, batch in ((1_000_000, 1_000, 200, 1), (N_TEST_STARS, 1_000_000, 20_000, 1_000)):
         y, prediction, baseline, cell = bootstrap_data(n_stars)
         ours = functools.partial(
             bootstrap_delta_r2, jax.random.key(0), y, prediction, baseline, groups=cell, n_resamples=in_pair, method="percentile"

@@ -102,10 +102,17 @@ def keep_compiled_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
+def use_all_cores() -> None:
+    """Makes each core of a CPU a device, among which gates of many seeds are divided; before JAX looks for devices."""
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+
+
 def run_command(main: Callable[[Any], object], presets: dict[str, Any], description: str | None) -> None:
     """Runs an experiment from the command line; bad input ends in one sentence and exit code 2, without a traceback."""
     try:
         config = parse_config(presets, description, sys.argv[1:])
+        use_all_cores()
         keep_compiled_programs()
         jax.monitoring.register_event_duration_secs_listener(_count_compilation)
         main(config)

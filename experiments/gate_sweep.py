@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,11 @@ from moe_jax.arrays import AnyArray
 from moe_jax.evaluation import PROTOCOLS
 from moe_jax.gates import Gate, LinearGate
 from moe_jax.optimize import GateConfig, Hyper, Params
+from moe_jax.parallel import map_devices
 from moe_jax.routing import route_soft, sharpen
 from moe_jax.training import fit_gate, mixture_loss
 
-CODE_OF_GATES = [*CODE, *package_files("gates.py", "optimize.py", "training.py", "routing.py"), Path(__file__)]
-SEEDS_AT_ONCE = 8  # more at a time gain nothing on a CPU
+CODE_OF_GATES = [*CODE, *package_files("gates.py", "optimize.py", "training.py", "parallel.py", "routing.py"), Path(__file__)]
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,9 @@ def train_gates(
     temperature = jnp.ones(n_seeds) if temperature is None else jnp.asarray(temperature)
     train = tuple(map(jnp.asarray, (stars.features, stars.predictions, stars.log_g)))
     seen = tuple(map(jnp.asarray, (test.features, test.predictions)))
-    parts = []
-    for i in range(0, n_seeds, SEEDS_AT_ONCE):
-        part = slice(i, i + SEEDS_AT_ONCE)
-        own = jax.tree.map(lambda values, part=part: jnp.asarray(values)[part], hyper)
-        each = (keys[part], own, mask[part], temperature[part])
-        parts.append(_train_at_once(each, train, seen, logistic, gate, gate_config))
-    sweep: Sweep = jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *parts)
-    return sweep
+    hyper = jax.tree.map(jnp.asarray, hyper)
+    sweep: Sweep = _train_at_once((keys, hyper, mask, temperature), train, seen, logistic, gate, gate_config)
+    return jax.tree.map(np.asarray, sweep)
 
 
 @functools.partial(jax.jit, static_argnames=("gate", "config"))
@@ -140,8 +135,9 @@ def _train_at_once(
     gate: Gate,
     config: GateConfig,
 ) -> Sweep:
-    def one(key: jax.Array, hyper: Hyper | None, mask: jax.Array, temperature: jax.Array) -> Sweep:
-        features, predictions, y = train
+    def one(each: tuple[jax.Array, Hyper | None, jax.Array, jax.Array], shared: Any) -> Sweep:
+        key, hyper, mask, temperature = each
+        (features, predictions, y), test, logistic = shared
         fit = fit_gate(key, gate, features * mask[None, :], predictions, y, config, logistic=logistic, hyper=hyper)
         weights = sharpen(gate.apply(fit.params, test[0] * mask[None, :]), temperature)
         n_run = jnp.sum(jnp.isfinite(fit.train_loss))
@@ -157,4 +153,5 @@ def _train_at_once(
             converged=fit.converged,
         )
 
-    return jax.vmap(one)(*each)
+    sweep: Sweep = map_devices(one, each, (train, test, logistic))
+    return sweep

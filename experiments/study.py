@@ -134,7 +134,6 @@ def describe_run(command: str, config: StudyConfig, seconds: Mapping[str, float]
 def describe_machine() -> dict[str, Any]:
     """Code, versions, device, and what this process has taken so far."""
     device = jax.devices()[0]
-    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
     packages = ("moe_jax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "scikit-learn", "pandas", "h5py", "tables")
     return {
         "git_commit": git_commit(),
@@ -143,8 +142,18 @@ def describe_machine() -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "precision": f"{jnp.zeros(0).dtype}, matmul precision highest (no TF32)",
         "compile_seconds": round(compile_seconds(), 3),
-        "peak_memory_gib": round(peak_kib / 2**20, 2),
+        "peak_memory_gib": round(peak_memory() / 2**30, 2),
     }
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process held at most. A child's ``ru_maxrss`` starts at its parent's, so /proc comes first."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        if found:
+            return int(found[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def write_results(

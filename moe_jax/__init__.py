@@ -71,6 +71,7 @@ from moe_jax.survey import add_noise as add_noise
 from moe_jax.survey import load_survey as load_survey
 from moe_jax.survey import save_survey as save_survey
 from moe_jax.training import fit_gate as fit_gate
+from moe_jax.training import fit_gates as fit_gates
 from moe_jax.training import mixture_loss as mixture_loss
 from moe_jax.variance import required_stars as required_stars
 from moe_jax.variance import variance_components as variance_components

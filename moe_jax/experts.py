@@ -55,14 +55,20 @@ def padded_sizes(counts: Int[np.ndarray, " K"]) -> list[int]:
 
 def _fit_expert(
     x: jax.Array, y: jax.Array, stars: np.ndarray, n_padded: int, alphas: jax.Array, folds: np.ndarray
-) -> tuple[jax.Array, CrossValidatedRidge]:
+) -> tuple[np.ndarray, CrossValidatedRidge]:
     """The rows of the given stars, by fold and padded with N, and the expert that is fitted to them."""
     stars = stars[np.argsort(folds[stars], kind="stable")]
-    rows = jnp.asarray(np.pad(stars, (0, n_padded - len(stars)), constant_values=len(y)))
-    x_cell, y_cell = (array.at[rows].get(mode="fill", fill_value=0) for array in (x, y))
-    mask = (rows < len(y)).astype(x.dtype)
+    rows = np.pad(stars, (0, n_padded - len(stars)), constant_values=len(y)).astype(np.int32)
     held = held_rows(folds[stars], n_padded, slack=FOLD_SLACK)
+    x_cell, y_cell, mask = _take_padded(x, y, rows)
     return rows, fit_cross_validated(x_cell, y_cell, mask, alphas, held, len(stars))
+
+
+@jax.jit
+def _take_padded(x: jax.Array, y: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Some of the stars, where rows of N are padding, and the mask."""
+    x_cell, y_cell = (array.at[rows].get(mode="fill", fill_value=0) for array in (x, y))
+    return x_cell, y_cell, (rows < len(y)).astype(x.dtype)
 
 
 def fit_experts(
@@ -97,18 +103,17 @@ def fit_experts(
     require_cell_sizes("cell", cell, n_experts, 2 * len(np.unique(folds)))
     x, y = jnp.asarray(x), jnp.asarray(y)
     alphas = jnp.asarray(alphas, x.dtype)
-    out_of_fold = jnp.full(len(y), jnp.nan, x.dtype)
+    out_of_fold = np.full(len(y) + 1, np.nan, x.dtype)  # the last takes what is padding
     sizes = padded_sizes(np.bincount(cell[cell >= 0], minlength=n_experts))
     fits = []
     for k in range(n_experts):
         rows, fit = _fit_expert(x, y, np.flatnonzero(cell == k), sizes[k], alphas, folds)
-        out_of_fold = out_of_fold.at[rows].set(fit.out_of_fold, mode="drop")
+        out_of_fold[rows] = fit.out_of_fold
         fits.append((fit.ridge.coef, fit.ridge.intercept, fit.alpha, fit.at_edge, fit.mse))
         if on_fitted is not None:
-            jax.block_until_ready(out_of_fold)
             on_fitted()
-    coef, intercept, alpha, at_edge, mse = (jnp.stack(column) for column in zip(*fits, strict=True))
-    return Experts(coef, intercept, alpha, at_edge, mse, out_of_fold)
+    coef, intercept, alpha, at_edge, mse = (jnp.asarray(np.stack(column)) for column in zip(*fits, strict=True))
+    return Experts(coef, intercept, alpha, at_edge, mse, jnp.asarray(out_of_fold[:-1]))
 
 
 def fit_global(

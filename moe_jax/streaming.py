@@ -52,8 +52,10 @@ class SumsFit(NamedTuple):
 
 
 def device_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A line of devices, by default all of this process."""
-    return Mesh(np.array(jax.local_devices() if devices is None else devices), (STARS,))
+    """A line of devices: by default all of this process, or one CPU, whose devices share cores and memory."""
+    if devices is None:
+        devices = jax.local_devices()[:1] if jax.local_devices()[0].platform == "cpu" else jax.local_devices()
+    return Mesh(np.array(devices), (STARS,))
 
 
 def empty_sums(n_groups: int, n_pixels: int, mesh: Mesh, dtype: jnp.dtype | type = jnp.float32) -> Sums:

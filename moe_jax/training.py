@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Float, PRNGKeyArray
 from moe_jax.arrays import AnyArray, InputError, require_same_length
 from moe_jax.gates import Gate
 from moe_jax.optimize import GateConfig, GateFit, Hyper, Params, minimize
+from moe_jax.parallel import map_devices
 from moe_jax.routing import route_soft
 
 
@@ -96,6 +98,50 @@ def fit_gate(
         params = gate.from_linear(params, logistic)
     objective = MixtureObjective(gate, hyper is not None or config.entropy_penalty != 0)
     return minimize(key_train, objective, params, (features, expert_predictions, y.astype(features.dtype)), config, hyper)
+
+
+def fit_gates(
+    keys: PRNGKeyArray,
+    gate: Gate,
+    features: Float[AnyArray, "N F"],
+    expert_predictions: Float[AnyArray, "N K"],
+    y: Float[AnyArray, " N"],
+    config: GateConfig | None = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> GateFit:
+    """``fit_gate`` for each of S keys in one compiled call, on all devices at hand; each gate is the one of its key alone.
+
+    Args:
+        keys: (S,) random keys.
+        gate: as ``fit_gate``, like the arguments that follow.
+        features: standardised.
+        expert_predictions: of the frozen experts.
+        y: target.
+        config: ``GateConfig()`` by default.
+        devices: among which the keys are divided; by default all of this process.
+
+    Returns:
+        A ``GateFit`` whose arrays have a first dimension S.
+
+    Raises:
+        InputError: as ``fit_gate``.
+    """
+    data = tuple(map(jnp.asarray, (features, expert_predictions, y)))
+    fits: GateFit = _fit_gates(keys, data, gate, config, None if devices is None else tuple(devices))
+    return fits
+
+
+@functools.partial(jax.jit, static_argnames=("gate", "config", "devices"))
+def _fit_gates(
+    keys: jax.Array, data: tuple[jax.Array, ...], gate: Gate, config: GateConfig | None, devices: tuple[jax.Device, ...] | None
+) -> GateFit:
+    def fit(key: jax.Array, data: tuple[jax.Array, ...]) -> GateFit:
+        features, expert_predictions, y = data
+        return fit_gate(key, gate, features, expert_predictions, y, config)
+
+    fits: GateFit = map_devices(fit, keys, data, devices)
+    return fits
 
 
 @functools.partial(jax.jit, static_argnames=("gate", "n_features", "n_experts", "dtype"))

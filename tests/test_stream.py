@@ -83,14 +83,13 @@ def test_a_killed_run_goes_on_from_its_last_chunk(surveys, chunked, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_as_one(surveys, chunked, tmp_path):
-    """Two real processes over the loopback address, one of them with two devices."""
+    """Two real processes over the loopback address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     cluster = ["--cluster.join", "--cluster.coordinator", address, "--cluster.n-processes", "2", "--cluster.process-id"]
     processes = [
-        start([*surveys, "--chunk-stars", "200", *cluster, str(i)], tmp_path / "out", tmp_path / "cache", XLA_FLAGS=flags)
-        for i, flags in enumerate(("", "--xla_force_host_platform_device_count=2"))
+        start([*surveys, "--chunk-stars", "200", *cluster, str(i)], tmp_path / "out", tmp_path / "cache") for i in range(2)
     ]
     for process in processes:
         finish(process)

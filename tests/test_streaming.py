@@ -99,7 +99,7 @@ jax.config.update("jax_enable_x64", True)
 if n_processes > 1:
     jax.distributed.initialize(address, n_processes, rank)
 assert jax.process_count() == n_processes
-mesh = device_mesh()
+mesh = device_mesh(jax.local_devices())
 assert mesh.size == {devices}, mesh
 x, y, cell, folds = draw()
 own = slice(rank, None, n_processes)
