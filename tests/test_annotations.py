@@ -28,6 +28,7 @@ config = moe_jax.GateConfig(epochs=2)
 for gate in (moe_jax.LinearGate(), moe_jax.MLPGate(8)):
     fit = moe_jax.fit_gate(keys[4], gate, features, yhat, y, config)
     moe_jax.mixture_loss(gate, fit.params, features, yhat, y)
+moe_jax.fit_gates(keys[:2], gate, features, yhat, y, config)
 logistic = moe_jax.fit_classifier(features, cell, n_folds=2).params
 config = moe_jax.GateConfig(optimizer="lbfgs", init="logistic", max_iterations=3)
 moe_jax.fit_gate(keys[4], gate.__class__(26), features, yhat, y, config, logistic=logistic)
@@ -46,6 +47,12 @@ for method in ("basic", "percentile", "bca", "studentized"):
     moe_jax.bootstrap_gain(keys[5], y, y - prediction, groups=cell, n_resamples=5, method=method)
 moe_jax.variance_components(np.random.default_rng(0).normal(size=(2, 2, 2, 2)))
 moe_jax.paired_bootstrap(keys[5], moe_jax.rmse, (y, baseline), 5)
+from moe_jax.streaming import Blocks, add_block, collect, device_mesh, empty_sums, fit_sums
+mesh, blocks, thin = device_mesh(), Blocks(2, 64, 40), np.asarray(flux)[:, :40]
+sums = empty_sums(2, 40, mesh)
+for block in [*blocks.add(thin, np.asarray(survey.labels.log_g), folds), *blocks.flush()]:
+    sums = add_block(sums, block, mesh)
+fit_sums(collect(sums, np.arange(2)[:, None]), alphas, np.zeros(40), np.zeros(()))
 try:
     moe_jax.rmse(y, baseline[:, None])
 except TypeError:

@@ -1,11 +1,13 @@
 """README's Python examples run as they stand, and its figures are those of the committed results."""
 
+import json
 import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from experiments.benchmark import summary
 from moe_jax.report import load_published, overall_markdown
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +28,19 @@ def test_examples_run(example, tmp_path, monkeypatch):
 def test_the_table_is_that_of_the_committed_run():
     overall = pd.read_csv(ROOT / "results/regress_gate/default/overall.csv", keep_default_na=False)
     assert overall_markdown(overall, load_published()) in README
+
+
+def test_the_ratios_are_those_of_the_committed_benchmark():
+    assert summary(pd.read_csv(ROOT / "results/benchmark/default/benchmark.csv")) in README
+
+
+def test_the_million_is_that_of_the_committed_run():
+    folder = ROOT / "results/regress_gate/million"
+    run, overall = json.loads((folder / "run.json").read_text()), pd.read_csv(folder / "overall.csv", keep_default_na=False)
+    assert run["command"] in README
+    assert f"{run['seconds']['total'] / 60:.1f} minutes and {run['peak_memory_gib']:.1f} GiB" in README
+    mlp = overall[(overall["method"] == "regress_mlp") & (overall["protocol"] == "cross-fitted")]["r2"].iloc[0]
+    assert f"R2 {mlp:.4f}" in README
 
 
 def test_the_map_names_every_module():
