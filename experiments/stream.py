@@ -7,6 +7,7 @@ chunk. Several processes take turns at the chunks, on all their devices; they mu
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Iterator
@@ -257,7 +258,7 @@ def see(
     with stages.chunks(f"features and predictions, {name} stars", sum(b - a for a, b in observation.own_chunks())) as advance:
         for start, stop in observation.own_chunks():
             own = settings | {"survey": name, "start": start, "stop": stop}
-            found, _ = cache.load_or_compute("seen", own, CODE, (_LEAF, _LEAF), lambda: see_chunk(start, stop))  # noqa: B023
+            found, _ = cache.load_or_compute("seen", own, CODE, (_LEAF, _LEAF), functools.partial(see_chunk, start, stop))
             raw[start:stop], outputs[start:stop] = found
             advance(stop - start)
     return Seen(*sum_processes((raw, outputs)), config.n_experts)
