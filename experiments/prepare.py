@@ -118,7 +118,7 @@ def fit_stages(config: DataConfig, train: Observed, test: Observed, wave: np.nda
             for stars, features in ((train, train_features), (test, test_features))
         )
         jax.block_until_ready((seen_train, seen_test))
-    return BeforeGates(seen_train, seen_test, experts, global_ridge, model)
+    return BeforeGates(seen_train, seen_test, experts, global_ridge, model, wave)
 
 
 def classify(config: DataConfig, before: BeforeGates, stages: Stages) -> Prepared:

@@ -145,6 +145,7 @@ class BeforeGates(NamedTuple):
     experts: Experts
     global_ridge: CrossValidatedRidge
     model: FeatureModel
+    wave: AnyArray  #: (P,) vacuum wavelength, Angstrom
 
 
 class Prepared(NamedTuple):
@@ -155,6 +156,7 @@ class Prepared(NamedTuple):
     experts: Experts
     global_ridge: CrossValidatedRidge
     model: FeatureModel
+    wave: AnyArray  #: (P,) vacuum wavelength, Angstrom
     classifier: ClassifierFit
 
     @property
@@ -176,6 +178,7 @@ SKELETON = Prepared(
     experts=Experts(*[_LEAF] * 6),  # type: ignore[arg-type]
     global_ridge=CrossValidatedRidge(Ridge(*[_LEAF] * 2), *[_LEAF] * 4),  # type: ignore[arg-type]
     model=FeatureModel(PCA(*[_LEAF] * 2), _LEAF, _LEAF),  # type: ignore[arg-type]
+    wave=_LEAF,
     classifier=ClassifierFit({"head": {"bias": _LEAF, "kernel": _LEAF}}, 0.0, 0.0, False, False),  # type: ignore[dict-item]
 )
 

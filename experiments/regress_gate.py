@@ -7,7 +7,7 @@ python -m experiments.regress_gate --train-file a.h5 --test-file b.h5
 python -m experiments.regress_gate --chunk-stars 100000 --n-train 1000000     more stars than fit into memory
 
 Expect R2 0.93 to 0.97 for the mixtures, the linear gate in-sample below the classification gate, the MLP gates above it.
-Tables, figures and report.md go to results/regress_gate/PRESET.
+Tables, figures, report.md and the trained model go to results/regress_gate/PRESET.
 """
 
 from __future__ import annotations
@@ -49,8 +49,10 @@ from moe_jax.evaluation import (
     overall_table,
 )
 from moe_jax.gates import Gate, LinearGate, MLPGate
+from moe_jax.model import Model, save_model
 from moe_jax.optimize import GateConfig, GateFit
 from moe_jax.report import load_published, warnings, write_report
+from moe_jax.ridge import Ridge
 from moe_jax.routing import route_fallback, route_hard, route_oracle, route_soft
 from moe_jax.training import fit_gate
 
@@ -258,6 +260,23 @@ def report_of(config: RegressGateConfig, results: Results) -> str:
     )
 
 
+def model_of(config: RegressGateConfig, results: Results, run_json: dict[str, Any]) -> Model:
+    """The mixture with the cross-fitted MLP gate, and where it came from."""
+    prepared, method = results.prepared, Method("regress_mlp", PROTOCOLS[1])
+    scores = results.overall[(results.overall["method"] == method.name) & (results.overall["protocol"] == method.protocol)]
+    names = ("command", "config", "git_commit", "versions", "device", "precision", "n_covered_train", "n_covered_test")
+    return Model(
+        wave=np.asarray(prepared.wave),
+        experts=Ridge(prepared.experts.coef, prepared.experts.intercept),
+        global_ridge=prepared.global_ridge.ridge,
+        features=prepared.model,
+        gate=regression_gates(config)[method.name],
+        gate_params=results.fits[method].params,
+        classification_params=prepared.classifier.params,
+        provenance={name: run_json[name] for name in names} | {"test_r2": float(scores["r2"].iloc[0])},
+    )
+
+
 def print_table(results: Results) -> None:
     """The table at the end of a run."""
     published = load_published()["overall"]
@@ -293,6 +312,8 @@ def main(config: RegressGateConfig) -> Results:
         console.print(f"warning: {note}", highlight=False)
     run_json = describe_run(command, config, stages.seconds, **describe_choices(results))
     write_results(folder, tables, drawn, report_of(config, results), run_json)
+    if jax.process_index() == 0:
+        save_model(folder / "model", model_of(config, results, run_json))
     return results
 
 

@@ -85,7 +85,7 @@ def stream_stages(config: DataConfig, stages: Stages, cache: Cache) -> BeforeGat
     )
     folds = assign_folds(keys.folds, cells[0], config.n_folds)
     group = np.asarray(jnp.where(cells[0] < 0, config.n_experts, cells[0]) * config.n_folds + folds)
-    settings = asdict(config) | {"processes": jax.process_count()}
+    settings = asdict(config) | {"processes": jax.process_count(), "devices": device_mesh().size}
 
     def fit() -> StreamedExperts:
         sums, offsets = accumulate(config, train, group, saved, stages)
@@ -117,7 +117,7 @@ def stream_stages(config: DataConfig, stages: Stages, cache: Cache) -> BeforeGat
         global_ridge = CrossValidatedRidge(Ridge(whole.coef, whole.intercept), whole.alpha, whole.at_edge, whole.mse, held_out)
     else:
         global_ridge = no_ridge(train.spectra.n_stars, len(np.asarray(train.spectra.wave)))
-    return BeforeGates(stars[0], stars[1], experts, global_ridge, model)
+    return BeforeGates(stars[0], stars[1], experts, global_ridge, model, np.asarray(train.spectra.wave))
 
 
 class Offsets(NamedTuple):
@@ -165,7 +165,11 @@ class SavedSums:
         if self._folder is None or not (saved := sorted(self._folder.glob("chunks-*[0-9]"))):
             return 0, empty
         done = int(saved[-1].name.removeprefix("chunks-"))
-        leaves = (np.load(saved[-1] / f"{name}.npy", mmap_mode="r") for name in Sums._fields)
+        try:
+            leaves = [np.load(saved[-1] / f"{name}.npy", mmap_mode="r") for name in Sums._fields]
+        except (OSError, ValueError, EOFError):
+            stages.note(f"{saved[-1]}: cannot be read, starts from the first chunk")
+            return 0, empty
         stages.note(f"goes on after {done} chunk{'s' * (done > 1)}")
         return done, Sums(*(jax.device_put(leaf, old.sharding) for leaf, old in zip(leaves, empty, strict=True)))
 

@@ -52,6 +52,11 @@ from moe_jax.metrics import r2_by_group as r2_by_group
 from moe_jax.metrics import r2_score as r2_score
 from moe_jax.metrics import retention as retention
 from moe_jax.metrics import rmse as rmse
+from moe_jax.model import MixturePrediction as MixturePrediction
+from moe_jax.model import Model as Model
+from moe_jax.model import load_model as load_model
+from moe_jax.model import predict_model as predict_model
+from moe_jax.model import save_model as save_model
 from moe_jax.optimize import GateConfig as GateConfig
 from moe_jax.optimize import GateFit as GateFit
 from moe_jax.optimize import Hyper as Hyper

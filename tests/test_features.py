@@ -6,7 +6,7 @@ from sklearn.decomposition import PCA
 
 import moe_jax
 from moe_jax import FEATURE_NAMES, InputError
-from moe_jax.features import LINE_WINDOWS, fit_pca, line_features, line_pixels, raw_features
+from moe_jax.features import LINE_WINDOWS, fit_pca, fit_pca_scatter, line_features, line_pixels, raw_features
 from moe_jax.pixels import WAVE
 
 
@@ -42,6 +42,15 @@ def test_components_against_scikit_learn(noisy_flux):
     np.testing.assert_allclose(cosines, 1, atol=1e-5)
     np.testing.assert_allclose(ours.mean, theirs.mean_, atol=1e-5)
     assert (np.asarray(ours.components)[np.arange(4), np.argmax(np.abs(ours.components), axis=1)] > 0).all()
+
+
+def test_components_from_the_scatter_matrix(noisy_flux):
+    x = noisy_flux[:500, ::8].astype(float)
+    theirs = PCA(4, svd_solver="full").fit(x)
+    scatter = (x - x.mean(axis=0)).T @ (x - x.mean(axis=0))
+    ours = fit_pca_scatter(jax.random.key(0), jnp.asarray(x.mean(axis=0)), jnp.asarray(scatter))
+    cosines = np.abs(np.sum(np.asarray(ours.components) * theirs.components_, axis=1))
+    np.testing.assert_allclose(cosines, 1, atol=1e-4)
 
 
 def test_the_key_does_not_show(noisy_flux):

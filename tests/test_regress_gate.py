@@ -16,8 +16,10 @@ from experiments import make_survey, regress_gate
 from experiments.build_lte_grid import PRESETS as BUILD_PRESETS
 from experiments.command_line import Stages, parse_config
 from experiments.measure_interpolation import PRESETS as INTERPOLATION_PRESETS
+from experiments.prepare import observe
+from experiments.prepared import draw_keys
 from experiments.surveys import load_surveys
-from moe_jax import InputError, load_survey
+from moe_jax import InputError, load_model, load_survey, predict_model
 from moe_jax.evaluation import METHODS
 from moe_jax.optimize import GateConfig
 from moe_jax.survey import FLUX_FIELD, WAVE_FIELD
@@ -56,7 +58,7 @@ def read(folder):
 
 
 def test_all_files_are_written(results):
-    expected = [f"{name}.csv" for name in TABLES] + [f"{name}.png" for name in FIGURES] + ["report.md", "run.json"]
+    expected = [f"{name}.csv" for name in TABLES] + [f"{name}.png" for name in FIGURES] + ["model", "report.md", "run.json"]
     assert sorted(path.name for path in results.iterdir()) == sorted(expected)
     assert list(results.parent.iterdir()) == [results]
 
@@ -95,6 +97,18 @@ def test_report_warns_of_gates_at_the_epoch_cap(results):
 def test_same_seed_same_tables(results, tmp_path):
     regress_gate.main(dataclasses.replace(SMALL, output_dir=tmp_path / "again"))
     assert read(tmp_path / "again") == read(results)
+
+
+def test_the_model_predicts_what_the_run_predicted(results, surveys):
+    """The saved mixture, applied to the noisy test spectra, gives the column of the cross-fitted MLP gate."""
+    model = load_model(results / "model")
+    test = observe(draw_keys(SMALL.seed).test_noise, load_survey(surveys / "test.h5"), SMALL.data)
+    table = pd.read_csv(results / "predictions.csv")
+    ours = predict_model(model, test.flux)
+    np.testing.assert_allclose(np.asarray(ours.log_g)[table["star"]], table["regress_mlp_cross_fitted"], atol=1e-4)
+    overall = pd.read_csv(results / "overall.csv")
+    cross_fitted = overall[(overall["method"] == "regress_mlp") & (overall["protocol"] == "cross-fitted")]
+    assert model.provenance["test_r2"] == pytest.approx(cross_fitted["r2"].iloc[0], rel=1e-6)
 
 
 def test_the_cache_changes_nothing(results, tmp_path):

@@ -7,13 +7,18 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
 
 from experiments import regress_gate
-from experiments.command_line import Cluster
+from experiments.cache import Cache
+from experiments.command_line import Cluster, Stages
+from experiments.stream import SavedSums
 from moe_jax import InputError, Survey, save_survey, simulate_survey
+from moe_jax.streaming import device_mesh, empty_sums
 
 SIZES = ["--preset", "smoke", "--n-train", "900", "--n-test", "300", "--alphas", "1", "10", "--gate.epochs", "3"]
 
@@ -21,8 +26,6 @@ SIZES = ["--preset", "smoke", "--n-train", "900", "--n-test", "300", "--alphas",
 @pytest.fixture(scope="module")
 def surveys(tmp_path_factory):
     """Surveys of 512 pixels, so that Gram matrices are small."""
-    import jax
-
     folder = tmp_path_factory.mktemp("surveys")
     for name, n_stars in (("train", 900), ("test", 300)):
         whole = simulate_survey(jax.random.key(len(name)), n_stars)
@@ -79,6 +82,23 @@ def test_a_killed_run_goes_on_from_its_last_chunk(surveys, chunked, tmp_path):
     output = finish(start(arguments, tmp_path / "out", tmp_path / "cache"))
     assert "goes on after" in output
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out" / "predictions.csv"), chunked)
+
+
+def test_sums_on_disk_that_cannot_be_read_are_made_again(tmp_path, capsys):
+    """What was cut off is not taken for sums; what is whole is."""
+    mesh, stages = device_mesh(), Stages()
+    sums = empty_sums(2, 3, mesh)._replace(y=jnp.ones((1, 2)))
+    saved = SavedSums(Cache(tmp_path), {"a": 1})
+    saved.save(sums, 4)
+    done, found = saved.load(empty_sums(2, 3, mesh), stages)
+    assert (done, found.y.tolist()) == (4, [[1.0, 1.0]])
+    assert SavedSums(Cache(tmp_path), {"a": 2}).load(sums, stages)[0] == 0
+    for path in tmp_path.glob("sums-*/chunks-*/xx.npy"):
+        path.write_bytes(path.read_bytes()[:100])
+    assert saved.load(empty_sums(2, 3, mesh), stages)[0] == 0
+    assert "cannot be read" in capsys.readouterr().out
+    saved.clear()
+    assert not list(tmp_path.glob("sums-*"))
 
 
 @pytest.mark.slow

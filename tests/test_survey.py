@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 
 from moe_jax import InputError, add_noise, load_survey, save_survey
-from moe_jax.survey import ERROR_FIELD, FLUX_FIELD, WAVE_FIELD
+from moe_jax.simulate import SimulatedSpectra
+from moe_jax.survey import ERROR_FIELD, FLUX_FIELD, WAVE_FIELD, SurveyFile, add_star_noise, save_spectra, star_keys
 
 
 @pytest.fixture
@@ -55,6 +56,39 @@ def test_only_the_rows_that_are_asked_for_are_read(path):
     assert load_survey(path, 20).labels.mag.shape == (20,)
     with pytest.raises(InputError, match="star 399, pixel 3"):
         load_survey(path)
+
+
+def test_parts_of_a_file_and_of_a_simulation_are_those_of_the_whole(path, small_survey):
+    file = SurveyFile(path)
+    simulated = SimulatedSpectra(jax.random.key(3), 400)  # the key of small_survey
+    for source in (file, simulated):
+        assert source.n_stars == 400
+        np.testing.assert_array_equal(source.labels.T_eff, small_survey.labels.T_eff)
+        parts = [source.read(start, min(start + 150, 400)) for start in range(0, 400, 150)]
+        for i, whole in enumerate((small_survey.flux, small_survey.error)):
+            np.testing.assert_array_equal(np.concatenate([part[i] for part in parts]), whole)
+
+
+def test_noise_of_some_stars_is_that_of_the_whole_survey(small_survey):
+    key = jax.random.key(5)
+    whole = add_noise(key, small_survey.flux, small_survey.error, 0.2)
+    part = add_star_noise(star_keys(key, 400)[100:137], small_survey.flux[100:137], small_survey.error[100:137], 0.2)
+    np.testing.assert_allclose(part, whole[100:137], rtol=1e-6)
+
+
+def test_a_survey_written_in_parts_is_the_survey(tmp_path, path):
+    written = []
+    save_spectra(tmp_path / "parts.h5", SimulatedSpectra(jax.random.key(3), 400), 170, written.append)
+    assert written == [170, 170, 60]
+    parts, whole = load_survey(tmp_path / "parts.h5"), load_survey(path)
+    np.testing.assert_array_equal(parts.flux, whole.flux)
+    np.testing.assert_allclose(parts.labels.snr, whole.labels.snr, rtol=1e-5)
+
+
+def test_a_part_names_the_star_of_the_whole_file(path):
+    edit(path, lambda file: file[FLUX_FIELD].__setitem__((310, 3), np.nan))
+    with pytest.raises(InputError, match="star 310, pixel 3"):
+        SurveyFile(path).read(300, 400)
 
 
 def test_errors_at_the_ends_are_copied_and_negative_flux_is_clipped(path):
