@@ -20,7 +20,7 @@ from moe_jax.arrays import AnyArray
 from moe_jax.evaluation import PROTOCOLS
 from moe_jax.gates import Gate, LinearGate
 from moe_jax.optimize import GateConfig, Hyper, Params
-from moe_jax.parallel import map_devices
+from moe_jax.parallel import devices_for, map_devices, on_all
 from moe_jax.routing import route_soft, sharpen
 from moe_jax.training import fit_gate, mixture_loss
 
@@ -122,7 +122,8 @@ def train_gates(
     train = tuple(map(jnp.asarray, (stars.features, stars.predictions, stars.log_g)))
     seen = tuple(map(jnp.asarray, (test.features, test.predictions)))
     hyper = jax.tree.map(jnp.asarray, hyper)
-    sweep: Sweep = _train_at_once((keys, hyper, mask, temperature), train, seen, logistic, gate, gate_config)
+    arrays = on_all(((keys, hyper, mask, temperature), train, seen, logistic), devices_for(n_seeds))
+    sweep: Sweep = _train_at_once(*arrays, gate, gate_config)
     return jax.tree.map(np.asarray, sweep)
 
 

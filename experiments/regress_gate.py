@@ -1,6 +1,6 @@
 """Is a gate trained to classify also the best for regressing? Nine ridge experts, a classification gate, regression gates.
 
-python -m experiments.regress_gate                      32,000 training and 1,000 test stars, about a minute and a half on 2 cores
+python -m experiments.regress_gate                      32,000 training and 1,000 test stars, about a minute on 2 cores
 python -m experiments.regress_gate --preset smoke       a small run of everything, about 20 s
 python -m experiments.regress_gate --preset large_test  10,000 test stars
 python -m experiments.regress_gate --train-file a.h5 --test-file b.h5

@@ -14,7 +14,7 @@ from jaxtyping import Float, PRNGKeyArray
 from moe_jax.arrays import AnyArray, InputError, require_same_length
 from moe_jax.gates import Gate
 from moe_jax.optimize import GateConfig, GateFit, Hyper, Params, minimize
-from moe_jax.parallel import map_devices
+from moe_jax.parallel import devices_for, map_devices, on_all
 from moe_jax.routing import route_soft
 
 
@@ -128,13 +128,15 @@ def fit_gates(
         InputError: as ``fit_gate``.
     """
     data = tuple(map(jnp.asarray, (features, expert_predictions, y)))
-    fits: GateFit = _fit_gates(keys, data, gate, config, None if devices is None else tuple(devices))
+    chosen = devices_for(len(keys), devices)
+    divided = _fit_gates(*on_all((keys, data), chosen), gate, config, chosen)
+    fits: GateFit = jax.device_put(divided, chosen[0])  # where other computations find them
     return fits
 
 
 @functools.partial(jax.jit, static_argnames=("gate", "config", "devices"))
 def _fit_gates(
-    keys: jax.Array, data: tuple[jax.Array, ...], gate: Gate, config: GateConfig | None, devices: tuple[jax.Device, ...] | None
+    keys: jax.Array, data: tuple[jax.Array, ...], gate: Gate, config: GateConfig | None, devices: tuple[jax.Device, ...]
 ) -> GateFit:
     def fit(key: jax.Array, data: tuple[jax.Array, ...]) -> GateFit:
         features, expert_predictions, y = data

@@ -24,7 +24,9 @@ def gates_and_single_runs(n_devices):
     features, y = rng.normal(size=(300, 4)).astype(np.float32), rng.normal(size=300).astype(np.float32)
     predictions = (y[:, None] + rng.normal(size=(300, 3))).astype(np.float32)
     keys, config = jax.random.split(jax.random.key(0), 7), GateConfig(epochs=5, batch_size=64)
-    many = fit_gates(keys, MLPGate(16), features, predictions, y, config)
+    committed = jax.device_put(features, jax.local_devices()[0])  # as what LAPACK's results touch is
+    many = fit_gates(keys, MLPGate(16), committed, predictions, y, config)
+    assert (MLPGate(16).apply(jax.tree.map(lambda leaf: leaf[0], many.params), committed) >= 0).all()
     single = [fit_gate(key, MLPGate(16), features, predictions, y, config) for key in keys]
     return np.asarray(many.validation_loss), np.stack([fit.validation_loss for fit in single]), many, single
 
@@ -46,8 +48,18 @@ jax.config.update("jax_num_cpu_devices", 3)
 sys.path.insert(0, "tests")
 from test_parallel import gates_and_single_runs
 losses, single, many, _ = gates_and_single_runs(3)
-assert losses.shape == (7, 5) and len(many.best_epoch.sharding.device_set) >= 1
+assert losses.shape == (7, 5) and len(many.best_epoch.sharding.device_set) == 1
 np.testing.assert_allclose(losses, single, rtol=1e-4)
+from experiments.gate_sweep import train_gates
+from experiments.prepared import Stars
+import jax.numpy as jnp
+from moe_jax import GateConfig, LinearGate
+first = jax.local_devices()[0]
+x, y = (jax.device_put(jnp.asarray(np.random.default_rng(0).normal(size=s), jnp.float32), first) for s in ((90, 13), (90,)))
+stars = Stars(x, jnp.stack([y + 1, y], axis=1), y, y, y, y, jnp.zeros(90, int))
+params = LinearGate().init(jax.random.key(0), 13, 2)
+sweep = train_gates(jax.random.split(jax.random.key(0), 4), params, stars, stars, LinearGate(), GateConfig(epochs=2, batch_size=16))
+assert sweep.predictions.shape == (4, 90) and np.isfinite(sweep.loss).all()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
