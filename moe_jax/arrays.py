@@ -1,7 +1,7 @@
 """Array types of the annotations, and the checks that every public function makes of its arrays.
 
 One legend of dimensions for the whole package: N stars, P pixels, K experts (or cells), F gate features, B bootstrap
-resamples, A alphas, E epochs, G groups, R components of the model grid.
+resamples, A alphas, E epochs, G groups, S seeds (or other inputs of one call), R components of the model grid or rows of a block.
 """
 
 from __future__ import annotations

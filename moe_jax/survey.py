@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import h5py
 import jax
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Float, Key, PRNGKeyArray
 
 from moe_jax.arrays import AnyArray, InputError
 from moe_jax.files import atomic_path
@@ -53,6 +53,7 @@ class Survey(NamedTuple):
     labels: Labels
 
 
+@runtime_checkable
 class Spectra(Protocol):
     """Spectra that are read in parts: those of a file, or simulated ones."""
 
@@ -91,7 +92,7 @@ def add_noise(
     return _add_noise(key, flux, error, noise_level)
 
 
-def star_keys(key: PRNGKeyArray, n_stars: int) -> PRNGKeyArray:
+def star_keys(key: PRNGKeyArray, n_stars: int) -> Key[jax.Array, " N"]:
     """The key of each star's noise; that of a star does not depend on how many there are."""
     return jax.random.split(key, n_stars)
 
@@ -103,7 +104,7 @@ def _add_noise(key: jax.Array, flux: jax.Array, error: jax.Array, noise_level: A
 
 @jax.jit
 def add_star_noise(
-    keys: PRNGKeyArray, flux: Float[AnyArray, "N P"], error: Float[AnyArray, "N P"], noise_level: ArrayLike
+    keys: Key[jax.Array, " N"], flux: Float[AnyArray, "N P"], error: Float[AnyArray, "N P"], noise_level: ArrayLike
 ) -> Float[jax.Array, "N P"]:
     """``add_noise`` for some of the stars of a survey, by their ``star_keys``."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Float, Key, PRNGKeyArray
 
 from moe_jax.arrays import AnyArray, InputError, require_same_length
 from moe_jax.gates import Gate
@@ -101,7 +101,7 @@ def fit_gate(
 
 
 def fit_gates(
-    keys: PRNGKeyArray,
+    keys: Key[jax.Array, " S"],
     gate: Gate,
     features: Float[AnyArray, "N F"],
     expert_predictions: Float[AnyArray, "N K"],
