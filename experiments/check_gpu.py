@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
+from experiments.benchmark_rows import seconds_of
 from experiments.command_line import Stages, console, run_command
 from experiments.study import describe_machine, table_markdown, write_results
 from moe_jax.arrays import InputError
@@ -77,15 +78,10 @@ class Checks:
         console.print(f"{name}: {found:.4g} {unit}{verdict}", highlight=False)
 
 
-def seconds_of(call: Callable[[], Any], n_calls: int = 3) -> float:
-    """The shortest of a few calls after the first."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(n_calls):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    return min(times)
+def shortest(call: Callable[[], Any], n_calls: int = 3) -> float:
+    """Seconds of the shortest of a few calls after the first."""
+    seconds_of(call)
+    return min(seconds_of(call) for _ in range(n_calls))
 
 
 def check_pieces(config: CheckConfig, checks: Checks) -> None:
@@ -137,16 +133,16 @@ def check_pieces(config: CheckConfig, checks: Checks) -> None:
 
     a = jnp.ones((config.n_matmul, config.n_matmul), jnp.float32)
     product = jax.jit(matmul)
-    rate = 2 * config.n_matmul**3 / seconds_of(lambda: product(a, a)) / 1e12
+    rate = 2 * config.n_matmul**3 / shortest(lambda: product(a, a)) / 1e12
     on_device = jax.device_put(x)
-    gram_rate = 2 * len(x) ** 2 * x.shape[1] / seconds_of(lambda: gram(on_device)) / 1e12
+    gram_rate = 2 * len(x) ** 2 * x.shape[1] / shortest(lambda: gram(on_device)) / 1e12
     checks.add("rate of a large float32 product, precision highest", rate, unit="Tflop/s")
     checks.add("Gram matrix: part of that rate", gram_rate / rate)
-    checks.add(f"expert of {len(x):,} stars, 3 alphas, 5 folds", seconds_of(expert), unit="s")
-    checks.add(f"one MLP gate, 100 epochs, {n:,} stars", seconds_of(lambda: fit(keys[0])), unit="s")
+    checks.add(f"expert of {len(x):,} stars, 3 alphas, 5 folds", shortest(expert), unit="s")
+    checks.add(f"one MLP gate, 100 epochs, {n:,} stars", shortest(lambda: fit(keys[0])), unit="s")
     many = jax.jit(jax.vmap(last_loss))
-    checks.add(f"each of {len(keys)} gates in one call", seconds_of(lambda: many(keys), 1) / len(keys), unit="s")
-    checks.add(f"bootstrap: 1,000 resamples of {n:,} stars", seconds_of(bootstrap), unit="s")
+    checks.add(f"each of {len(keys)} gates in one call", shortest(lambda: many(keys), 1) / len(keys), unit="s")
+    checks.add(f"bootstrap: 1,000 resamples of {n:,} stars", shortest(bootstrap), unit="s")
 
 
 def check_run(config: CheckConfig, checks: Checks) -> None:

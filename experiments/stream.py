@@ -27,7 +27,7 @@ from moe_jax.arrays import AnyArray
 from moe_jax.cross_validation import CrossValidatedRidge
 from moe_jax.experts import Experts, assign_folds
 from moe_jax.features import N_COMPONENTS, N_FEATURES, PCA, fit_pca_scatter, raw_features, scale_features, standardize
-from moe_jax.ridge import Ridge, matmul
+from moe_jax.ridge import Ridge, predict_ridges
 from moe_jax.streaming import Blocks, SumsFit, add_block, collect, device_mesh, empty_sums, fit_sums, sum_processes
 from moe_jax.sums import Sums, moments
 from moe_jax.survey import Spectra, add_star_noise, star_keys
@@ -249,13 +249,11 @@ def see(
     coef = jnp.concatenate(fits)
     intercepts = (fitted.cells.intercept, fitted.whole.intercept[None], fitted.cells.fold_intercept, fitted.whole.fold_intercept)
     intercept = jnp.concatenate([part.reshape(-1) for part in intercepts])
-    n_stars = observation.spectra.n_stars
+    ridges, n_stars = Ridge(coef, intercept), observation.spectra.n_stars
     raw, outputs = np.zeros((n_stars, N_FEATURES), np.float32), np.zeros((n_stars, len(coef)), np.float32)
 
     def see_chunk(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        seen = [
-            (raw_features(flux, wave, fitted.pca), _predict(flux, coef, intercept)) for _, flux in observation.slices(start, stop)
-        ]
+        seen = [(raw_features(flux, wave, fitted.pca), predict_ridges(ridges, flux)) for _, flux in observation.slices(start, stop)]
         features, predictions = zip(*seen, strict=True)
         return np.concatenate(features), np.concatenate(predictions)
 
@@ -266,8 +264,3 @@ def see(
             raw[start:stop], outputs[start:stop] = found
             advance(stop - start)
     return Seen(*sum_processes((raw, outputs)), config.n_experts)
-
-
-@jax.jit
-def _predict(flux: jax.Array, coef: jax.Array, intercept: jax.Array) -> jax.Array:
-    return matmul(flux, coef.T) + intercept[None, :]

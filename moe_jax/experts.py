@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from moe_jax.arrays import AnyArray, InputError, require_same_length
 from moe_jax.cross_validation import CrossValidatedRidge, fit_cross_validated, held_rows
-from moe_jax.ridge import is_dual, matmul
+from moe_jax.ridge import Ridge, is_dual, predict_ridges
 
 ROW_MULTIPLE = 64  # of a padded size
 LEAST_ROWS = 256  # small cells all share one size
@@ -131,7 +131,7 @@ def fit_global(
 @jax.jit
 def predict_experts(experts: Experts, x: Float[AnyArray, "N P"]) -> Float[jax.Array, "N K"]:
     """Predictions of all experts for all stars: one matmul."""
-    return matmul(x, experts.coef.T) + experts.intercept[None, :]
+    return predict_ridges(Ridge(experts.coef, experts.intercept), x)
 
 
 def cross_fitted_predictions(

@@ -65,9 +65,15 @@ def _platform(matrix: jax.Array) -> str:
     return platform
 
 
+def shifted_cholesky(matrix: Float[jax.Array, "M M"], shift: ArrayLike) -> Float[jax.Array, "M M"]:
+    """Cholesky factor of matrix + shift I, by XLA; only the lower triangle of the matrix is read."""
+    diagonal = jnp.arange(len(matrix))
+    factor: jax.Array = lax.linalg.cholesky(matrix.at[diagonal, diagonal].add(shift), symmetrize_input=False)
+    return factor
+
+
 @jax.jit
 def _by_xla(matrix: jax.Array, shift: ArrayLike) -> jax.Array:
-    diagonal = jnp.arange(len(matrix))
-    factor = lax.linalg.cholesky(matrix.at[diagonal, diagonal].add(shift), symmetrize_input=False)
+    factor = shifted_cholesky(matrix, shift)
     inverse: jax.Array = lax.linalg.triangular_solve(factor, jnp.eye(len(matrix), dtype=matrix.dtype), left_side=True, lower=True)
     return inverse

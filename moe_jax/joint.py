@@ -25,7 +25,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from moe_jax.arrays import AnyArray, InputError, require_same_length
-from moe_jax.ridge import JITTER_ULPS, matmul
+from moe_jax.ridge import JITTER_ULPS, Ridge, matmul, predict_ridges
 
 
 class MixtureExperts(NamedTuple):
@@ -48,7 +48,7 @@ class Backfit(NamedTuple):
 
 def predict_mixture_experts(experts: MixtureExperts, x: Float[AnyArray, "N P"]) -> Float[jax.Array, "N K"]:
     """Predictions of all experts."""
-    return matmul(x, experts.coef.T) + experts.intercept[None, :]
+    return predict_ridges(Ridge(experts.coef, experts.intercept), x)
 
 
 def mixture_objective(

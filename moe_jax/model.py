@@ -24,11 +24,16 @@ from moe_jax.features import FEATURE_NAMES, LINE_WINDOWS, PCA, SIDEBAND, Feature
 from moe_jax.files import atomic_path
 from moe_jax.gates import Gate, LinearGate, MLPGate
 from moe_jax.optimize import Params
-from moe_jax.ridge import Ridge, matmul, predict_ridge
+from moe_jax.ridge import Ridge, predict_ridge, predict_ridges
 from moe_jax.routing import route_soft
 
 SCHEMA_VERSION = 1
 ARRAYS, MEANING = "model.safetensors", "model.json"
+FEATURE_DEFINITION: dict[str, Any] = {
+    "features": list(FEATURE_NAMES),
+    "line_windows": {name: list(window) for name, window in LINE_WINDOWS.items()},
+    "sideband": SIDEBAND,
+}
 
 
 class Model(NamedTuple):
@@ -64,7 +69,7 @@ def predict_model(model: Model, flux: Float[AnyArray, "N P"]) -> MixturePredicti
         raise InputError(f"flux has shape {flux.shape}, expected (N, {len(model.wave)}) for the wavelengths of the model")
     features = compute_features(model.features, flux, np.asarray(model.wave))
     weights = model.gate.apply(model.gate_params, features)
-    predictions = matmul(flux, model.experts.coef.T) + model.experts.intercept[None, :]
+    predictions = predict_ridges(model.experts, flux)
     global_log_g = predict_ridge(model.global_ridge, flux)
     return MixturePrediction(route_soft(weights, predictions), weights, features, predictions, global_log_g)
 
@@ -81,9 +86,7 @@ def save_model(folder: Path | str, model: Model) -> None:
         "schema_version": SCHEMA_VERSION,
         "arrays_sha256": hashlib.sha256(data).hexdigest(),
         "gate": _describe_gate(model.gate),
-        "features": list(FEATURE_NAMES),
-        "line_windows": {name: list(window) for name, window in LINE_WINDOWS.items()},
-        "sideband": SIDEBAND,
+        **FEATURE_DEFINITION,
         "cells": list(CELL_NAMES),
         "T_eff_edges": list(T_EFF_EDGES),
         "M_H_edges": list(M_H_EDGES),
@@ -193,15 +196,10 @@ def _read_meaning(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: schema_version: found {version!r}, expected {SCHEMA_VERSION}: this is not a model")
     if version > SCHEMA_VERSION:
         raise InputError(f"{path}: schema_version: found {version}, expected at most {SCHEMA_VERSION}: install a newer moe_jax")
-    definition = {
-        "features": list(FEATURE_NAMES),
-        "line_windows": {name: list(window) for name, window in LINE_WINDOWS.items()},
-        "sideband": SIDEBAND,
-    }
-    for name in ("arrays_sha256", "gate", "provenance", *definition):
+    for name in ("arrays_sha256", "gate", "provenance", *FEATURE_DEFINITION):
         if name not in meaning:
             raise InputError(f"{path}: {name}: found nothing, expected it in schema {SCHEMA_VERSION}")
-    for name, expected in definition.items():
+    for name, expected in FEATURE_DEFINITION.items():
         if meaning[name] != expected:
             raise InputError(f"{path}: {name}: found {meaning[name]}, expected {expected} as this version computes them")
     found: dict[str, Any] = meaning

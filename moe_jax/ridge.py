@@ -29,6 +29,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from moe_jax.arrays import AnyArray, InputError, require_same_length
+from moe_jax.factorize import shifted_cholesky
 
 matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
@@ -97,6 +98,12 @@ def predict_ridge(ridge: Ridge, x: Float[AnyArray, "N P"]) -> Float[jax.Array, "
     return matmul(x, ridge.coef[:, None])[:, 0] + ridge.intercept
 
 
+@jax.jit
+def predict_ridges(ridges: Ridge, x: Float[AnyArray, "N P"]) -> Float[jax.Array, "N K"]:
+    """Predictions of K stacked ridges, coef (K, P) and intercept (K,), for all stars: one matmul."""
+    return matmul(x, ridges.coef.T) + ridges.intercept[None, :]
+
+
 # What follows is shared with moe_jax.cross_validation, which calls it on cells padded to a common size: `mask` is 1 for a star and
 # 0 for padding (the root of the weight in a weighted fit), and padded rows of x and y are 0 once they are centred.
 
@@ -150,10 +157,7 @@ def jitter(mean_eigenvalue: jax.Array) -> jax.Array:
 
 def cholesky(matrix: jax.Array, alpha: jax.Array, mean_eigenvalue: jax.Array) -> jax.Array:
     """Factor of matrix + alpha I, with jitter."""
-    diagonal = jnp.arange(len(matrix))
-    shifted = matrix.at[diagonal, diagonal].add(alpha + jitter(mean_eigenvalue))
-    factor: jax.Array = lax.linalg.cholesky(shifted, symmetrize_input=False)
-    return factor
+    return shifted_cholesky(matrix, alpha + jitter(mean_eigenvalue))
 
 
 def cho_solve(factor: jax.Array, b: jax.Array) -> jax.Array:
