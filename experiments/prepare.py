@@ -12,10 +12,10 @@ import numpy as np
 
 from experiments.cache import Cache, package_files
 from experiments.command_line import Stages
-from experiments.prepared import SKELETON, BeforeGates, DataConfig, Observed, Prepared, Stars, draw_keys, no_ridge
+from experiments.prepared import SKELETON, DataConfig, Observed, Prepared, Stars, classify, draw_keys, no_ridge
 from experiments.stream import stream_stages
 from experiments.surveys import experts_of, load_surveys, noise_key, require_covered, require_finite_features
-from moe_jax.classifier import ClassifierFit, fit_classifier
+from moe_jax.classifier import ClassifierFit
 from moe_jax.experts import assign_folds, fit_experts, fit_global, predict_experts
 from moe_jax.features import compute_features, fit_features
 from moe_jax.ridge import predict_ridge
@@ -50,7 +50,7 @@ def prepare_each(configs: Sequence[DataConfig], stages: Stages, cache: Cache) ->
     def compute(config: DataConfig, following: DataConfig | None) -> Prepared:
         nonlocal shared
         if config.chunk_stars:
-            return classify(config, stream_stages(config, stages, cache), stages)
+            return stream_stages(config, stages, cache)
         if shared is None or shared[0] != _stars_of(config):
             shared = None
             with stages("surveys"):
@@ -63,7 +63,7 @@ def prepare_each(configs: Sequence[DataConfig], stages: Stages, cache: Cache) ->
         del train_survey, test_survey
         if following is None or _stars_of(following) != _stars_of(config):
             shared = None  # gives their memory back before the experts need it
-        return classify(config, fit_stages(config, train, test, wave, stages), stages)
+        return fit_stages(config, train, test, wave, stages)
 
     for config, following in zip(configs, [*configs[1:], None], strict=True):
         prepared, found = cache.load_or_compute("prepared", config, CODE, SKELETON, functools.partial(compute, config, following))
@@ -80,8 +80,8 @@ def _stars_of(config: DataConfig) -> DataConfig:
     return DataConfig(**{name: getattr(config, name) for name in names})
 
 
-def fit_stages(config: DataConfig, train: Observed, test: Observed, wave: np.ndarray, stages: Stages) -> BeforeGates:
-    """Experts, global ridge and features of training and test stars."""
+def fit_stages(config: DataConfig, train: Observed, test: Observed, wave: np.ndarray, stages: Stages) -> Prepared:
+    """Experts, global ridge, features and classification gate."""
     keys = draw_keys(config.seed)
     require_covered(config, train.cell, test.cell)
     folds = np.asarray(assign_folds(keys.folds, train.cell, config.n_folds))
@@ -118,12 +118,4 @@ def fit_stages(config: DataConfig, train: Observed, test: Observed, wave: np.nda
             for stars, features in ((train, train_features), (test, test_features))
         )
         jax.block_until_ready((seen_train, seen_test))
-    return BeforeGates(seen_train, seen_test, experts, global_ridge, model, wave)
-
-
-def classify(config: DataConfig, before: BeforeGates, stages: Stages) -> Prepared:
-    """Adds the classification gate."""
-    with stages("classification gate"):
-        covered = before.train.covered()
-        classifier = fit_classifier(covered.features, covered.cell, C_grid=config.C_grid, n_folds=config.n_folds, seed=config.seed)
-    return Prepared(*before, classifier)
+    return Prepared(seen_train, seen_test, experts, global_ridge, model, wave, classify(config, seen_train, stages))

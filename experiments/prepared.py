@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.command_line import Stages
 from moe_jax.arrays import AnyArray, InputError
 from moe_jax.cells import N_CELLS
-from moe_jax.classifier import C_GRID, ClassifierFit
+from moe_jax.classifier import C_GRID, ClassifierFit, fit_classifier
 from moe_jax.cross_validation import CrossValidatedRidge
 from moe_jax.experts import Experts, cross_fitted_predictions
 from moe_jax.features import PCA, FeatureModel
@@ -137,17 +138,6 @@ def no_ridge(n_stars: int, n_pixels: int) -> CrossValidatedRidge:
     return CrossValidatedRidge(Ridge(jnp.full(n_pixels, jnp.nan), nan), nan, none, jnp.zeros(0), jnp.full(n_stars, jnp.nan))
 
 
-class BeforeGates(NamedTuple):
-    """What the classification gate is fitted to."""
-
-    train: Stars
-    test: Stars
-    experts: Experts
-    global_ridge: CrossValidatedRidge
-    model: FeatureModel
-    wave: AnyArray  #: (P,) vacuum wavelength, Angstrom
-
-
 class Prepared(NamedTuple):
     """All stages before the regression gates."""
 
@@ -181,6 +171,13 @@ SKELETON = Prepared(
     wave=_LEAF,
     classifier=ClassifierFit({"head": {"bias": _LEAF, "kernel": _LEAF}}, 0.0, 0.0, False, False),  # type: ignore[dict-item]
 )
+
+
+def classify(config: DataConfig, train: Stars, stages: Stages) -> ClassifierFit:
+    """The classification gate of the covered training stars."""
+    with stages("classification gate"):
+        covered = train.covered()
+        return fit_classifier(covered.features, covered.cell, C_grid=config.C_grid, n_folds=config.n_folds, seed=config.seed)
 
 
 @jax.jit

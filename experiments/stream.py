@@ -1,4 +1,4 @@
-"""The stages before the classification gate, chunk by chunk: for surveys that do not fit into memory; resumable.
+"""The stages before the regression gates, chunk by chunk: for surveys that do not fit into memory; resumable.
 
 Two passes. The first adds up sums by cell and fold, from which all experts are fitted; the second applies them and computes
 features. What a chunk gives is kept in the cache folder, so that a run that was stopped at any point goes on from its last
@@ -21,7 +21,7 @@ import numpy as np
 
 from experiments.cache import Cache, package_files
 from experiments.command_line import Stages
-from experiments.prepared import BeforeGates, DataConfig, Stars, draw_keys, no_ridge
+from experiments.prepared import DataConfig, Prepared, Stars, classify, draw_keys, no_ridge
 from experiments.surveys import experts_of, noise_key, open_surveys, require_covered, require_finite_features
 from moe_jax.arrays import AnyArray
 from moe_jax.cross_validation import CrossValidatedRidge
@@ -73,8 +73,8 @@ _FIT = SumsFit(*[_LEAF] * 7)  # type: ignore[arg-type]
 _SKELETON = StreamedExperts(_FIT, _FIT, PCA(_LEAF, _LEAF))  # type: ignore[arg-type]
 
 
-def stream_stages(config: DataConfig, stages: Stages, cache: Cache) -> BeforeGates:
-    """Experts, global ridge, features and expert predictions of training and test stars, chunk by chunk."""
+def stream_stages(config: DataConfig, stages: Stages, cache: Cache) -> Prepared:
+    """All stages before the regression gates, chunk by chunk."""
     keys = draw_keys(config.seed)
     sources = open_surveys(config)
     cells = [experts_of(source.labels, config) for source in sources]
@@ -117,7 +117,8 @@ def stream_stages(config: DataConfig, stages: Stages, cache: Cache) -> BeforeGat
         global_ridge = CrossValidatedRidge(Ridge(whole.coef, whole.intercept), whole.alpha, whole.at_edge, whole.mse, held_out)
     else:
         global_ridge = no_ridge(train.spectra.n_stars, len(np.asarray(train.spectra.wave)))
-    return BeforeGates(stars[0], stars[1], experts, global_ridge, model, np.asarray(train.spectra.wave))
+    wave = np.asarray(train.spectra.wave)
+    return Prepared(stars[0], stars[1], experts, global_ridge, model, wave, classify(config, stars[0], stages))
 
 
 class Offsets(NamedTuple):
@@ -199,9 +200,10 @@ def fit_experts_from_sums(config: DataConfig, sums: Sums, offsets: Offsets) -> S
     group = np.arange((n_cells + 1) * n_folds).reshape(n_cells + 1, n_folds)
     cells = [fit_sums(collect(sums, group[k][:, None]), jnp.array(config.alphas), *offsets) for k in range(n_cells)]
     everyone = collect(sums, group.T)
-    whole = fit_sums(everyone, jnp.array(config.global_alphas or (1.0,)), *offsets)
-    if not config.global_alphas:
-        whole = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan) if leaf.dtype != bool else leaf, whole)
+    if config.global_alphas:
+        whole = fit_sums(everyone, jnp.array(config.global_alphas), *offsets)
+    else:
+        whole = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan) if leaf.dtype != bool else leaf, cells[0])
     total = moments(jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), everyone))
     pca = fit_pca_scatter(draw_keys(config.seed).pca, total.x_mean, total.xx, N_COMPONENTS)
     return StreamedExperts(jax.tree.map(lambda *leaves: jnp.stack(leaves), *cells), whole, pca._replace(mean=pca.mean + offsets.x))

@@ -43,14 +43,14 @@ class JointConfig(StudyConfig):
 
     preset: Literal["default", "smoke"] = "default"
     """What the other options start from."""
-    joint_alphas: tuple[float, ...] = (0.1, 0.3, 1.0)
+    joint_alphas: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
     """Penalties of the joint experts to choose from, in the first round."""
     n_rounds: int = 3
     """Most alternations of experts and gate."""
     least_improvement: float = 0.005
     """A round that lowers the held-out loss by less than this part of it is the last."""
-    max_sweeps: int = 12
-    """Sweeps of back-fitting in a round."""
+    max_sweeps: int = 60
+    """Most sweeps of back-fitting in a round."""
     tolerance: float = 1e-3
     """Back-fitting ends where a sweep lowers its objective by less than this part of it."""
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
@@ -243,6 +243,7 @@ def main(config: JointConfig) -> pd.DataFrame:
             "alpha": alpha,
             "held_out_loss": held_out_loss(found.gate),
             "sweeps": sweeps,
+            "converged": bool(found.backfit.converged),
             "objective": objective,
         }
         history.append(row | {"training_mse": training_mse(data, found, gate)})
