@@ -28,6 +28,7 @@ from experiments.gate_sweep import training_stars
 from experiments.prepare import prepare
 from experiments.prepared import Prepared, draw_keys
 from experiments.study import StudyConfig, command_of, describe_run, output_folder, write_results
+from experiments.uncertainty import CalibrationConfig, add_uncertainty
 from moe_jax import figures
 from moe_jax.arrays import AnyArray, InputError
 from moe_jax.bootstrap import Bootstrap
@@ -68,6 +69,7 @@ class RegressGateConfig(StudyConfig):
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     in_sample_fraction: float = 0.2
     """Part of the covered training stars on which the in-sample gates are trained."""
+    calibration: CalibrationConfig = dataclasses.field(default_factory=CalibrationConfig)
     cluster: Cluster = dataclasses.field(default_factory=Cluster)
 
     def __post_init__(self) -> None:
@@ -260,21 +262,29 @@ def report_of(config: RegressGateConfig, results: Results) -> str:
     )
 
 
-def model_of(config: RegressGateConfig, results: Results, run_json: dict[str, Any]) -> Model:
-    """The mixture with the cross-fitted MLP gate, and where it came from."""
-    prepared, method = results.prepared, Method("regress_mlp", PROTOCOLS[1])
-    scores = results.overall[(results.overall["method"] == method.name) & (results.overall["protocol"] == method.protocol)]
-    names = ("command", "config", "git_commit", "versions", "device", "precision", "n_covered_train", "n_covered_test")
+CHOSEN = Method("regress_mlp", PROTOCOLS[1])  # the gate of the model that is written
+
+
+def model_of(config: RegressGateConfig, results: Results) -> Model:
+    """The mixture with the cross-fitted MLP gate."""
+    prepared = results.prepared
     return Model(
         wave=np.asarray(prepared.wave),
         experts=Ridge(prepared.experts.coef, prepared.experts.intercept),
         global_ridge=prepared.global_ridge.ridge,
         features=prepared.model,
-        gate=regression_gates(config)[method.name],
-        gate_params=results.fits[method].params,
+        gate=regression_gates(config)[CHOSEN.name],
+        gate_params=results.fits[CHOSEN].params,
         classification_params=prepared.classifier.params,
-        provenance={name: run_json[name] for name in names} | {"test_r2": float(scores["r2"].iloc[0])},
+        provenance={},
     )
+
+
+def provenance_of(results: Results, run_json: dict[str, Any]) -> dict[str, Any]:
+    """Where the model came from, and what it scored."""
+    scores = results.overall[(results.overall["method"] == CHOSEN.name) & (results.overall["protocol"] == CHOSEN.protocol)]
+    names = ("command", "config", "git_commit", "versions", "device", "precision", "n_covered_train", "n_covered_test")
+    return {name: run_json[name] for name in names} | {"test_r2": float(scores["r2"].iloc[0])}
 
 
 def print_table(results: Results) -> None:
@@ -306,14 +316,15 @@ def main(config: RegressGateConfig) -> Results:
         "bootstrap": results.bootstrap,
         "predictions": prediction_table(results),
     }
+    model, notes = add_uncertainty(config.data, config.calibration, results.prepared, model_of(config, results), stages)
     command = command_of("regress_gate", config, PRESETS)
     print_table(results)
-    for note in found_notes(results):
+    for note in [*found_notes(results), *notes]:
         console.print(f"warning: {note}", highlight=False)
     run_json = describe_run(command, config, stages.seconds, **describe_choices(results))
     write_results(folder, tables, drawn, report_of(config, results), run_json)
     if jax.process_index() == 0:
-        save_model(folder / "model", model_of(config, results, run_json))
+        save_model(folder / "model", model._replace(provenance=provenance_of(results, run_json)))
     return results
 
 

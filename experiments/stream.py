@@ -47,6 +47,12 @@ class Observation:
     noise_level: float
     chunk_stars: int
 
+    @classmethod
+    def of(cls, spectra: Spectra, key: jax.Array, config: DataConfig) -> Observation:
+        """Spectra with the noise that a key and a configuration draw."""
+        keys = star_keys(noise_key(key, config), spectra.n_stars)
+        return cls(spectra, keys, config.noise_level, config.chunk_stars)
+
     def own_chunks(self) -> list[tuple[int, int]]:
         """First and last star (exclusive) of the chunks that are this process's turn."""
         starts = range(0, self.spectra.n_stars, self.chunk_stars)[jax.process_index() :: jax.process_count()]
@@ -54,10 +60,18 @@ class Observation:
 
     def slices(self, start: int, stop: int) -> Iterator[tuple[slice, jax.Array]]:
         """The noisy flux of some stars, a slice at a time."""
+        return ((part, flux) for part, flux, _ in self.slices_with_errors(start, stop))
+
+    def slices_with_errors(self, start: int, stop: int) -> Iterator[tuple[slice, jax.Array, jax.Array]]:
+        """Likewise, with the standard deviation of the noise; at noise level 0 the spectra are taken as observed ones."""
         for first in range(start, stop, SLICE):
             part = slice(first, min(first + SLICE, stop))
             flux, error = self.spectra.read(part.start, part.stop)
-            yield part, add_star_noise(self.keys[part], flux, error, self.noise_level)
+            yield (
+                part,
+                add_star_noise(self.keys[part], flux, error, self.noise_level),
+                jnp.asarray(error) * (self.noise_level or 1.0),
+            )
 
 
 class StreamedExperts(NamedTuple):
@@ -80,8 +94,7 @@ def stream_stages(config: DataConfig, stages: Stages, cache: Cache) -> Prepared:
     cells = [experts_of(source.labels, config) for source in sources]
     require_covered(config, *cells)
     train, test = (
-        Observation(source, star_keys(noise_key(key, config), source.n_stars), config.noise_level, config.chunk_stars)
-        for source, key in zip(sources, (keys.train_noise, keys.test_noise), strict=True)
+        Observation.of(source, key, config) for source, key in zip(sources, (keys.train_noise, keys.test_noise), strict=True)
     )
     folds = assign_folds(keys.folds, cells[0], config.n_folds)
     group = np.asarray(jnp.where(cells[0] < 0, config.n_experts, cells[0]) * config.n_folds + folds)

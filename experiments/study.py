@@ -103,10 +103,21 @@ def command_of(experiment: str, config: StudyConfig, presets: Mapping[str, Any])
         value = getattr(config, field.name)
         if value == getattr(start, field.name) or field.name in ("preset", *PLACES):
             continue
-        if not dataclasses.is_dataclass(value):
-            shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            given.append(f"--{field.name.replace('_', '-')} {shown}")
+        given += _options(field.name, value, getattr(start, field.name))
     return " ".join(given)
+
+
+def _options(name: str, value: Any, start: Any) -> list[str]:
+    """The options that turn one value of a field into another."""
+    if dataclasses.is_dataclass(value):
+        fields = [field.name for field in dataclasses.fields(value) if getattr(value, field.name) != getattr(start, field.name)]
+        return [option for field in fields for option in _options(f"{name}.{field}", getattr(value, field), getattr(start, field))]
+    shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        head, _, last = option.rpartition(".")
+        return [f"--{head}.{'' if value else 'no-'}{last}" if head else f"--{'' if value else 'no-'}{last}"]
+    return [f"--{option} {shown}"]
 
 
 def git_commit() -> str | None:

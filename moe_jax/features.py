@@ -186,6 +186,13 @@ def compute_features(model: FeatureModel, flux: Float[AnyArray, "N P"], wave: An
     return scale_features(model, raw_features(flux, wave, model.pca))
 
 
+def features_of_pixels(
+    model: FeatureModel, flux: Float[AnyArray, "N P"], pixels: tuple[LinePixels, ...]
+) -> Float[jax.Array, "N F"]:
+    """``compute_features`` with the pixels of the lines already found, so that it may be traced; in the order of the lines."""
+    return scale_features(model, _raw_features(jnp.asarray(flux), pixels, model.pca))
+
+
 def scale_features(model: FeatureModel, raw: Float[AnyArray, "N F"]) -> Float[jax.Array, "N F"]:
     """Raw features, standardised."""
     return (jnp.asarray(raw) - model.mean[None, :]) / model.scale[None, :]

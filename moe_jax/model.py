@@ -6,6 +6,7 @@ gate's form, the definition of features and cells, provenance, and a hash of the
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -14,26 +15,44 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from moe_jax.arrays import AnyArray, InputError
 from moe_jax.cells import CELL_NAMES, M_H_EDGES, T_EFF_EDGES
-from moe_jax.features import FEATURE_NAMES, LINE_WINDOWS, PCA, SIDEBAND, FeatureModel, compute_features
+from moe_jax.conformal import Calibration
+from moe_jax.features import FEATURE_NAMES, LINE_WINDOWS, PCA, SIDEBAND, FeatureModel, LinePixels, features_of_pixels, line_pixels
 from moe_jax.files import atomic_path
 from moe_jax.gates import Gate, LinearGate, MLPGate
+from moe_jax.novelty import FeatureRange, feature_distance
 from moe_jax.optimize import Params
+from moe_jax.resample import fill_masked
 from moe_jax.ridge import Ridge, predict_ridge, predict_ridges
 from moe_jax.routing import route_soft
+from moe_jax.uncertainty import Leverage, PredictiveVariance, approximate_leverage, predictive_variance
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ARRAYS, MEANING = "model.safetensors", "model.json"
 FEATURE_DEFINITION: dict[str, Any] = {
     "features": list(FEATURE_NAMES),
     "line_windows": {name: list(window) for name, window in LINE_WINDOWS.items()},
     "sideband": SIDEBAND,
 }
+
+
+class Uncertainty(NamedTuple):
+    """What a model needs to say how far its predictions can be trusted."""
+
+    leverage: Leverage
+    residual_variance: Float[AnyArray, " K"]  #: out-of-fold, of each expert in its own cell
+    misfit: Float[AnyArray, " K"]  #: what it exceeds the flux noise in the expert's prediction by
+    noise_variance: Float[AnyArray, " P"]  #: mean over the training stars: stands for errors that are not known
+    center: Float[AnyArray, " P"]  #: flux about which the directions of ``leverage.basis`` go
+    rest_variance: Float[AnyArray, " P"]  #: what these directions leave: the variance of a masked pixel that is filled
+    flux_median: Float[AnyArray, ""]  #: to which training spectra were scaled; NaN where they were not
+    feature_range: FeatureRange
+    calibration: Calibration  #: without levels where there were no stars to calibrate on
 
 
 class Model(NamedTuple):
@@ -47,6 +66,7 @@ class Model(NamedTuple):
     gate_params: Params
     classification_params: Params  #: of the classification gate, a ``LinearGate``
     provenance: dict[str, Any]  #: whatever JSON can hold
+    uncertainty: Uncertainty | None = None
 
 
 class MixturePrediction(NamedTuple):
@@ -57,21 +77,87 @@ class MixturePrediction(NamedTuple):
     features: Float[jax.Array, "N F"]  #: standardised
     expert_predictions: Float[jax.Array, "N K"]
     global_log_g: Float[jax.Array, " N"]  #: of the global ridge
+    variance: PredictiveVariance | None = None  #: before calibration
+    half_width: Float[jax.Array, "N L"] | None = None  #: of the calibrated intervals, by level
+    distance: Float[jax.Array, " N"] | None = None  #: in feature space; above 1, the star is unlike the training stars
 
 
-def predict_model(model: Model, flux: Float[AnyArray, "N P"]) -> MixturePrediction:
-    """Applies a model to noisy spectra on its own wavelengths.
+def predict_model(
+    model: Model,
+    flux: Float[AnyArray, "N P"],
+    error: Float[AnyArray, "N P"] | None = None,
+    good: Bool[AnyArray, "N P"] | None = None,
+) -> MixturePrediction:
+    """Applies a model to noisy spectra on its own wavelengths, scaled as those it was trained on.
+
+    Args:
+        model: of ``load_model``.
+        flux: noisy.
+        error: standard deviation of its noise; by default that of the training stars.
+        good: False for pixels that are masked, and filled before anything else; needs a model with uncertainties.
 
     Raises:
-        InputError: for another number of pixels.
+        InputError: for another number of pixels, or masked pixels where the model has nothing to fill them with.
     """
     if flux.ndim != 2 or flux.shape[1] != len(model.wave):
         raise InputError(f"flux has shape {flux.shape}, expected (N, {len(model.wave)}) for the wavelengths of the model")
-    features = compute_features(model.features, flux, np.asarray(model.wave))
-    weights = model.gate.apply(model.gate_params, features)
-    predictions = predict_ridges(model.experts, flux)
-    global_log_g = predict_ridge(model.global_ridge, flux)
-    return MixturePrediction(route_soft(weights, predictions), weights, features, predictions, global_log_g)
+    for name, array in (("error", error), ("good", good)):
+        if array is not None and array.shape != flux.shape:
+            raise InputError(f"{name} has shape {array.shape}, expected {flux.shape} like flux")
+    known = model.uncertainty
+    if good is not None:
+        if known is None:
+            raise InputError("good was given for a model without uncertainties, expected one that knows how to fill masked pixels")
+        flux = fill_masked(flux, good, known.center, known.leverage.basis)
+    pixels = tuple(line_pixels(model.wave).values())
+    (log_g, gradient), (weights, features, predictions) = _mix(
+        model.gate, model.gate_params, model.experts, model.features, pixels, jnp.asarray(flux), known is not None
+    )
+    prediction = MixturePrediction(log_g, weights, features, predictions, predict_ridge(model.global_ridge, flux))
+    if known is None:
+        return prediction
+    sigma = jnp.sqrt(known.noise_variance)[None, :] if error is None else jnp.asarray(error)
+    if good is not None:
+        sigma = jnp.where(good, sigma, jnp.sqrt(known.rest_variance)[None, :])
+    variance = predictive_variance(
+        weights,
+        predictions,
+        approximate_leverage(known.leverage, flux),
+        known.residual_variance,
+        known.misfit,
+        gradient,
+        jnp.broadcast_to(sigma, flux.shape),
+    )
+    quantiles = jnp.asarray(known.calibration.quantiles)[jnp.argmax(weights, axis=1)]
+    return prediction._replace(
+        variance=variance,
+        half_width=quantiles * jnp.sqrt(variance.total)[:, None],
+        distance=feature_distance(known.feature_range, features),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("gate", "differentiate"))
+def _mix(
+    gate: Gate,
+    params: Params,
+    experts: Ridge,
+    feature_model: FeatureModel,
+    pixels: tuple[LinePixels, ...],
+    flux: jax.Array,
+    differentiate: bool,
+) -> tuple[tuple[jax.Array, jax.Array | None], tuple[jax.Array, jax.Array, jax.Array]]:
+    """The mixture and its gradient in the flux (one reverse pass, as stars do not mix); weights, features, predictions."""
+
+    def mixture(flux: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+        features = features_of_pixels(feature_model, flux, pixels)
+        weights, predictions = gate.apply(params, features), predict_ridges(experts, flux)
+        return route_soft(weights, predictions), (weights, features, predictions)
+
+    if not differentiate:
+        log_g, parts = mixture(flux)
+        return (log_g, None), parts
+    log_g, pull_back, parts = jax.vjp(mixture, flux, has_aux=True)
+    return (log_g, pull_back(jnp.ones_like(log_g))[0]), parts
 
 
 def save_model(folder: Path | str, model: Model) -> None:
@@ -123,7 +209,7 @@ def load_model(folder: Path | str) -> Model:
     gate = _read_gate(folder / MEANING, meaning["gate"])
     flat = {name: jnp.asarray(array) for name, array in arrays.items() if name != "wave"}
     try:
-        return Model(
+        model = Model(
             wave=arrays["wave"],
             experts=Ridge(flat["experts/coef"], flat["experts/intercept"]),
             global_ridge=Ridge(flat["global/coef"], flat["global/intercept"]),
@@ -134,9 +220,12 @@ def load_model(folder: Path | str) -> Model:
             gate_params=_unflatten(flat, "gate"),
             classification_params=_unflatten(flat, "classification"),
             provenance=meaning["provenance"],
+            uncertainty=_read_tree(Uncertainty, arrays, "uncertainty") if "uncertainty/misfit" in arrays else None,
         )
     except KeyError as reason:
         raise InputError(f"{path}: found no array {reason}, expected all of schema {SCHEMA_VERSION}") from reason
+    _check_shapes(path, model)
+    return model
 
 
 def _arrays(model: Model) -> dict[str, np.ndarray]:
@@ -153,7 +242,75 @@ def _arrays(model: Model) -> dict[str, np.ndarray]:
     }
     for kind, params in (("gate", model.gate_params), ("classification", model.classification_params)):
         named |= {f"{kind}/{layer}/{name}": array for layer, leaves in params.items() for name, array in leaves.items()}
+    if model.uncertainty is not None:
+        named |= _name_tree(model.uncertainty, "uncertainty")
     return {name: np.asarray(array) for name, array in named.items()}
+
+
+_PARTS: dict[str, Any] = {"leverage": Leverage, "feature_range": FeatureRange, "calibration": Calibration}
+
+
+def _name_tree(tree: Any, prefix: str) -> dict[str, AnyArray]:
+    """The arrays of a named tuple and of those within it, by path."""
+    named: dict[str, AnyArray] = {}
+    for name, value in tree._asdict().items():
+        named |= _name_tree(value, f"{prefix}/{name}") if name in _PARTS else {f"{prefix}/{name}": value}
+    return named
+
+
+def _read_tree(kind: Any, arrays: dict[str, np.ndarray], prefix: str) -> Any:
+    """The named tuple whose arrays ``_name_tree`` has named."""
+    fields = ((name, f"{prefix}/{name}") for name in kind._fields)
+    return kind(*(_read_tree(_PARTS[name], arrays, path) if name in _PARTS else jnp.asarray(arrays[path]) for name, path in fields))
+
+
+def _check_shapes(path: Path, model: Model) -> None:
+    """Raises an ``InputError`` where arrays do not fit together, or a parameter is not finite."""
+    n_pixels, (n_experts, n_features) = len(model.wave), (len(model.experts.intercept), len(model.features.mean))
+    hidden = model.gate.hidden if isinstance(model.gate, MLPGate) else None
+    layers: dict[str, tuple[int, ...]] = {"head": (hidden or n_features, n_experts)}
+    if hidden:
+        layers["hidden"] = (n_features, hidden)
+    expected: dict[str, tuple[int, ...]] = {
+        "wave": (n_pixels,),
+        "experts/coef": (n_experts, n_pixels),
+        "experts/intercept": (n_experts,),
+        "global/coef": (n_pixels,),
+        "global/intercept": (),
+        "features/pca_mean": (n_pixels,),
+        "features/mean": (len(FEATURE_NAMES),),
+        "features/scale": (len(FEATURE_NAMES),),
+        "features/pca_components": (len(model.features.pca.components), n_pixels),
+        "classification/head/kernel": (n_features, n_experts),
+        "classification/head/bias": (n_experts,),
+    }
+    for layer, shape in layers.items():
+        expected |= {f"gate/{layer}/kernel": shape, f"gate/{layer}/bias": shape[1:]}
+    if (known := model.uncertainty) is not None:
+        n_directions, n_levels = len(known.leverage.basis), len(known.calibration.levels)
+        by_expert = ("residual_variance", "misfit", "leverage/n_stars", "calibration/n_stars")
+        expected |= {f"uncertainty/{name}": (n_experts,) for name in by_expert}
+        by_pixel = ("noise_variance", "center", "rest_variance")
+        expected |= {f"uncertainty/{name}": (n_pixels,) for name in by_pixel}
+        expected |= {f"uncertainty/leverage/{name}": (n_experts, n_pixels) for name in ("mean", "inverse_diagonal")}
+        expected |= {
+            "uncertainty/leverage/basis": (n_directions, n_pixels),
+            "uncertainty/leverage/core": (n_experts, n_directions, n_directions),
+            "uncertainty/flux_median": (),
+            "uncertainty/feature_range/mean": (n_experts, n_features),
+            "uncertainty/feature_range/precision": (n_experts, n_features, n_features),
+            "uncertainty/feature_range/limit": (),
+            "uncertainty/calibration/levels": (n_levels,),
+            "uncertainty/calibration/quantiles": (n_experts, n_levels),
+        }
+    arrays = _arrays(model)
+    for name, shape in expected.items():
+        if name not in arrays:
+            raise InputError(f"{path}: found no array {name!r}, expected all of schema {SCHEMA_VERSION}")
+        if arrays[name].shape != shape:
+            raise InputError(f"{path}: {name} has shape {arrays[name].shape}, expected {shape} beside the other arrays")
+        if not name.startswith("global/") and name != "uncertainty/flux_median" and not np.isfinite(arrays[name]).all():
+            raise InputError(f"{path}: {name} holds numbers that are not finite, expected a trained model")
 
 
 def _unflatten(flat: dict[str, Any], kind: str) -> Params:

@@ -1,0 +1,189 @@
+"""What a trained model is told of its own uncertainty: sums over training stars, and stars to calibrate on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.command_line import Stages
+from experiments.prepared import DataConfig, Prepared, draw_keys
+from experiments.stream import SLICE, Observation
+from experiments.surveys import experts_of, open_surveys
+from moe_jax.arrays import InputError
+from moe_jax.conformal import LEVELS, Calibration, calibrate
+from moe_jax.features import fit_pca
+from moe_jax.model import Model, Uncertainty, predict_model
+from moe_jax.novelty import fit_feature_range
+from moe_jax.simulate import SimulatedSpectra
+from moe_jax.survey import Spectra, SurveyFile
+from moe_jax.uncertainty import N_DIRECTIONS, fit_leverage, misfit_variance, sum_flux
+
+SCALED = 0.05  # spectra whose medians scatter by less than this part were scaled to a common median
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """How the uncertainties of a model are found."""
+
+    n_stars: int = 4_000
+    """Stars on which intervals are calibrated, at most; they are neither trained nor tested on. 0: not calibrated."""
+    file: Path | None = None
+    """HDF5 survey with such stars; by default those of the training file after the first n_train, or simulated ones."""
+    n_training: int = 8_192
+    """Training stars from which the covariance of the flux is taken, at most."""
+
+    def __post_init__(self) -> None:
+        if self.n_stars < 0:
+            raise InputError(f"calibration.n_stars is {self.n_stars}, expected at least 0")
+        if self.n_training < 100:
+            raise InputError(f"calibration.n_training is {self.n_training}, expected at least 100")
+
+
+class Part(NamedTuple):
+    """Stars of a survey: the spectra, and from which to which row."""
+
+    observation: Observation
+    start: int
+    stop: int
+
+    def slices(self) -> Iterator[tuple[slice, jax.Array, jax.Array]]:
+        """Rows, noisy flux and its errors."""
+        return self.observation.slices_with_errors(self.start, self.stop)
+
+
+def calibration_part(config: DataConfig, settings: CalibrationConfig) -> Part | None:
+    """The stars to calibrate on; None where there are none."""
+    key = jax.random.fold_in(draw_keys(config.seed).train, 1)
+    key_stars, key_noise = jax.random.split(key)
+    if settings.n_stars == 0:
+        return None
+    spectra: Spectra
+    if settings.file is not None or config.train_file is not None:
+        start = 0 if settings.file is not None else config.n_train
+        path = settings.file or config.train_file
+        assert path is not None
+        spectra = SurveyFile(path, start + settings.n_stars)
+    else:
+        start, spectra = 0, SimulatedSpectra(key_stars, settings.n_stars, label_sampling=config.label_sampling)
+    if spectra.n_stars <= start:
+        return None
+    return Part(Observation.of(spectra, key_noise, config), start, spectra.n_stars)
+
+
+def add_uncertainty(
+    config: DataConfig, settings: CalibrationConfig, prepared: Prepared, model: Model, stages: Stages
+) -> tuple[Model, list[str]]:
+    """The model with its uncertainties, and what there is to warn of."""
+    with stages("uncertainties"):
+        known = fit_uncertainty(config, settings, prepared, model)
+        model = model._replace(uncertainty=known)
+        part = calibration_part(config, settings)
+        if part is None:
+            return model, [
+                "uncertainties are not calibrated: no stars were left for it; give --calibration.file, or a smaller --n-train "
+                "than the training file has stars"
+            ]
+        calibration = calibrate_model(config, model, part)
+    few = int((np.asarray(calibration.n_stars) < len(LEVELS) * 20).sum())
+    notes = [f"{few} cells have fewer than {len(LEVELS) * 20} stars to calibrate on"] * bool(few)
+    known = known._replace(calibration=jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(known.misfit).dtype), calibration))
+    return model._replace(uncertainty=known), notes
+
+
+def fit_uncertainty(config: DataConfig, settings: CalibrationConfig, prepared: Prepared, model: Model) -> Uncertainty:
+    """All but the calibration, from the first training stars."""
+    keys, (source, _) = draw_keys(config.seed), open_surveys(config)
+    observation = Observation.of(source, keys.train_noise, config)
+    cell, n_experts = np.asarray(prepared.train.cell), config.n_experts
+    center, basis, sums, medians = None, None, None, []
+    for part, flux, error in observation.slices_with_errors(0, min(settings.n_training, source.n_stars)):
+        medians.append(np.median(np.asarray(flux), axis=1))
+        if center is None:
+            pca = fit_pca(keys.pca, flux, min(N_DIRECTIONS, len(flux)))
+            center, basis = pca.mean, pca.components
+        own = sum_flux(flux, error, jnp.asarray(cell[part]), center, basis, n_experts)
+        sums = own if sums is None else jax.tree.map(jnp.add, sums, own)
+    assert sums is not None
+    assert center is not None
+    assert basis is not None
+    experts, n_stars = prepared.experts, np.bincount(cell[cell >= 0], minlength=n_experts)
+    if (smallest := float(sums.n.min())) < 2:
+        raise InputError(f"calibration.n_training is {settings.n_training}: a cell has {smallest:g} stars among them, expected 2")
+    noise = sums.noise / sums.n[:, None]
+    residual = jnp.min(experts.mse, axis=1)
+    median = np.concatenate(medians)
+    scaled = median.std() < SCALED * abs(median.mean())
+    covered = prepared.train.covered()
+    dtype = jnp.asarray(experts.coef).dtype
+    n_levels = 0
+    return Uncertainty(
+        leverage=fit_leverage(sums, center, basis, experts.alpha, jnp.asarray(n_stars, dtype)),
+        residual_variance=residual,
+        misfit=misfit_variance(residual, experts.coef, noise),
+        noise_variance=jnp.sum(sums.noise, axis=0) / jnp.sum(sums.n),
+        center=center,
+        rest_variance=sums.rest / jnp.sum(sums.n),
+        flux_median=jnp.asarray(median.mean() if scaled else np.nan, dtype),
+        feature_range=jax.tree.map(jnp.asarray, fit_feature_range(covered.features, covered.cell, n_experts)),
+        calibration=Calibration(jnp.zeros(n_levels, dtype), jnp.zeros((n_experts, n_levels), dtype), jnp.zeros(n_experts, dtype)),
+    )
+
+
+class Judged(NamedTuple):
+    """What a model says of stars whose log g is known."""
+
+    log_g: np.ndarray  #: true
+    prediction: np.ndarray
+    sigma: np.ndarray  #: before calibration
+    half_width: np.ndarray  #: (N, L)
+    group: np.ndarray  #: expert of the largest weight, by which intervals are calibrated
+    cell: np.ndarray  #: true cell, -1 outside
+    distance: np.ndarray
+    parts: np.ndarray  #: (N, 4) misfit, coefficients, spread, noise
+    mag: np.ndarray
+
+    def select(self, rows: np.ndarray) -> Judged:
+        """Some of the stars."""
+        return Judged(*(array[rows] for array in self))
+
+
+def judge(config: DataConfig, model: Model, part: Part) -> Judged:
+    """Applies a model to the stars of a survey."""
+    found = []
+    for _, flux, error in part.slices():
+        said = predict_model(model, _pad(flux), _pad(error))
+        assert said.variance is not None
+        parts = jnp.stack(list(said.variance), axis=1)
+        columns = (
+            said.log_g,
+            jnp.sqrt(said.variance.total),
+            said.half_width,
+            jnp.argmax(said.weights, axis=1),
+            said.distance,
+            parts,
+        )
+        found.append([np.asarray(column)[: len(flux)] for column in columns])
+    prediction, sigma, half_width, group, distance, variances = (np.concatenate(column) for column in zip(*found, strict=True))
+    rows, labels = slice(part.start, part.stop), part.observation.spectra.labels
+    cell = np.asarray(experts_of(labels, config))[rows]
+    log_g, mag = np.asarray(labels.log_g)[rows], np.asarray(labels.mag)[rows]
+    return Judged(log_g, prediction, sigma, half_width, group, cell, distance, variances, mag)
+
+
+def _pad(array: jax.Array) -> jax.Array:
+    """Stars up to a whole slice, so that all slices share one compiled program."""
+    return jnp.pad(array, ((0, SLICE - len(array)), (0, 0)), mode="edge")
+
+
+def calibrate_model(config: DataConfig, model: Model, part: Part) -> Calibration:
+    """Split-conformal quantiles from the stars that the cells cover."""
+    judged = judge(config, model, part)
+    judged = judged.select(judged.cell >= 0)
+    score = np.abs(judged.log_g - judged.prediction) / judged.sigma
+    return calibrate(score, judged.group, config.n_experts)
