@@ -148,6 +148,11 @@ class Judged(NamedTuple):
     parts: np.ndarray  #: (N, 4) misfit, coefficients, spread, noise
     mag: np.ndarray
 
+    @property
+    def residual(self) -> np.ndarray:
+        """True less predicted log g."""
+        return self.log_g - self.prediction
+
     def select(self, rows: np.ndarray) -> Judged:
         """Some of the stars."""
         return Judged(*(array[rows] for array in self))
@@ -185,5 +190,5 @@ def calibrate_model(config: DataConfig, model: Model, part: Part) -> Calibration
     """Split-conformal quantiles from the stars that the cells cover."""
     judged = judge(config, model, part)
     judged = judged.select(judged.cell >= 0)
-    score = np.abs(judged.log_g - judged.prediction) / judged.sigma
+    score = np.abs(judged.residual) / judged.sigma
     return calibrate(score, judged.group, config.n_experts)

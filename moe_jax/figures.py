@@ -217,3 +217,70 @@ def predicted_against_true(y: Float[AnyArray, " N"], predictions: Mapping[Method
         ax.set_ylim(limits)
     axes[0, 0].set_ylabel("predicted log g")
     return fig
+
+
+def coverage_plot(coverage: pd.DataFrame) -> Figure:
+    """Actual coverage of intervals by level: of all stars, by cell and by magnitude, with its own 95 % interval."""
+    levels = sorted(coverage["level"].unique())
+    groups = list(dict.fromkeys(zip(coverage["by"], coverage["group"], strict=True)))
+    colors = {"all": BLACK, "cell": BLUE, "mag": ORANGE}
+    markers = {"all": "D", "cell": "o", "mag": "s"}
+    fig, axes = new_figure(1, len(levels), figsize=(9.5, 0.28 * len(groups) + 1.4), sharey=True, squeeze=False)
+    for ax, level in zip(axes[0], levels, strict=True):
+        own = coverage[coverage["level"] == level]
+        for i, (by, group) in enumerate(reversed(groups)):
+            row = own[(own["by"] == by) & (own["group"] == group)].iloc[0]
+            ax.plot([row["low"], row["high"]], [i, i], color=colors[by], lw=1.4)
+            ax.plot(row["coverage"], i, markers[by], color=colors[by], ms=5)
+        ax.axvline(level, color=GREY, lw=1.0, ls="--")
+        ax.set_xlabel("actual coverage")
+        ax.set_title(f"{level:.0%} promised", loc="left")
+    names = {"all": "all stars", "cell": "{}", "mag": "mag {}"}
+    axes[0, 0].set_yticks(range(len(groups)), [names[by].format(group) for by, group in reversed(groups)])
+    return fig
+
+
+def error_against_uncertainty(uncertainty: Float[AnyArray, " N"], error: Float[AnyArray, " N"], n_bins: int = 20) -> Figure:
+    """|error| against the half-width of each star's 68 % interval, and the 68 % quantile of |error| in bins of equal numbers."""
+    uncertainty, error = np.asarray(uncertainty), np.asarray(error)
+    fig, ax = new_figure(figsize=(5.5, 4.2))
+    ax.plot(uncertainty, error, ".", ms=3, alpha=0.25, color=BLUE, rasterized=True, label="a test star")
+    bins = [part for part in np.array_split(np.argsort(uncertainty), n_bins) if len(part)]
+    center, quantile = zip(*[(np.median(uncertainty[part]), np.quantile(error[part], 0.68)) for part in bins], strict=True)
+    ax.plot(center, quantile, "o-", color=BLACK, ms=5, label=f"68 % quantile of |error|, {len(bins)} bins")
+    limits = np.quantile(uncertainty, [0.001, 0.999])
+    ax.plot(limits, limits, color=ORANGE, lw=1.6, ls="--", label="equal")
+    ax.set_xlim(limits[0] * 0.9, limits[1] * 1.1)
+    ax.set_ylim(0, np.quantile(error, 0.998))
+    ax.set_xlabel("uncertainty of log g (half-width of the 68 % interval)")
+    ax.set_ylabel("|error| of log g")
+    ax.legend(fontsize=8, loc="upper left")
+    return fig
+
+
+def floor_plot(table: pd.DataFrame) -> Figure:
+    """RMSE of log g of every method by magnitude, and the Cramer-Rao floor."""
+    fig, ax = new_figure(figsize=(6.5, 4.2))
+    x = np.arange(len(table))
+    shapes = {"global ridge": ("v", GREY), "oracle": ("^", GREEN), "classification gate": ("D", BLACK), "MLP gate": ("o", BLUE)}
+    for name, (marker, color) in shapes.items():
+        ax.plot(x, table[name], marker=marker, color=color, ms=6, lw=1.2, label=name)
+    ax.plot(x, table["floor"], color=ORANGE, lw=2.0, marker="s", ms=6, label="Cram\u00e9r-Rao floor")
+    ax.plot(
+        x,
+        table["floor_with_prior"],
+        color=ORANGE,
+        lw=2.0,
+        ls="--",
+        marker="s",
+        mfc="white",
+        ms=6,
+        label="floor, label ranges known",
+    )
+    ax.set_yscale("log")
+    _plain_log_ticks(ax)
+    ax.set_xticks(x, list(table["mag"]))
+    ax.set_xlabel("magnitude")
+    ax.set_ylabel("root mean squared error of log g")
+    ax.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 1.25))
+    return fig

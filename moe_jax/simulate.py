@@ -90,9 +90,14 @@ def model_flux(
     a_M: Float[AnyArray, " N"],
 ) -> Float[jax.Array, "N P"]:
     """Noise-free spectra at any labels inside the grid: non-negative, each scaled to median 0.5."""
-    spectra = interpolate_grid(grid, jnp.stack([T_eff, log_g, M_H, a_M], axis=1))
-    flux = jnp.maximum(spectra.norm * jnp.exp(spectra.log_continuum), 0.0)
+    flux = unscaled_flux(grid, jnp.stack([T_eff, log_g, M_H, a_M], axis=1))
     return flux * (MEDIAN_FLUX / median_rows(flux))[:, None]
+
+
+def unscaled_flux(grid: SpectralGrid, labels: Float[AnyArray, "N 4"]) -> Float[jax.Array, "N P"]:
+    """Likewise, up to a factor for each star; labels as those of ``interpolate_grid``."""
+    spectra = interpolate_grid(grid, labels)
+    return jnp.maximum(spectra.norm * jnp.exp(spectra.log_continuum), 0.0)
 
 
 def flux_error(mag: Float[AnyArray, " N"], flux: Float[AnyArray, "N P"]) -> Float[jax.Array, "N P"]:

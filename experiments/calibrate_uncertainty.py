@@ -1,0 +1,270 @@
+"""Can the uncertainties be trusted? Coverage of the calibrated intervals, and how far every method stands from the floor.
+
+python -m experiments.calibrate_uncertainty                  about three minutes on 2 cores
+python -m experiments.calibrate_uncertainty --preset smoke   small; about half a minute
+
+A model is trained as by regress_gate (MLP gate, cross-fitted), its intervals are calibrated on stars of their own, and judged
+on test stars that nothing was fitted, chosen or calibrated on. Results go to results/calibrate_uncertainty/PRESET.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from experiments.command_line import Stages, console, run_command
+from experiments.prepare import prepare
+from experiments.prepared import Prepared, Stars, draw_keys
+from experiments.stream import Observation
+from experiments.study import SMALL, StudyConfig, command_of, describe_run, output_folder, table_markdown, write_results
+from experiments.surveys import open_surveys
+from experiments.uncertainty import CalibrationConfig, Judged, Part, add_uncertainty, judge
+from moe_jax import figures
+from moe_jax.arrays import InputError
+from moe_jax.cells import CELL_NAMES
+from moe_jax.conformal import coverage_table
+from moe_jax.fisher import cramer_rao
+from moe_jax.gates import LinearGate, MLPGate
+from moe_jax.model import Model
+from moe_jax.optimize import GateConfig
+from moe_jax.ridge import Ridge
+from moe_jax.routing import route_oracle, route_soft
+from moe_jax.survey import Labels
+from moe_jax.training import fit_gate
+from moe_jax.uncertainty import approximate_leverage, ridge_leverage
+
+MAG_EDGES = (20.5, 21.0, 21.5, 22.0, 22.5)
+MAG_NAMES = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(MAG_EDGES)]
+PARTS = ("misfit", "coefficients", "spread", "noise")
+
+
+@dataclass(frozen=True)
+class UncertaintyConfig(StudyConfig):
+    """The model, its calibration, and its judgement."""
+
+    preset: Literal["default", "smoke"] = "default"
+    """What the other options start from."""
+    gate: GateConfig = dataclasses.field(default_factory=GateConfig)
+    calibration: CalibrationConfig = dataclasses.field(default_factory=CalibrationConfig)
+    n_floor: int = 4_000
+    """Test stars for which the Cramer-Rao floor is computed."""
+
+
+PRESETS = {
+    "default": UncertaintyConfig(),
+    "smoke": UncertaintyConfig(
+        preset="smoke",
+        **SMALL,
+        gate=GateConfig(epochs=30),
+        calibration=CalibrationConfig(n_stars=2_000, n_training=1_200),
+        n_floor=200,
+    ),
+}
+
+
+def train_model(config: UncertaintyConfig, prepared: Prepared) -> Model:
+    """The mixture with a cross-fitted MLP gate."""
+    stars, gate = prepared.gate_stars(), MLPGate(config.hidden)
+    fit = fit_gate(draw_keys(config.seed).gates, gate, stars.features, stars.predictions, stars.log_g, config.gate)
+    return Model(
+        wave=np.asarray(prepared.wave),
+        experts=Ridge(prepared.experts.coef, prepared.experts.intercept),
+        global_ridge=prepared.global_ridge.ridge,
+        features=prepared.model,
+        gate=gate,
+        gate_params=fit.params,
+        classification_params=prepared.classifier.params,
+        provenance={},
+    )
+
+
+def leverage_check(config: UncertaintyConfig, prepared: Prepared, model: Model, test: Part) -> pd.DataFrame:
+    """The model's leverage of test stars beside the exact one, for the expert of the smallest and of the largest cell."""
+    keys, (source, _) = draw_keys(config.seed), open_surveys(config.data)
+    train = Observation.of(source, keys.train_noise, config.data)
+    cell = np.asarray(prepared.train.cell)
+    counts = np.bincount(cell[cell >= 0])
+    flux = next(test.slices())[1][:500]
+    assert model.uncertainty is not None
+    approximate = np.asarray(approximate_leverage(model.uncertainty.leverage, flux))
+    rows = []
+    for k in dict.fromkeys([int(counts.argmin()), int(counts.argmax())]):
+        own = np.concatenate([np.asarray(x)[cell[part] == k] for part, x in train.slices(0, source.n_stars)])
+        exact = np.asarray(ridge_leverage(own, float(prepared.experts.alpha[k]), flux))
+        ratio = approximate[:, k] / exact
+        row = {"expert": CELL_NAMES[k], "n": int(counts[k]), "exact_median": float(np.median(exact))}
+        row |= {"ratio_median": float(np.median(ratio)), "ratio_low": float(np.quantile(ratio, 0.05))}
+        correlation = float(stats.spearmanr(exact, approximate[:, k]).statistic)
+        rows.append(row | {"ratio_high": float(np.quantile(ratio, 0.95)), "rank_correlation": correlation})
+    return pd.DataFrame(rows)
+
+
+def floor_table(config: UncertaintyConfig, prepared: Prepared, model: Model, test: Part) -> pd.DataFrame:
+    """RMSE of every method and the floor by magnitude, for covered test stars."""
+    labels = test.observation.spectra.labels
+    stars: Stars = prepared.test
+    rows = np.flatnonzero(np.asarray(stars.cell) >= 0)
+    rows = rows[rows < config.n_floor]
+    chosen = stars.select(rows)
+    floors, with_prior = [], []
+    for part, _, error in test.observation.slices_with_errors(0, int(rows.max()) + 1):
+        own = Labels(*(jnp.asarray(column)[part] for column in labels))
+        floors.append(cramer_rao(own, error))
+        with_prior.append(cramer_rao(own, error, prior=True))
+    floor, bayes = np.concatenate(floors)[rows], np.concatenate(with_prior)[rows]
+    classify = LinearGate().apply(prepared.classifier.params, chosen.features)
+    predictions = {
+        "global ridge": chosen.global_prediction,
+        "oracle": route_oracle(chosen.cell, chosen.predictions),
+        "classification gate": route_soft(classify, chosen.predictions),
+        "MLP gate": route_soft(model.gate.apply(model.gate_params, chosen.features), chosen.predictions),
+    }
+    errors = {name: np.asarray(prediction) - np.asarray(chosen.log_g) for name, prediction in predictions.items()}
+    mag = np.asarray(labels.mag)[rows]
+    table = []
+    for name, low, high in zip(["all", *MAG_NAMES], (-np.inf, *MAG_EDGES[:-1]), (np.inf, *MAG_EDGES[1:]), strict=True):
+        own_rows = (mag >= low) & (mag < high)
+        if not own_rows.any():
+            continue
+        row: dict[str, Any] = {"mag": name, "n": int(own_rows.sum()), "floor": float(np.sqrt(np.mean(floor[own_rows] ** 2)))}
+        row["floor_with_prior"] = float(np.sqrt(np.mean(bayes[own_rows] ** 2)))
+        row |= {method: float(np.sqrt(np.mean(residual[own_rows] ** 2))) for method, residual in errors.items()}
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+class Found(NamedTuple):
+    """All that is reported."""
+
+    coverage: pd.DataFrame
+    outside: pd.DataFrame  #: coverage of the stars outside the cells
+    variance: pd.DataFrame
+    quantiles: pd.DataFrame
+    leverage: pd.DataFrame
+    floor: pd.DataFrame
+    flagged: pd.DataFrame
+    rank: float  #: correlation of |error| and uncertainty
+    n_covered: int
+    n_calibration: int
+    notes: list[str]
+
+
+def judge_uncertainty(config: UncertaintyConfig, stages: Stages) -> tuple[Found, Judged]:
+    """Trains, calibrates, and judges; also what the model says of the covered test stars."""
+    prepared = prepare(config.data, stages, config.cache)
+    with stages("MLP gate"):
+        model = jax.block_until_ready(train_model(config, prepared))
+    model, notes = add_uncertainty(config.data, config.calibration, prepared, model, stages)
+    assert model.uncertainty is not None
+    calibration = model.uncertainty.calibration
+    levels = [round(float(level), 6) for level in np.asarray(calibration.levels)]
+    if not levels:
+        raise InputError("no stars were left to calibrate on, expected --calibration.file, or fewer stars to train on")
+    with stages("test stars"):
+        keys, (_, source) = draw_keys(config.seed), open_surveys(config.data)
+        test = Part(Observation.of(source, keys.test_noise, config.data), 0, source.n_stars)
+        everyone = judge(config.data, model, test)
+        judged, outside = everyone.select(everyone.cell >= 0), everyone.select(everyone.cell < 0)
+    with stages("exact leverage"):
+        leverage = leverage_check(config, prepared, model, test)
+    with stages("Cramer-Rao floor"):
+        floor = floor_table(config, prepared, model, test)
+    groups = {"cell": judged.cell, "mag": np.digitize(judged.mag, MAG_EDGES) - 1}
+    names = {"cell": list(CELL_NAMES), "mag": MAG_NAMES}
+    parts = judged.parts.mean(axis=0)
+    quantiles = pd.DataFrame(np.asarray(calibration.quantiles), columns=[f"{level:.0%}" for level in levels])
+    n_stars = np.asarray(calibration.n_stars).astype(int)
+    quantiles = pd.concat([pd.DataFrame({"expert": CELL_NAMES[: len(n_stars)], "n": n_stars}), quantiles], axis=1)
+    both = {"covered": judged, "outside the cells": outside}
+    flagged = [
+        {"stars": name, "n": len(s.mag), "flagged": float(np.mean(s.distance > 1))} for name, s in both.items() if len(s.mag)
+    ]
+    found = Found(
+        coverage=coverage_table(judged.residual, judged.half_width, np.array(levels), groups, names),
+        outside=coverage_table(outside.residual, outside.half_width, np.array(levels), {}, {}),
+        variance=pd.DataFrame({"part": PARTS, "mean_variance": parts, "share": parts / parts.sum()}),
+        quantiles=quantiles,
+        leverage=leverage,
+        floor=floor,
+        flagged=pd.DataFrame(flagged),
+        rank=float(stats.spearmanr(np.abs(judged.residual), judged.sigma).statistic),
+        n_covered=prepared.n_covered,
+        n_calibration=int(n_stars.sum()),
+        notes=notes,
+    )
+    return found, judged
+
+
+def report_of(config: UncertaintyConfig, found: Found, n_test: int) -> str:
+    """report.md."""
+    levels = sorted(found.coverage["level"].unique())
+    thirds = dict.fromkeys(["coverage", "low", "high", "half_width", "ratio_median", "ratio_low", "ratio_high"], ".3f")
+    shape = thirds | {"level": ".2f", "share": ".1%", "flagged": ".2%", "mean_variance": ".5f"}
+    normal = ", ".join(f"{stats.norm.ppf(0.5 + level / 2):.2f}" for level in levels)
+    sections = [
+        "# Can the uncertainties be trusted?",
+        f"Made by `{command_of('calibrate_uncertainty', config, PRESETS)}`.",
+        f"Nine ridge experts and a cross-fitted MLP gate, trained on {found.n_covered:,} covered stars; intervals calibrated on "
+        f"{found.n_calibration:,} others, by the expert of the largest weight (split-conformal); judged on {n_test:,} covered "
+        f"test stars. Noise level {config.noise_level:g}, seed {config.seed}.",
+        *[f"Warning: {note}." for note in found.notes],
+        "## Coverage",
+        table_markdown(found.coverage, shape),
+        "*low*, *high*: 95 % interval of the coverage (Clopper-Pearson); *half width*: mean over the stars. Intervals promise "
+        "their level to the stars of one expert's largest weight, not to those of one true cell or magnitude.",
+        "![Coverage](coverage.png)",
+        "![Error against uncertainty](error_against_uncertainty.png)",
+        f"Rank correlation of |error| and uncertainty: {found.rank:.3f}.",
+        "## What the variance is made of",
+        table_markdown(found.variance, shape),
+        "Before calibration, mean over the test stars. Quantiles of |error| / sigma on the calibration stars; of a normal "
+        f"distribution they are {normal}:",
+        table_markdown(found.quantiles, {name: ".2f" for name in found.quantiles.columns}),
+        "## Leverage",
+        table_markdown(found.leverage, shape),
+        "*exact*: the kernel form with all training spectra, for 500 test stars; *ratio*: of what the model keeps to it (median, "
+        "5 % and 95 % quantiles).",
+        "## The floor",
+        table_markdown(found.floor),
+        "Root mean squared error of log g of the first covered test stars by magnitude, beside the root mean square of the "
+        "Cramer-Rao floor (T_eff, [M/H] and [alpha/M] unknown) and of the same with what the survey's label ranges say beforehand.",
+        "![Cramer-Rao floor](cramer_rao.png)",
+        "## Stars outside the cells",
+        table_markdown(found.flagged, shape),
+        "*flagged*: further from the training stars in feature space than all but 0.1 % of them. What the intervals cover of the "
+        "stars outside the cells, to which nothing is promised:",
+        table_markdown(found.outside, shape),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def main(config: UncertaintyConfig) -> Found:
+    """Judges the uncertainties and writes the results."""
+    stages, folder = Stages(), output_folder(config, "calibrate_uncertainty")
+    found, judged = judge_uncertainty(config, stages)
+    with stages("figures"):
+        drawn = {
+            "coverage": figures.coverage_plot(found.coverage),
+            "error_against_uncertainty": figures.error_against_uncertainty(judged.half_width[:, 0], np.abs(judged.residual)),
+            "cramer_rao": figures.floor_plot(found.floor[found.floor["mag"] != "all"]),
+        }
+    for row in found.coverage[found.coverage["by"] == "all"].to_dict("records"):
+        actual = f"{row['coverage']:.2%} [{row['low']:.2%}, {row['high']:.2%}]"
+        console.print(f"{row['level']:.0%} intervals cover {actual}, mean half-width {row['half_width']:.3f}", highlight=False)
+    command = command_of("calibrate_uncertainty", config, PRESETS)
+    run = describe_run(command, config, stages.seconds, rank_correlation=found.rank, notes=found.notes)
+    tables = {name: table for name, table in found._asdict().items() if isinstance(table, pd.DataFrame)}
+    write_results(folder, tables, drawn, report_of(config, found, len(judged.mag)), run)
+    return found
+
+
+if __name__ == "__main__":
+    run_command(main, PRESETS, __doc__)
