@@ -213,13 +213,13 @@ def report_of(config: UncertaintyConfig, found: Found, n_test: int) -> str:
         "# Can the uncertainties be trusted?",
         f"Made by `{command_of('calibrate_uncertainty', config, PRESETS)}`.",
         f"Nine ridge experts and a cross-fitted MLP gate, trained on {found.n_covered:,} covered stars; intervals calibrated on "
-        f"{found.n_calibration:,} others, by the expert of the largest weight (split-conformal); judged on {n_test:,} covered "
+        f"{found.n_calibration:,} others, by the likeliest cell (split-conformal); judged on {n_test:,} covered "
         f"test stars. Noise level {config.noise_level:g}, seed {config.seed}.",
         *[f"Warning: {note}." for note in found.notes],
         "## Coverage",
         table_markdown(found.coverage, shape),
         "*low*, *high*: 95 % interval of the coverage (Clopper-Pearson); *half width*: mean over the stars. Intervals promise "
-        "their level to the stars of one expert's largest weight, not to those of one true cell or magnitude.",
+        "their level to the stars that the classification gate puts into one cell, not to those of one true cell or magnitude.",
         "![Coverage](coverage.png)",
         "![Error against uncertainty](error_against_uncertainty.png)",
         f"Rank correlation of |error| and uncertainty: {found.rank:.3f}.",

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.cache import DEFAULT_FOLDER, Cache
-from experiments.command_line import Stages, compile_seconds, console
+from experiments.command_line import HasPreset, Stages, compile_seconds, console
 from experiments.prepared import DataConfig, draw_keys
 from moe_jax.arrays import AnyArray, InputError
 from moe_jax.bootstrap import DEFAULT_METHOD
@@ -81,7 +81,15 @@ SMALL: dict[str, Any] = {"n_train": 1_200, "n_test": 1_200, "alphas": (1.0,), "g
 PLACES = ("output_dir", "cache_dir", "use_cache", "results_dir", "cluster")
 
 
-def output_folder(config: StudyConfig, experiment: str) -> Path:
+class Run(HasPreset, Protocol):
+    """A configuration, a dataclass, that knows where its results go."""
+
+    @property
+    def output_dir(self) -> Path | None:
+        """results/EXPERIMENT/PRESET by default."""
+
+
+def output_folder(config: Run, experiment: str) -> Path:
     """Where the results go.
 
     Raises:
@@ -93,13 +101,13 @@ def output_folder(config: StudyConfig, experiment: str) -> Path:
     return folder
 
 
-def command_of(experiment: str, config: StudyConfig, presets: Mapping[str, Any]) -> str:
+def command_of(experiment: str, config: Run, presets: Mapping[str, Any]) -> str:
     """The command line that makes the same results, with the options that differ from the preset's."""
     given = [f"python -m experiments.{experiment}"]
     start = presets[config.preset]
     if config.preset != "default":
         given.append(f"--preset {config.preset}")
-    for field in dataclasses.fields(config):
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
         value = getattr(config, field.name)
         if value == getattr(start, field.name) or field.name in ("preset", *PLACES):
             continue
@@ -134,9 +142,9 @@ def git_commit() -> str | None:
         return None
 
 
-def describe_run(command: str, config: StudyConfig, seconds: Mapping[str, float], **found: Any) -> dict[str, Any]:
+def describe_run(command: str, config: Run, seconds: Mapping[str, float], **found: Any) -> dict[str, Any]:
     """What run.json holds: all that is needed to repeat the run and to judge it."""
-    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))  # type: ignore[call-overload]
     kept = {name: value for name, value in settings.items() if name not in PLACES}
     total = {"total": round(sum(seconds.values()), 3)}
     return {"command": command, "config": kept} | describe_machine() | {"seconds": dict(seconds) | total} | found

@@ -22,7 +22,7 @@ from moe_jax.model import Model, Uncertainty, predict_model
 from moe_jax.novelty import fit_feature_range
 from moe_jax.simulate import SimulatedSpectra
 from moe_jax.survey import Spectra, SurveyFile
-from moe_jax.uncertainty import N_DIRECTIONS, fit_leverage, misfit_variance, sum_flux
+from moe_jax.uncertainty import N_DIRECTIONS, approximate_leverage, fit_leverage, misfit_variance, residual_variance, sum_flux
 
 SCALED = 0.05  # spectra whose medians scatter by less than this part were scaled to a common median
 
@@ -101,29 +101,34 @@ def fit_uncertainty(config: DataConfig, settings: CalibrationConfig, prepared: P
     keys, (source, _) = draw_keys(config.seed), open_surveys(config)
     observation = Observation.of(source, keys.train_noise, config)
     cell, n_experts = np.asarray(prepared.train.cell), config.n_experts
-    center, basis, sums, medians = None, None, None, []
+    first, center, basis, sums, medians = None, None, None, None, []
     for part, flux, error in observation.slices_with_errors(0, min(settings.n_training, source.n_stars)):
         medians.append(np.median(np.asarray(flux), axis=1))
-        if center is None:
+        if first is None:
+            first = flux
             pca = fit_pca(keys.pca, flux, min(N_DIRECTIONS, len(flux)))
             center, basis = pca.mean, pca.components
         own = sum_flux(flux, error, jnp.asarray(cell[part]), center, basis, n_experts)
         sums = own if sums is None else jax.tree.map(jnp.add, sums, own)
     assert sums is not None
+    assert first is not None
     assert center is not None
     assert basis is not None
     experts, n_stars = prepared.experts, np.bincount(cell[cell >= 0], minlength=n_experts)
     if (smallest := float(sums.n.min())) < 2:
         raise InputError(f"calibration.n_training is {settings.n_training}: a cell has {smallest:g} stars among them, expected 2")
     noise = sums.noise / sums.n[:, None]
-    residual = jnp.min(experts.mse, axis=1)
+    leverage = fit_leverage(sums, center, basis, experts.alpha, jnp.asarray(n_stars, experts.coef.dtype))
+    residual = residual_variance(
+        jnp.min(experts.mse, axis=1), approximate_leverage(leverage, first), jnp.asarray(cell[: len(first)])
+    )
     median = np.concatenate(medians)
     scaled = median.std() < SCALED * abs(median.mean())
     covered = prepared.train.covered()
     dtype = jnp.asarray(experts.coef).dtype
     n_levels = 0
     return Uncertainty(
-        leverage=fit_leverage(sums, center, basis, experts.alpha, jnp.asarray(n_stars, dtype)),
+        leverage=leverage,
         residual_variance=residual,
         misfit=misfit_variance(residual, experts.coef, noise),
         noise_variance=jnp.sum(sums.noise, axis=0) / jnp.sum(sums.n),
@@ -142,7 +147,7 @@ class Judged(NamedTuple):
     prediction: np.ndarray
     sigma: np.ndarray  #: before calibration
     half_width: np.ndarray  #: (N, L)
-    group: np.ndarray  #: expert of the largest weight, by which intervals are calibrated
+    group: np.ndarray  #: likeliest cell, by which intervals are calibrated
     cell: np.ndarray  #: true cell, -1 outside
     distance: np.ndarray
     parts: np.ndarray  #: (N, 4) misfit, coefficients, spread, noise
@@ -169,7 +174,7 @@ def judge(config: DataConfig, model: Model, part: Part) -> Judged:
             said.log_g,
             jnp.sqrt(said.variance.total),
             said.half_width,
-            jnp.argmax(said.weights, axis=1),
+            said.cell,
             said.distance,
             parts,
         )

@@ -18,6 +18,7 @@ from moe_jax.cells import assign_cells as assign_cells
 from moe_jax.cells import nearest_cells as nearest_cells
 from moe_jax.classifier import ClassifierFit as ClassifierFit
 from moe_jax.classifier import fit_classifier as fit_classifier
+from moe_jax.conformal import calibrate as calibrate
 from moe_jax.controls import fit_mlp_regressor as fit_mlp_regressor
 from moe_jax.controls import fit_temperature as fit_temperature
 from moe_jax.controls import predict_mlp_regressor as predict_mlp_regressor
@@ -27,6 +28,7 @@ from moe_jax.cross_validation import CrossValidatedRidge as CrossValidatedRidge
 from moe_jax.cross_validation import RidgeCV as RidgeCV
 from moe_jax.cross_validation import cross_validate_ridge as cross_validate_ridge
 from moe_jax.cross_validation import select_alpha as select_alpha
+from moe_jax.estimator import RidgeMixtureRegressor as RidgeMixtureRegressor
 from moe_jax.experts import Experts as Experts
 from moe_jax.experts import assign_folds as assign_folds
 from moe_jax.experts import cross_fitted_predictions as cross_fitted_predictions
@@ -37,6 +39,7 @@ from moe_jax.features import FEATURE_NAMES as FEATURE_NAMES
 from moe_jax.features import FeatureModel as FeatureModel
 from moe_jax.features import compute_features as compute_features
 from moe_jax.features import fit_features as fit_features
+from moe_jax.fisher import cramer_rao as cramer_rao
 from moe_jax.gates import Gate as Gate
 from moe_jax.gates import LinearGate as LinearGate
 from moe_jax.gates import MLPGate as MLPGate
@@ -52,6 +55,10 @@ from moe_jax.metrics import r2_by_group as r2_by_group
 from moe_jax.metrics import r2_score as r2_score
 from moe_jax.metrics import retention as retention
 from moe_jax.metrics import rmse as rmse
+from moe_jax.mixture import MixtureOfExperts as MixtureOfExperts
+from moe_jax.mixture import MoEPrediction as MoEPrediction
+from moe_jax.mixture import fit_moe as fit_moe
+from moe_jax.mixture import predict_moe as predict_moe
 from moe_jax.model import MixturePrediction as MixturePrediction
 from moe_jax.model import Model as Model
 from moe_jax.model import load_model as load_model
@@ -78,5 +85,6 @@ from moe_jax.survey import save_survey as save_survey
 from moe_jax.training import fit_gate as fit_gate
 from moe_jax.training import fit_gates as fit_gates
 from moe_jax.training import mixture_loss as mixture_loss
+from moe_jax.uncertainty import ridge_leverage as ridge_leverage
 from moe_jax.variance import required_stars as required_stars
 from moe_jax.variance import variance_components as variance_components

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -45,8 +45,8 @@ class Uncertainty(NamedTuple):
     """What a model needs to say how far its predictions can be trusted."""
 
     leverage: Leverage
-    residual_variance: Float[AnyArray, " K"]  #: out-of-fold, of each expert in its own cell
-    misfit: Float[AnyArray, " K"]  #: what it exceeds the flux noise in the expert's prediction by
+    residual_variance: Float[AnyArray, " K"]  #: s_k^2
+    misfit: Float[AnyArray, " K"]  #: m_k
     noise_variance: Float[AnyArray, " P"]  #: mean over the training stars: stands for errors that are not known
     center: Float[AnyArray, " P"]  #: flux about which the directions of ``leverage.basis`` go
     rest_variance: Float[AnyArray, " P"]  #: what these directions leave: the variance of a masked pixel that is filled
@@ -77,6 +77,7 @@ class MixturePrediction(NamedTuple):
     features: Float[jax.Array, "N F"]  #: standardised
     expert_predictions: Float[jax.Array, "N K"]
     global_log_g: Float[jax.Array, " N"]  #: of the global ridge
+    cell: Int[jax.Array, " N"]  #: the likeliest, by the classification gate; intervals are calibrated by it
     variance: PredictiveVariance | None = None  #: before calibration
     half_width: Float[jax.Array, "N L"] | None = None  #: of the calibrated intervals, by level
     distance: Float[jax.Array, " N"] | None = None  #: in feature space; above 1, the star is unlike the training stars
@@ -113,7 +114,8 @@ def predict_model(
     (log_g, gradient), (weights, features, predictions) = _mix(
         model.gate, model.gate_params, model.experts, model.features, pixels, jnp.asarray(flux), known is not None
     )
-    prediction = MixturePrediction(log_g, weights, features, predictions, predict_ridge(model.global_ridge, flux))
+    cell = jnp.argmax(LinearGate().apply(model.classification_params, features), axis=1)
+    prediction = MixturePrediction(log_g, weights, features, predictions, predict_ridge(model.global_ridge, flux), cell)
     if known is None:
         return prediction
     sigma = jnp.sqrt(known.noise_variance)[None, :] if error is None else jnp.asarray(error)
@@ -128,7 +130,7 @@ def predict_model(
         gradient,
         jnp.broadcast_to(sigma, flux.shape),
     )
-    quantiles = jnp.asarray(known.calibration.quantiles)[jnp.argmax(weights, axis=1)]
+    quantiles = jnp.asarray(known.calibration.quantiles)[cell]
     return prediction._replace(
         variance=variance,
         half_width=quantiles * jnp.sqrt(variance.total)[:, None],

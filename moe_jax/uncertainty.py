@@ -7,9 +7,10 @@ For a star with flux x and errors sigma, weights p_k and expert predictions f_k,
     + sum_k p_k (f_k - f)^2              spread between the experts
     + sum_j (df / dx_j)^2 sigma_j^2      noise of the flux, through experts, features and gate
 
-s_k^2 is the out-of-fold squared error of expert k in its own cell, m_k what it exceeds the flux noise in the expert by. h_k is
-the leverage x' (X'X + alpha I)^-1 x of the centred flux. ``ridge_leverage`` computes it exactly, in its kernel form, from the
-training spectra. A model does not keep those: ``approximate_leverage`` needs X'X as R common directions and a diagonal only.
+s_k^2 is the residual variance of expert k: its out-of-fold squared error in its own cell is s_k^2 (1 + 1 / n_k + mean h_k).
+m_k is what it exceeds the flux noise in the expert's prediction by. h_k is the leverage x' (X'X + alpha I)^-1 x of the centred
+flux. ``ridge_leverage`` computes it exactly, in its kernel form, from the training spectra. A model does not keep those:
+``approximate_leverage`` needs X'X as R common directions and a diagonal only.
 """
 
 from __future__ import annotations
@@ -177,10 +178,26 @@ def approximate_leverage(leverage: Leverage, flux: Float[AnyArray, "N P"]) -> Fl
 
 
 @jax.jit
+def residual_variance(
+    mse: Float[AnyArray, " K"], leverage: Float[AnyArray, "N K"], expert: Int[AnyArray, " N"]
+) -> Float[jax.Array, " K"]:
+    """s_k^2: the out-of-fold squared error of each expert, less the part that its uncertain coefficients have in it.
+
+    Args:
+        mse: out-of-fold, in each expert's own cell.
+        leverage: 1/n_k + h_k of some stars.
+        expert: own expert of each, -1 for none; an expert without any keeps its ``mse``.
+    """
+    own = (expert[:, None] == jnp.arange(len(mse))[None, :]).astype(leverage.dtype)
+    mean = jnp.sum(own * leverage, axis=0) / jnp.maximum(jnp.sum(own, axis=0), 1.0)
+    return jnp.asarray(mse) / (1.0 + mean)
+
+
+@jax.jit
 def misfit_variance(
     residual_variance: Float[AnyArray, " K"], coef: Float[AnyArray, "K P"], noise: Float[AnyArray, "K P"]
 ) -> Float[jax.Array, " K"]:
-    """m_k: what the out-of-fold squared error of each expert exceeds the flux noise in its prediction by; at least 0.
+    """m_k: what the residual variance of each expert exceeds the flux noise in its prediction by; at least 0.
 
     Args:
         residual_variance: s_k^2.

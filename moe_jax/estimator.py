@@ -1,0 +1,145 @@
+"""The mixture as a scikit-learn estimator: ``fit_moe`` and ``predict_moe`` behind fit and predict, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.cluster import KMeans
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from moe_jax.arrays import InputError
+from moe_jax.gates import Gate, LinearGate, MLPGate
+from moe_jax.mixture import ALPHAS, MixtureOfExperts, fit_moe, predict_moe
+from moe_jax.optimize import GateConfig
+
+
+class RidgeMixtureRegressor(RegressorMixin, BaseEstimator):
+    """Ridge experts, one for each cell of the data, mixed by a gate that is trained on the squared error of the mixture.
+
+    Columns and target are standardised inside. Cells are clusters of the rows (k-means) unless ``fit`` is given others;
+    clusters with fewer rows than two for each fold are merged into their nearest larger one.
+
+    Args:
+        n_experts: clusters, at most.
+        alphas: ridge penalties to choose from, for each expert.
+        gate: ``"mlp"`` or ``"linear"``.
+        hidden: units of the MLP.
+        epochs: most epochs of the gate's training; a fifth of the rows decides when it ends.
+        learning_rate: of the gate's training.
+        n_folds: folds within each cell.
+        random_state: int, ``RandomState`` or None.
+
+    Attributes:
+        mixture_: the ``MixtureOfExperts``, of standardised columns and target.
+        cell_: cell of each training row.
+        n_features_in_: number of columns.
+    """
+
+    def __init__(
+        self,
+        n_experts: int = 4,
+        *,
+        alphas: Sequence[float] = ALPHAS,
+        gate: Literal["mlp", "linear"] = "mlp",
+        hidden: int = 32,
+        epochs: int = 300,
+        learning_rate: float = 1e-3,
+        n_folds: int = 5,
+        random_state: Any = None,
+    ) -> None:
+        self.n_experts = n_experts
+        self.alphas = alphas
+        self.gate = gate
+        self.hidden = hidden
+        self.epochs = epochs
+        self.learning_rate = learning_rate
+        self.n_folds = n_folds
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any, cell: Any = None) -> RidgeMixtureRegressor:
+        """Fits experts and gate.
+
+        Args:
+            X: (N, P) columns.
+            y: (N,) target.
+            cell: (N,) expert of each row, 0 .. K - 1; clusters of the rows by default.
+
+        Raises:
+            ValueError: as any estimator; also for fewer than 4 rows, and parameters out of range.
+        """
+        X, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True, ensure_min_samples=4)
+        gate = self._gate()
+        state = check_random_state(self.random_state)
+        n_folds = min(self.n_folds, len(y) // 2)
+        self._x_mean, self._x_scale = X.mean(axis=0), _scale(X)
+        self._y_mean, self._y_scale = y.mean(), float(_scale(y[:, None])[0])
+        x = (X - self._x_mean) / self._x_scale
+        self.cell_ = self._clusters(x, n_folds, state) if cell is None else np.asarray(cell)
+        config = GateConfig(epochs=self.epochs, learning_rate=self.learning_rate, batch_size=min(256, len(y)), patience=20)
+        with jax.enable_x64(True):
+            fitted = fit_moe(
+                jax.random.key(state.randint(2**31)),
+                x,
+                (y - self._y_mean) / self._y_scale,
+                self.cell_,
+                alphas=tuple(self.alphas),
+                n_folds=n_folds,
+                gate=gate,
+                config=config,
+            )
+            self.mixture_ = jax.tree.map(np.asarray, fitted, is_leaf=lambda leaf: leaf is gate)._replace(gate=gate)
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        """(N,) predictions."""
+        return self._predict(X)[0]
+
+    def predict_weights(self, X: Any) -> np.ndarray:
+        """(N, K) weights of the experts."""
+        return self._predict(X)[1]
+
+    def _predict(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False)
+        mixture: MixtureOfExperts = self.mixture_
+        with jax.enable_x64(True):
+            said = predict_moe(mixture, jnp.asarray((X - self._x_mean) / self._x_scale))
+            return np.asarray(said.y) * self._y_scale + self._y_mean, np.asarray(said.weights)
+
+    def _gate(self) -> Gate:
+        if not isinstance(self.n_experts, Integral) or self.n_experts < 1:
+            raise InputError(f"n_experts is {self.n_experts!r}, expected a whole number, at least 1")
+        if not isinstance(self.n_folds, Integral) or self.n_folds < 2:
+            raise InputError(f"n_folds is {self.n_folds!r}, expected a whole number, at least 2")
+        if self.gate == "mlp":
+            return MLPGate(self.hidden)
+        if self.gate == "linear":
+            return LinearGate()
+        raise InputError(f"gate is {self.gate!r}, expected 'mlp' or 'linear'")
+
+    def _clusters(self, x: np.ndarray, n_folds: int, state: np.random.RandomState) -> np.ndarray:
+        """Clusters of the rows, each with at least two rows for each fold."""
+        n_clusters = min(self.n_experts, max(1, len(x) // (2 * n_folds)))
+        distinct = len(np.unique(x, axis=0))
+        model = KMeans(min(n_clusters, distinct), n_init=1, random_state=state).fit(x)
+        counts = np.bincount(model.labels_, minlength=model.n_clusters)
+        large = np.flatnonzero(counts >= 2 * n_folds)
+        if len(large) == 0:
+            return np.zeros(len(x), int)
+        # Rows of a small cluster go where the nearest centre of a large one is.
+        distance = np.square(x[:, None, :] - model.cluster_centers_[large][None]).sum(axis=2)
+        kept = np.searchsorted(large, model.labels_)
+        is_large = np.isin(model.labels_, large)
+        return np.where(is_large, np.minimum(kept, len(large) - 1), distance.argmin(axis=1))
+
+
+def _scale(x: np.ndarray) -> np.ndarray:
+    scale: np.ndarray = x.std(axis=0)
+    return np.where(scale > 0, scale, 1.0)

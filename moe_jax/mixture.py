@@ -1,0 +1,125 @@
+"""A mixture of ridge experts for any data: from plain arrays to a fitted mixture, free of leakage.
+
+One ridge regression for each cell of the data, its penalty by cross-validation; then a gate on the experts' out-of-fold
+predictions. What the cells are is the caller's choice: bins of a label, clusters of x, anything.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
+
+from moe_jax.arrays import AnyArray, InputError, require_same_length
+from moe_jax.experts import assign_folds, cross_fitted_predictions, fit_experts
+from moe_jax.gates import Gate, MLPGate
+from moe_jax.optimize import GateConfig, Params
+from moe_jax.ridge import Ridge, predict_ridges
+from moe_jax.routing import route_soft
+from moe_jax.training import fit_gate
+
+ALPHAS = (1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
+
+
+class MixtureOfExperts(NamedTuple):
+    """A fitted mixture."""
+
+    experts: Ridge  #: stacked, coef (K, P) and intercept (K,)
+    alpha: Float[AnyArray, " K"]  #: penalty of each expert
+    at_edge: Bool[AnyArray, " K"]  #: whether it is the smallest or largest that was tried
+    gate: Gate
+    gate_params: Params
+    feature_mean: Float[AnyArray, " F"]
+    feature_scale: Float[AnyArray, " F"]  #: standard deviation of the training rows; 1 for a constant
+
+
+class MoEPrediction(NamedTuple):
+    """What a mixture says of each row."""
+
+    y: Float[jax.Array, " N"]
+    weights: Float[jax.Array, "N K"]
+    expert_predictions: Float[jax.Array, "N K"]
+
+
+def fit_moe(
+    key: PRNGKeyArray,
+    x: Float[AnyArray, "N P"],
+    y: Float[AnyArray, " N"],
+    cell: Int[AnyArray, " N"],
+    features: Float[AnyArray, "N F"] | None = None,
+    *,
+    alphas: tuple[float, ...] = ALPHAS,
+    n_folds: int = 5,
+    gate: Gate | None = None,
+    config: GateConfig | None = None,
+) -> MixtureOfExperts:
+    """Fits experts and gate; in the precision of x.
+
+    Args:
+        key: draws the folds, the gate's initial params, its validation rows and its batches.
+        x: what the experts regress on; a ridge penalises all columns alike, so bring them to one scale.
+        y: target.
+        cell: expert of each row, 0 .. K - 1, or -1 for a row that nothing is fitted to; concrete. A cell has at least
+            2 * n_folds rows.
+        features: what the gate sees, standardised inside; x by default.
+        alphas: penalties to choose from, for each expert.
+        n_folds: folds within each cell: of the choice of penalties, and of the predictions that the gate is trained on.
+        gate: ``MLPGate()`` by default.
+        config: of its training.
+
+    Raises:
+        InputError: shapes that disagree, numbers that are not finite, a cell with too few rows, or penalties that are not
+            positive.
+    """
+    features = x if features is None else features
+    require_same_length(x=x, y=y, cell=cell)
+    require_same_length(features=features, y=y)
+    for name, array in (("x", x), ("y", y), ("features", features)):
+        if not bool(jnp.isfinite(jnp.asarray(array)).all()):
+            raise InputError(f"{name} holds numbers that are not finite, expected finite ones")
+    if n_folds < 2:
+        raise InputError(f"n_folds is {n_folds}, expected at least 2")
+    gate, config = gate or MLPGate(), config or GateConfig()
+    key_folds, key_gate = jax.random.split(key)
+    x, y, features, cell = jnp.asarray(x), jnp.asarray(y), jnp.asarray(features), np.asarray(cell)
+    folds = assign_folds(key_folds, cell, n_folds)
+    experts = fit_experts(x, y, cell, jnp.asarray(alphas, x.dtype), folds, n_experts=int(cell.max()) + 1)
+    ridges = Ridge(experts.coef, experts.intercept)
+    rows = np.flatnonzero(cell >= 0)
+    predictions = cross_fitted_predictions(predict_ridges(ridges, x), experts.out_of_fold, cell)[rows]
+    chosen = features[rows]
+    mean, scale = jnp.mean(chosen, axis=0), jnp.std(chosen, axis=0)
+    scale = jnp.where(scale > 0, scale, 1.0)
+    fit = fit_gate(key_gate, gate, (chosen - mean[None, :]) / scale[None, :], predictions, y[rows], config)
+    return MixtureOfExperts(ridges, experts.alpha, experts.at_edge, gate, fit.params, mean, scale)
+
+
+def predict_moe(
+    mixture: MixtureOfExperts, x: Float[AnyArray, "N P"], features: Float[AnyArray, "N F"] | None = None
+) -> MoEPrediction:
+    """Predictions of a mixture for any rows.
+
+    Args:
+        mixture: of ``fit_moe``.
+        x: as there.
+        features: as there; x by default.
+
+    Raises:
+        InputError: another number of columns than in the fit.
+    """
+    features = x if features is None else features
+    n_columns, n_features = mixture.experts.coef.shape[1], len(mixture.feature_mean)
+    for name, array, expected in (("x", x, n_columns), ("features", features, n_features)):
+        if array.ndim != 2 or array.shape[1] != expected:
+            raise InputError(f"{name} has shape {array.shape}, expected (N, {expected}) as in the fit")
+    require_same_length(x=x)
+    if len(features) != len(x):
+        raise InputError(f"features has shape {features.shape}, expected ({len(x)}, {n_features}) like the rows of x {x.shape}")
+    weights = mixture.gate.apply(
+        mixture.gate_params, (jnp.asarray(features) - mixture.feature_mean[None, :]) / mixture.feature_scale[None, :]
+    )
+    predictions = predict_ridges(mixture.experts, jnp.asarray(x))
+    return MoEPrediction(route_soft(weights, predictions), weights, predictions)
