@@ -108,10 +108,19 @@ def use_all_cores() -> None:
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
 
 
-def run_command(main: Callable[[Any], object], presets: dict[str, Any], description: str | None) -> None:
-    """Runs an experiment from the command line; bad input ends in one sentence and exit code 2, without a traceback."""
+def run_command(main: Callable[[Any], object], presets: dict[str, Any] | type, description: str | None) -> None:
+    """Runs an experiment from the command line; bad input ends in one sentence and exit code 2, without a traceback.
+
+    Args:
+        main: takes the configuration.
+        presets: configurations by name, or the type of one that has no presets.
+        description: what ``--help`` says first: the docstring of the experiment.
+    """
     try:
-        config = parse_config(presets, description, sys.argv[1:])
+        if isinstance(presets, dict):
+            config = parse_config(presets, description, sys.argv[1:])
+        else:
+            config = tyro.cli(presets, description=description)
         use_all_cores()
         keep_compiled_programs()
         jax.monitoring.register_event_duration_secs_listener(_count_compilation)

@@ -3,7 +3,10 @@
     python -m experiments.make_survey --output-dir surveys
     python -m experiments.regress_gate --train-file surveys/train.h5 --test-file surveys/test.h5
 
-With the same seed and numbers of stars the second command gives the table that ``regress_gate`` gives without files.
+    python -m experiments.make_survey --noise-level 0.2 --n-train 1 --output-dir observed      as a spectrograph sees them
+    python -m experiments.predict results/regress_gate/default/model observed/test.h5 -o stars.csv
+
+With the same seed and numbers of stars regress_gate gives from the files the table that it gives without them.
 The default files take 1.1 GB.
 """
 
@@ -13,12 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import jax
+
 from experiments import regress_gate
 from experiments.command_line import Stages, console, run_command
-from experiments.prepared import DataConfig
+from experiments.prepared import DataConfig, draw_keys
 from experiments.surveys import open_surveys
+from moe_jax.arrays import AnyArray
 from moe_jax.simulate import LabelSampling
-from moe_jax.survey import save_spectra
+from moe_jax.survey import Spectra, add_star_noise, save_spectra, star_keys
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,25 @@ class MakeSurveyConfig:
     n_test: int = regress_gate.PRESETS["default"].n_test
     label_sampling: LabelSampling = "lattice"
     """How labels are drawn."""
+    noise_level: float = 0.0
+    """0: clean spectra, whose noise regress_gate draws. Above: noisy ones with their errors, as predict reads them; the noise is
+    that which regress_gate draws with the same seed and noise level."""
     seed: int = 0
     output_dir: Path = Path("surveys")
     """Where train.h5 and test.h5 go."""
+
+
+class Noisy:
+    """Spectra with the noise that an experiment draws for them, and its standard deviation."""
+
+    def __init__(self, spectra: Spectra, key: jax.Array, noise_level: float) -> None:
+        self.wave, self.labels, self.n_stars = spectra.wave, spectra.labels, spectra.n_stars
+        self._spectra, self._keys, self._noise_level = spectra, star_keys(key, spectra.n_stars), noise_level
+
+    def read(self, start: int, stop: int) -> tuple[AnyArray, AnyArray]:
+        """Noisy flux and error of the stars ``start`` to ``stop - 1``."""
+        flux, error = self._spectra.read(start, stop)
+        return add_star_noise(self._keys[start:stop], flux, error, self._noise_level), error * self._noise_level
 
 
 PRESETS = {name: MakeSurveyConfig(config.preset, config.n_train, config.n_test) for name, config in regress_gate.PRESETS.items()}
@@ -42,8 +64,17 @@ PRESETS = {name: MakeSurveyConfig(config.preset, config.n_train, config.n_test) 
 def main(config: MakeSurveyConfig) -> None:
     """Draws both surveys and writes them, in parts, so that they may be larger than the memory."""
     stages = Stages()
-    drawn = DataConfig(n_train=config.n_train, n_test=config.n_test, label_sampling=config.label_sampling, seed=config.seed)
-    for name, spectra in zip(("train", "test"), open_surveys(drawn), strict=True):
+    drawn = DataConfig(
+        n_train=config.n_train,
+        n_test=config.n_test,
+        label_sampling=config.label_sampling,
+        seed=config.seed,
+        noise_level=config.noise_level,
+    )
+    keys = draw_keys(config.seed)
+    noise = {"train": keys.train_noise, "test": keys.test_noise}
+    for (name, key), source in zip(noise.items(), open_surveys(drawn), strict=True):
+        spectra: Spectra = Noisy(source, key, config.noise_level) if config.noise_level > 0 else source
         path = config.output_dir / f"{name}.h5"
         with stages.chunks(f"{name}.h5", spectra.n_stars) as advance:
             save_spectra(path, spectra, on_written=advance)

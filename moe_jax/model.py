@@ -169,7 +169,7 @@ def save_model(folder: Path | str, model: Model) -> None:
         InputError: for a gate that is neither linear nor an MLP.
     """
     folder = Path(folder)
-    data = save({name: np.ascontiguousarray(array) for name, array in _arrays(model).items()})
+    data = save({name: np.asarray(array, order="C") for name, array in _arrays(model).items()})
     meaning = {
         "schema_version": SCHEMA_VERSION,
         "arrays_sha256": hashlib.sha256(data).hexdigest(),
@@ -214,7 +214,7 @@ def load_model(folder: Path | str) -> Model:
         model = Model(
             wave=arrays["wave"],
             experts=Ridge(flat["experts/coef"], flat["experts/intercept"]),
-            global_ridge=Ridge(flat["global/coef"], flat["global/intercept"]),
+            global_ridge=Ridge(flat["global/coef"], _scalar(flat["global/intercept"])),
             features=FeatureModel(
                 PCA(flat["features/pca_mean"], flat["features/pca_components"]), flat["features/mean"], flat["features/scale"]
             ),
@@ -324,6 +324,11 @@ def _unflatten(flat: dict[str, Any], kind: str) -> Params:
     if "head" not in params:
         raise KeyError(f"{kind}/head/kernel")
     return params
+
+
+def _scalar(array: jax.Array) -> jax.Array:
+    """Schema 1 held scalars as arrays of one number."""
+    return array.reshape(()) if array.shape == (1,) else array
 
 
 def _describe_gate(gate: Gate) -> dict[str, Any]:

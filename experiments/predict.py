@@ -1,0 +1,92 @@
+"""Predicts log g of the stars in a file with a trained model.
+
+    python -m experiments.predict MODEL SPECTRA.h5 -o OUT.csv
+    python -m experiments.predict results/regress_gate/default/model spectra.fits -o stars.parquet
+
+MODEL is the folder ``model`` that regress_gate wrote. SPECTRA holds noisy spectra as observed: HDF5 with
+spectrumdataset/wave, dataset/arrays/flux/value and dataset/arrays/error/value (or ivar), or FITS with the extensions
+WAVELENGTH, FLUX and ERROR (or IVAR). Wavelengths in vacuum, Angstrom; other pixels than the model's are resampled. OUT ends in
+.csv, .parquet or .fits (FITS and Parquet: pip install 'moe_jax[astro]'). What the columns mean stands in README.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import tyro
+
+from experiments.command_line import Stages, console, run_command
+from moe_jax.application import Application, apply_model, prepare_application
+from moe_jax.arrays import InputError
+from moe_jax.catalogue import open_catalogue, require_suffix
+from moe_jax.model import load_model
+from moe_jax.observed import ObservedFile, ObservedSpectra
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """What is predicted, with what, and where it goes."""
+
+    model: tyro.conf.Positional[Path]
+    """Folder of a model that regress_gate wrote."""
+    spectra: tyro.conf.Positional[Path]
+    """HDF5 or FITS file of observed spectra."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Table to write: .csv, .parquet or .fits."""
+    chunk_stars: int = 2_048
+    """Stars that are in memory at a time."""
+
+    def __post_init__(self) -> None:
+        if self.chunk_stars < 1:
+            raise InputError(f"chunk_stars is {self.chunk_stars}, expected at least 1")
+
+
+def main(config: PredictConfig) -> None:
+    """Predicts chunk by chunk, and says what there is to know of the stars."""
+    stages = Stages()
+    require_suffix(config.output)
+    model = load_model(config.model)
+    file = ObservedFile(config.spectra)
+    try:
+        application = prepare_application(model, file.wave, str(config.spectra))
+    except InputError as reason:
+        raise InputError(str(reason).replace("the model has", f"{config.model}: the model has", 1)) from reason
+    if application.overlap is not None:
+        console.print(
+            f"{config.spectra}: {len(file.wave)} pixels from {file.wave[0]:.2f} to {file.wave[-1]:.2f} Angstrom, resampled to the "
+            f"{len(model.wave)} of the model",
+            highlight=False,
+        )
+    if not file.has_errors:
+        console.print(f"{config.spectra}: neither errors nor ivar; those of the training stars stand in", highlight=False)
+    if not len(np.asarray(application.known.calibration.levels)):
+        console.print(f"{config.model}: not calibrated; uncertainty is the standard deviation of the model", highlight=False)
+    flags: Counter[str] = Counter()
+    masked = 0
+    with open_catalogue(config.output) as catalogue, stages.chunks("predicted", file.n_stars) as advance:
+        for start in range(0, file.n_stars, config.chunk_stars):
+            stop = min(start + config.chunk_stars, file.n_stars)
+            part = _apply(application, file.read(start, stop), start, min(config.chunk_stars, file.n_stars))
+            catalogue.write(part)
+            flags.update(flag for row in part["flags"] for flag in row.split("|") if flag)
+            masked += int(part["n_masked"].sum())
+            advance(stop - start)
+    console.print(f"{config.output}: {file.n_stars:,} stars, {masked:,} masked pixels", highlight=False)
+    for flag, count in flags.items():
+        console.print(f"{flag}: {count:,} stars", highlight=False)
+
+
+def _apply(application: Application, spectra: ObservedSpectra, start: int, chunk_stars: int) -> pd.DataFrame:
+    """``apply_model`` on a whole chunk, so that the last one shares the compiled programs of the others."""
+    n_stars = len(spectra.flux)
+    pad = ((0, chunk_stars - n_stars), (0, 0))
+    return apply_model(application, ObservedSpectra(*(np.pad(array, pad, mode="edge") for array in spectra)), start)[:n_stars]
+
+
+if __name__ == "__main__":
+    run_command(main, PredictConfig, __doc__)

@@ -1,0 +1,131 @@
+"""A model applied to spectra as they were observed: other pixels, another scale, masked pixels, unusual stars.
+
+In this order: resampled to the model's pixels with the flux conserved, where they differ; scaled to the median of the training
+spectra, where these had one; masked pixels filled by what the others suggest; predicted; flagged.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+from scipy import sparse
+
+from moe_jax.arrays import AnyArray, InputError
+from moe_jax.features import LINE_WINDOWS, SIDEBAND
+from moe_jax.model import Model, Uncertainty, predict_model
+from moe_jax.observed import ObservedSpectra
+from moe_jax.resample import LEAST_OVERLAP, overlaps, pixel_edges, resample
+
+UNLIKE_TRAINING, MANY_MASKED, NOT_PREDICTED = "unlike_training", "many_masked", "not_predicted"
+MANY = 0.1  # part of the pixels, all or of one line's window, above which a star is flagged
+TOO_MANY = 0.5  # part of the pixels above which nothing is predicted
+SAME_WAVE = 1e-3  # Angstrom
+
+
+class Application(NamedTuple):
+    """A model prepared for spectra on given wavelengths."""
+
+    model: Model
+    known: Uncertainty
+    overlap: sparse.csr_matrix | None  #: None where the wavelengths are those of the model
+
+
+def prepare_application(model: Model, wave: Float[AnyArray, " Q"], source: str = "wave") -> Application:
+    """Checks a model against wavelengths, and sets up the resampling where they differ.
+
+    Args:
+        model: with uncertainties.
+        wave: of the spectra, vacuum Angstrom, increasing.
+        source: whose name errors carry.
+
+    Raises:
+        InputError: for a model without uncertainties, or wavelengths that cover less than half of the model's pixels or no
+            pixel of a line.
+    """
+    if model.uncertainty is None:
+        raise InputError("the model has no uncertainties, expected one that a present version of regress_gate has written")
+    wave, own = np.asarray(wave, np.float64), np.asarray(model.wave, np.float64)
+    if wave.shape == own.shape and np.allclose(wave, own, rtol=0, atol=SAME_WAVE):
+        return Application(model, model.uncertainty, None)
+    overlap = overlaps(wave, own)
+    covered = np.asarray(overlap.sum(axis=1)).ravel() >= LEAST_OVERLAP * np.diff(pixel_edges(own))
+    windows = [covered[(own >= low - SIDEBAND) & (own <= high + SIDEBAND)] for low, high in LINE_WINDOWS.values()]
+    if covered.mean() < 1 - TOO_MANY or not all(window.any() for window in windows):
+        raise InputError(
+            f"{source}: found {wave[0]:g} to {wave[-1]:g} Angstrom, which cover {covered.mean():.0%} of the model's pixels, "
+            f"expected most of {own[0]:g} to {own[-1]:g}, and the lines from {min(low for low, _ in LINE_WINDOWS.values()):g} to "
+            f"{max(high for _, high in LINE_WINDOWS.values()):g}"
+        )
+    return Application(model, model.uncertainty, overlap)
+
+
+class Prepared(NamedTuple):
+    """Spectra on the model's pixels and scale."""
+
+    flux: Float[np.ndarray, "N P"]
+    error: Float[np.ndarray, "N P"] | None
+    good: Bool[np.ndarray, "N P"]
+    usable: Bool[np.ndarray, " N"]  #: False for a star with too few pixels, or a median that is not positive
+
+
+def prepare_spectra(application: Application, spectra: ObservedSpectra) -> Prepared:
+    """Resamples and scales observed spectra; arguments as those of ``apply_model``."""
+    flux, error, good = spectra
+    has_errors = not np.isnan(error).all()
+    if application.overlap is not None:
+        flux, error, good = resample(flux, np.where(good, error, 0.0), good, application.overlap, application.model.wave)
+    target = float(application.known.flux_median)
+    usable = good.mean(axis=1) >= 1 - TOO_MANY
+    if np.isfinite(target):
+        median = np.array([np.median(f[g]) if u else np.nan for f, g, u in zip(flux, good, usable, strict=True)])
+        usable &= median > 0
+        scale = np.where(usable, target / np.where(usable, median, 1.0), 1.0)[:, None].astype(flux.dtype)
+        flux, error = flux * scale, error * scale
+    usable &= np.isfinite(flux).all(axis=1)
+    return Prepared(np.where(usable[:, None], flux, 0.0), error if has_errors else None, good & usable[:, None], usable)
+
+
+def apply_model(application: Application, spectra: ObservedSpectra, first_star: int = 0) -> pd.DataFrame:
+    """The table of predictions for some stars.
+
+    Args:
+        application: of ``prepare_application``.
+        spectra: as observed, on the wavelengths that it was prepared for.
+        first_star: number of the first of them.
+
+    Returns:
+        Columns star, log_g, uncertainty (half-width of the 68 % interval; standard deviation before calibration where the model
+        is not calibrated), half_width_LEVEL for the higher levels, weight_CELL for each expert, distance (in feature space, 1: the
+        limit), n_masked (of the model's pixels) and flags (names joined by |). NaN for a star that is not predicted.
+    """
+    model, known = application.model, application.known
+    flux, error, good, usable = prepare_spectra(application, spectra)
+    safe = np.where(usable[:, None], good, True)  # nothing to fill a star from: what is said of it is dropped
+    said = predict_model(model, jnp.asarray(flux), None if error is None else jnp.asarray(error), jnp.asarray(safe))
+    assert said.variance is not None
+    assert said.half_width is not None
+    masked = ~good
+    many = masked.mean(axis=1) > MANY
+    wave = np.asarray(model.wave)
+    for low, high in LINE_WINDOWS.values():
+        many |= masked[:, (wave >= low) & (wave <= high)].mean(axis=1) > MANY
+    distance = np.asarray(said.distance)
+    bits = {UNLIKE_TRAINING: usable & ~(distance <= 1), MANY_MASKED: many, NOT_PREDICTED: ~usable}
+    flags = ["|".join(name for name, raised in zip(bits, row, strict=True) if raised) for row in zip(*bits.values(), strict=True)]
+
+    def column(values: AnyArray) -> np.ndarray:
+        return np.where(usable, np.asarray(values), np.nan)
+
+    sigma, half_width = np.sqrt(np.asarray(said.variance.total)), np.asarray(said.half_width)
+    levels = np.asarray(known.calibration.levels)
+    columns: dict[str, AnyArray | list[str]] = {"star": np.arange(first_star, first_star + len(flux)), "log_g": column(said.log_g)}
+    columns["uncertainty"] = column(half_width[:, 0] if len(levels) else sigma)
+    columns |= {f"half_width_{100 * level:.0f}": column(half_width[:, i]) for i, level in enumerate(levels) if i}
+    weights = np.asarray(said.weights)
+    columns |= {f"weight_{k}": column(weights[:, k]) for k in range(weights.shape[1])}
+    columns |= {"distance": column(distance), "n_masked": masked.sum(axis=1), "flags": flags}
+    return pd.DataFrame(columns)
