@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
 import tyro
 
 from experiments.command_line import Stages, console, run_command
-from moe_jax.application import Application, apply_model, prepare_application
+from moe_jax.application import Application, apply_model, needs_scaling, prepare_application
 from moe_jax.arrays import InputError
 from moe_jax.catalogue import open_catalogue, require_suffix
 from moe_jax.model import load_model
@@ -38,6 +38,8 @@ class PredictConfig:
     """HDF5 or FITS file of observed spectra."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Table to write: .csv, .parquet or .fits."""
+    scale: Literal["auto", "always", "never"] = "auto"
+    """Whether spectra are scaled to the median of the training spectra: auto, if those of the file lie on another scale."""
     chunk_stars: int = 2_048
     """Stars that are in memory at a time."""
 
@@ -62,6 +64,11 @@ def main(config: PredictConfig) -> None:
             f"{len(model.wave)} of the model",
             highlight=False,
         )
+    sample = file.read(0, min(config.chunk_stars, file.n_stars))
+    scale = config.scale == "always" or (config.scale == "auto" and needs_scaling(application, sample))
+    application = application._replace(scale=scale)
+    if scale:
+        console.print(f"{config.spectra}: each spectrum is scaled to the median of the training spectra", highlight=False)
     if not file.has_errors:
         console.print(f"{config.spectra}: neither errors nor ivar; those of the training stars stand in", highlight=False)
     if not len(np.asarray(application.known.calibration.levels)):

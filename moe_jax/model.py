@@ -88,6 +88,7 @@ def predict_model(
     flux: Float[AnyArray, "N P"],
     error: Float[AnyArray, "N P"] | None = None,
     good: Bool[AnyArray, "N P"] | None = None,
+    scale_error: Float[AnyArray, " N"] | None = None,
 ) -> MixturePrediction:
     """Applies a model to noisy spectra on its own wavelengths, scaled as those it was trained on.
 
@@ -96,6 +97,7 @@ def predict_model(
         flux: noisy.
         error: standard deviation of its noise; by default that of the training stars.
         good: False for pixels that are masked, and filled before anything else; needs a model with uncertainties.
+        scale_error: relative standard deviation of the factor by which a spectrum was scaled; 0 by default.
 
     Raises:
         InputError: for another number of pixels, or masked pixels where the model has nothing to fill them with.
@@ -130,6 +132,9 @@ def predict_model(
         gradient,
         jnp.broadcast_to(sigma, flux.shape),
     )
+    if scale_error is not None:
+        scaling = jnp.sum(jnp.asarray(gradient) * flux, axis=1) * scale_error
+        variance = variance._replace(noise=variance.noise + scaling**2)
     quantiles = jnp.asarray(known.calibration.quantiles)[cell]
     return prediction._replace(
         variance=variance,
