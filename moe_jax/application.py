@@ -20,7 +20,7 @@ from scipy import sparse
 
 from moe_jax.arrays import AnyArray, InputError
 from moe_jax.features import LINE_WINDOWS, SIDEBAND
-from moe_jax.model import Model, Uncertainty, predict_model
+from moe_jax.model import Model, Uncertainty, predict_model, with_variance
 from moe_jax.observed import ObservedSpectra
 from moe_jax.resample import LEAST_OVERLAP, overlaps, pixel_edges, resample
 
@@ -88,6 +88,7 @@ class Prepared(NamedTuple):
     good: Bool[np.ndarray, "N P"]
     usable: Bool[np.ndarray, " N"]  #: False for a star with too few pixels, or a median that is not positive
     scale_error: Float[np.ndarray, " N"] | None  #: relative, of the factor by which it was scaled
+    scale: Float[np.ndarray, " N"]  #: that factor
 
 
 def prepare_spectra(application: Application, spectra: ObservedSpectra) -> Prepared:
@@ -98,22 +99,38 @@ def prepare_spectra(application: Application, spectra: ObservedSpectra) -> Prepa
         flux, error, good = resample(flux, np.where(good, error, 0.0), good, application.overlap, application.model.wave)
     target = float(application.known.flux_median)
     usable = good.mean(axis=1) >= 1 - TOO_MANY
-    scale_error = None
+    scale_error, scale = None, np.ones(len(flux), flux.dtype)
     if application.scale and np.isfinite(target):
         rows = list(zip(flux, error, good, usable, strict=True))
         median = np.array([np.median(f[g]) if u else np.nan for f, _, g, u in rows])
         typical = np.array([np.median(e[g]) / np.sqrt(g.sum()) if u else np.nan for _, e, g, u in rows])
         usable &= median > 0
         safe = np.where(usable, median, 1.0)
-        scale = np.where(usable, target / safe, 1.0)[:, None].astype(flux.dtype)
-        flux, error = flux * scale, error * scale
+        scale = np.where(usable, target / safe, 1.0).astype(flux.dtype)
+        flux, error = flux * scale[:, None], error * scale[:, None]
         known = np.sqrt(np.asarray(application.known.noise_variance))
         unknown = np.median(known) / target / np.sqrt(good.sum(axis=1).clip(1))
         scale_error = MEDIAN_ERROR * np.where(usable, typical / safe if has_errors else unknown, 0.0)
     usable &= np.isfinite(flux).all(axis=1)
     return Prepared(
-        np.where(usable[:, None], flux, 0.0), error if has_errors else None, good & usable[:, None], usable, scale_error
+        np.where(usable[:, None], flux, 0.0), error if has_errors else None, good & usable[:, None], usable, scale_error, scale
     )
+
+
+def _shared_noise(
+    overlap: sparse.csr_matrix, spectra: ObservedSpectra, prepared: Prepared, gradient: AnyArray
+) -> Float[np.ndarray, " N"]:
+    """What the noise that neighbouring pixels share after resampling adds to the variance of each star's prediction.
+
+    The gradient in the observed pixels, times their errors, less the same sum in the resampled pixels as if independent.
+    """
+    good, observed = spectra.good, np.where(spectra.good, spectra.error, 0.0) * prepared.scale[:, None]
+    covered = (overlap @ good.T.astype(np.float64)).T
+    own = np.where(prepared.good, np.asarray(gradient), 0.0)
+    back = (overlap.T @ (own / np.where(covered > 0, covered, 1.0)).T).T
+    apart = np.where(prepared.good, np.asarray(prepared.error), 0.0)
+    found: np.ndarray = np.sum((back * observed) ** 2, axis=1) - np.sum((own * apart) ** 2, axis=1)
+    return found
 
 
 def apply_model(application: Application, spectra: ObservedSpectra, first_star: int = 0) -> pd.DataFrame:
@@ -130,12 +147,17 @@ def apply_model(application: Application, spectra: ObservedSpectra, first_star: 
         limit), n_masked (of the model's pixels) and flags (names joined by |). NaN for a star that is not predicted.
     """
     model, known = application.model, application.known
-    flux, error, good, usable, scale_error = prepare_spectra(application, spectra)
+    prepared = prepare_spectra(application, spectra)
+    flux, error, good, usable, scale_error, _ = prepared
     safe = np.where(usable[:, None], good, True)  # nothing to fill a star from: what is said of it is dropped
     optional = [None if array is None else jnp.asarray(array, flux.dtype) for array in (error, scale_error)]
     said = predict_model(model, jnp.asarray(flux), optional[0], jnp.asarray(safe), optional[1])
     assert said.variance is not None
-    assert said.half_width is not None
+    if application.overlap is not None and error is not None:
+        assert said.gradient is not None
+        shared = _shared_noise(application.overlap, spectra, prepared, said.gradient)
+        noise = jnp.maximum(said.variance.noise + jnp.asarray(shared, flux.dtype), 0.0)
+        said = with_variance(model, said, said.variance._replace(noise=noise))
     masked = ~good
     many = masked.mean(axis=1) > MANY
     wave = np.asarray(model.wave)
@@ -148,6 +170,7 @@ def apply_model(application: Application, spectra: ObservedSpectra, first_star: 
     def column(values: AnyArray) -> np.ndarray:
         return np.where(usable, np.asarray(values), np.nan)
 
+    assert said.variance is not None
     sigma, half_width = np.sqrt(np.asarray(said.variance.total)), np.asarray(said.half_width)
     levels = np.asarray(known.calibration.levels)
     columns: dict[str, AnyArray | list[str]] = {"star": np.arange(first_star, first_star + len(flux)), "log_g": column(said.log_g)}

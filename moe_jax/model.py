@@ -81,6 +81,7 @@ class MixturePrediction(NamedTuple):
     variance: PredictiveVariance | None = None  #: before calibration
     half_width: Float[jax.Array, "N L"] | None = None  #: of the calibrated intervals, by level
     distance: Float[jax.Array, " N"] | None = None  #: in feature space; above 1, the star is unlike the training stars
+    gradient: Float[jax.Array, "N P"] | None = None  #: of log_g in the flux
 
 
 def predict_model(
@@ -135,12 +136,15 @@ def predict_model(
     if scale_error is not None:
         scaling = jnp.sum(jnp.asarray(gradient) * flux, axis=1) * scale_error
         variance = variance._replace(noise=variance.noise + scaling**2)
-    quantiles = jnp.asarray(known.calibration.quantiles)[cell]
-    return prediction._replace(
-        variance=variance,
-        half_width=quantiles * jnp.sqrt(variance.total)[:, None],
-        distance=feature_distance(known.feature_range, features),
-    )
+    prediction = prediction._replace(distance=feature_distance(known.feature_range, features), gradient=gradient)
+    return with_variance(model, prediction, variance)
+
+
+def with_variance(model: Model, prediction: MixturePrediction, variance: PredictiveVariance) -> MixturePrediction:
+    """A prediction with this variance and the calibrated intervals that follow from it."""
+    assert model.uncertainty is not None
+    quantiles = jnp.asarray(model.uncertainty.calibration.quantiles)[prediction.cell]
+    return prediction._replace(variance=variance, half_width=quantiles * jnp.sqrt(variance.total)[:, None])
 
 
 @functools.partial(jax.jit, static_argnames=("gate", "differentiate"))
