@@ -17,7 +17,7 @@ from moe_jax.arrays import AnyArray, InputError, require_same_length
 from moe_jax.experts import assign_folds, cross_fitted_predictions, fit_experts
 from moe_jax.gates import Gate, MLPGate
 from moe_jax.optimize import GateConfig, Params
-from moe_jax.ridge import Ridge, predict_ridges
+from moe_jax.ridge import Ridge, predict_ridges, require_positive
 from moe_jax.routing import route_soft
 from moe_jax.training import fit_gate
 
@@ -80,6 +80,7 @@ def fit_moe(
     for name, array in (("x", x), ("y", y), ("features", features)):
         if not bool(jnp.isfinite(jnp.asarray(array)).all()):
             raise InputError(f"{name} holds numbers that are not finite, expected finite ones")
+    require_positive(np.asarray(alphas))
     if n_folds < 2:
         raise InputError(f"n_folds is {n_folds}, expected at least 2")
     gate, config = gate or MLPGate(), config or GateConfig()

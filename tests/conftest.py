@@ -1,10 +1,17 @@
 """JAX flags and the data that the tests share."""
 
 import os
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the suite's time is compilation; programs that run once need no optimisation.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+
+# Programs that several tests, workers or child processes need are compiled once.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"moe_jax_compiled_{run}")
 
 import jax
 import numpy as np
@@ -13,6 +20,7 @@ import pytest
 import moe_jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture(params=["float32", "float64"])
