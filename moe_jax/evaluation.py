@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int, PRNGKeyArray
@@ -96,7 +97,7 @@ def compare(
     """Bootstraps Delta R2 of each pair, overall and by cell, all on the same resamples of stars."""
     return {
         pair: bootstrap_delta_r2(
-            key,
+            jax.random.clone(key),  # the same resamples on purpose
             y,
             predictions[pair.method],
             predictions[pair.baseline],
@@ -190,7 +191,8 @@ def compare_variants(
     reference, rows = squared_error(baseline), []
     for name, predictions in variants.items():
         gain = (reference - squared_error(predictions)).astype(np.asarray(y).dtype)
-        bootstrap = bootstrap_gain(key, y, gain, n_resamples=n_resamples, confidence_level=confidence_level, method=method)
+        own = jax.random.clone(key)  # the same resamples on purpose
+        bootstrap = bootstrap_gain(own, y, gain, n_resamples=n_resamples, confidence_level=confidence_level, method=method)
         r2 = [float(r2_score(y, prediction)) for prediction in np.asarray(predictions)]
         rows.append(
             {
