@@ -112,9 +112,7 @@ def prepare_spectra(application: Application, spectra: ObservedSpectra) -> Prepa
         unknown = np.median(known) / target / np.sqrt(good.sum(axis=1).clip(1))
         scale_error = MEDIAN_ERROR * np.where(usable, typical / safe if has_errors else unknown, 0.0)
     usable &= np.isfinite(flux).all(axis=1)
-    return Prepared(
-        np.where(usable[:, None], flux, 0.0), error if has_errors else None, good & usable[:, None], usable, scale_error, scale
-    )
+    return Prepared(np.where(usable[:, None], flux, 0.0), error if has_errors else None, good, usable, scale_error, scale)
 
 
 def _shared_noise(
