@@ -9,6 +9,7 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -93,11 +94,20 @@ def output_folder(config: Run, experiment: str) -> Path:
     """Where the results go.
 
     Raises:
-        InputError: where a file is in the way.
+        InputError: where a file is in the way, or nothing can be written there: now, and not when the run is over.
     """
     folder = config.output_dir or Path("results") / experiment / config.preset
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: found a file, expected a folder for the results")
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as reason:
+        why = f"{existing} is not a folder" if not existing.is_dir() else reason.strerror
+        raise InputError(
+            f"{folder}: found that nothing can be written there ({why}), expected a folder for the results"
+        ) from reason
     return folder
 
 
