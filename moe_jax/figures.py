@@ -40,12 +40,13 @@ TITLES = {
 _LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 _METAL_POOR = [k for k in range(N_CELLS) if k % len(M_H_NAMES) == 0]
 _CELL_LABELS = [name.replace(" ", "\n", 1) for name in CELL_NAMES]
-_STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "figure.dpi": 150, "axes.titlesize": 10}
+#: Style file of all figures: ``plt.style.use(STYLE)`` gives it to your own.
+STYLE = Path(__file__).parent / "data" / "figures.mplstyle"
 
 
 def new_figure(*shape: int, **kwargs: Any) -> tuple[Figure, Any]:
     """A figure and its axes in the style of the package; arguments as those of ``matplotlib.pyplot.subplots``."""
-    with plt.rc_context(_STYLE):
+    with plt.style.context(STYLE):
         return plt.subplots(*shape, layout="constrained", **kwargs)
 
 
@@ -59,8 +60,10 @@ def _errors(estimate: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarr
 
 
 def save_figure(figure: Figure, path: Path | str) -> None:
-    """Writes a figure and closes it."""
-    figure.savefig(path, dpi=150)
+    """Writes a figure as PNG, and beside it as PDF (vectors, for papers), and closes it."""
+    with plt.style.context(STYLE):
+        figure.savefig(path)
+        figure.savefig(Path(path).with_suffix(".pdf"), metadata={"CreationDate": None})
     plt.close(figure)
 
 

@@ -58,7 +58,11 @@ def read(folder):
 
 
 def test_all_files_are_written(results):
-    expected = [f"{name}.csv" for name in TABLES] + [f"{name}.png" for name in FIGURES] + ["model", "report.md", "run.json"]
+    expected = (
+        [f"{name}.csv" for name in TABLES]
+        + [f"{name}.{kind}" for name in FIGURES for kind in ("png", "pdf")]
+        + ["model", "report.md", "run.json"]
+    )
     assert sorted(path.name for path in results.iterdir()) == sorted(expected)
     assert list(results.parent.iterdir()) == [results]
 

@@ -1,0 +1,52 @@
+"""Lists the experiments: python -m experiments."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+from rich.table import Table
+
+from experiments.command_line import console
+
+HERE = Path(__file__).parent
+#: In the order in which one would meet them.
+COMMANDS = (
+    *("regress_gate", "predict", "calibrate_uncertainty", "converge_gate", "measure_leakage", "replicate", "calibrate_bootstrap"),
+    *("control_gate", "ablate_gate", "train_jointly", "cover_all", "scale", "findings", "compare_tabular", "benchmark"),
+    *("check_gpu", "make_survey", "build_lte_grid", "measure_interpolation"),
+)
+
+
+def first_line(name: str) -> str:
+    """What the docstring of an experiment says first."""
+    docstring = ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text())) or ""
+    return docstring.split("\n\n")[0].replace("\n", " ")
+
+
+def run_time(name: str) -> str:
+    """How long the committed run took; empty where none is at hand."""
+    for folder in (HERE.parent / "results" / name / "default", HERE.parent / "results" / name):
+        if (folder / "run.json").exists():
+            seconds = json.loads((folder / "run.json").read_text()).get("seconds")
+            total = seconds.get("total", sum(seconds.values())) if isinstance(seconds, dict) else seconds
+            if total:
+                return f"{total:.0f} s" if total < 100 else f"{total / 60:.0f} min"
+    return ""
+
+
+def main() -> None:
+    """Prints the list."""
+    table = Table(title="python -m experiments.NAME [--preset smoke] [--help]")
+    table.add_column("NAME", no_wrap=True)
+    table.add_column("question")
+    table.add_column("time", justify="right", no_wrap=True)
+    for name in COMMANDS:
+        table.add_row(name, first_line(name), run_time(name))
+    console.print(table)
+    console.print("time: of the committed run in results/, stages that were cached left out, on two CPU cores", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
