@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -195,25 +194,6 @@ def test_command_ends_with_code_2_and_no_traceback(tmp_path):
     one = command("--train-file", tmp_path / "a.h5")
     assert (one.returncode, one.stderr.count("\n")) == (2, 1)
     assert "--train-file was given without --test-file" in one.stderr
-
-
-@pytest.mark.slow
-def test_a_killed_run_leaves_nothing_and_the_next_completes(tmp_path):
-    arguments = ["--preset", "smoke", "--n-train", "600", "--n-test", "300", "--output-dir", str(tmp_path / "out")]
-    arguments += ["--cache-dir", str(tmp_path / "cache")]
-    process = subprocess.Popen([sys.executable, "-m", "experiments.regress_gate", *arguments], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("features"):
-            break
-    time.sleep(1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "out").exists()
-    done = command(*arguments)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "report.md").exists()
-    assert "regress_mlp - classify (cross-fitted)" in done.stdout
 
 
 @pytest.mark.parametrize(
