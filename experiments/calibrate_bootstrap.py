@@ -1,6 +1,6 @@
 """Do the intervals hold what they promise? Thousands of test sets from one simulated population, with frozen gates.
 
-python -m experiments.calibrate_bootstrap                  2,000 test sets of 816 from 100,000 stars; about 10 min on 2 cores
+python -m experiments.calibrate_bootstrap                  2,000 test sets of 816 from 100,000 stars; about 3 min on 2 cores
 python -m experiments.calibrate_bootstrap --preset smoke   40 test sets; about a minute
 
 Each test set is drawn with replacement from the population, so that the population's Delta R2 is the exact truth for it.

@@ -1,6 +1,6 @@
 """What does a mixture gain that a simpler use of the same information does not?
 
-python -m experiments.control_gate                  about 6 min on 2 cores
+python -m experiments.control_gate                  about 2 min on 2 cores
 python -m experiments.control_gate --preset smoke   small; about a minute
 
 Results go to results/control_gate/PRESET.

@@ -1,6 +1,6 @@
 """What do the gates score once they have converged? Linear and MLP, from random params and from the classification gate.
 
-python -m experiments.converge_gate                  Adam for 100 epochs and L-BFGS, 4 seeds; about 10 min on 2 cores
+python -m experiments.converge_gate                  Adam for 100 epochs and L-BFGS, 4 seeds; about 3 min on 2 cores
 python -m experiments.converge_gate --preset smoke   small; about a minute
 
 Results go to results/converge_gate/PRESET.

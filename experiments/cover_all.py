@@ -1,6 +1,6 @@
 """What of the stars outside the nine cells? Edge clamp, a tenth expert, the global ridge, or nothing at all, on all test stars.
 
-python -m experiments.cover_all                  about 6 min on 2 cores
+python -m experiments.cover_all                  about 4 min on 2 cores
 python -m experiments.cover_all --preset smoke   small; about a minute
 
 Results go to results/cover_all/PRESET.

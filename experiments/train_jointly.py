@@ -1,6 +1,6 @@
 """Experts and gate trained together: experts for the mixture in closed form by back-fitting, the gate on what they predict.
 
-python -m experiments.train_jointly                  about 25 min on 2 cores, 10 GiB
+python -m experiments.train_jointly                  about 26 min on 2 cores, 6.1 GiB
 python -m experiments.train_jointly --preset smoke   small; about two minutes
 
 Every choice (penalty, round, gradient steps) is made on stars that were held out. A run that was stopped goes on where it was,
