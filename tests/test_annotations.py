@@ -47,6 +47,12 @@ for method in ("basic", "percentile", "bca", "studentized"):
     moe_jax.bootstrap_gain(keys[5], y, y - prediction, groups=cell, n_resamples=5, method=method)
 moe_jax.variance_components(np.random.default_rng(0).normal(size=(2, 2, 2, 2)))
 moe_jax.paired_bootstrap(keys[5], moe_jax.rmse, (y, baseline), 5)
+moe_jax.ridge_leverage(features, 1.0, features[:5])
+moe_jax.cramer_rao(jax.tree.map(lambda label: label[:3], survey.labels), survey.error[:3])
+moe_jax.calibrate(np.linspace(0, 1, 50), np.arange(50) % 2, 2)
+config = moe_jax.GateConfig(epochs=2)
+mixture = moe_jax.fit_moe(keys[6], features, y, np.arange(len(y)) % 2, alphas=(1.0,), n_folds=2, config=config)
+moe_jax.predict_moe(mixture, features)
 from moe_jax.streaming import Blocks, add_block, collect, device_mesh, empty_sums, fit_sums
 mesh, blocks, thin = device_mesh(), Blocks(2, 64, 40), np.asarray(flux)[:, :40]
 sums = empty_sums(2, 40, mesh)

@@ -62,7 +62,9 @@ def test_rows_are_timed_and_written(tmp_path):
     assert table["row"].str.startswith("experts").sum() == 1
     assert (table[["ours_s", "peer_s", "ratio"]] > 0).all(axis=None)
     np.testing.assert_allclose(table["ratio"][1:], (table["peer_s"] / table["ours_s"])[1:])  # rows of one pair
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"benchmark.csv", "ratios.png", "report.md", "run.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("benchmark.csv", "ratios.pdf", "ratios.png", "report.md", "run.json")
+    }
     for row in table["row"]:
         assert row in (tmp_path / "out" / "report.md").read_text()
 
@@ -94,7 +96,7 @@ def test_checks_of_a_gpu_need_one():
 
 @pytest.mark.slow
 def test_checks_run_on_any_device(tmp_path):
-    table = check_gpu.main(check_gpu.CheckConfig("smoke", 300, 256, 2, "smoke", any_device=True, output_dir=tmp_path / "out"))
+    table = check_gpu.main(check_gpu.CheckConfig("smoke", 300, 256, 2, None, any_device=True, output_dir=tmp_path / "out"))
     assert table["fine"].dropna().all()
     assert (table["found"] >= 0).all()
     assert (tmp_path / "out" / "report.md").exists()

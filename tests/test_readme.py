@@ -44,9 +44,22 @@ def test_the_million_is_that_of_the_committed_run():
     assert f"R2 {mlp:.4f}" in README
 
 
+def test_uncertainties_and_other_data_are_those_of_the_committed_runs():
+    text = " ".join(README.split())
+    coverage = pd.read_csv(ROOT / "results/calibrate_uncertainty/default/coverage.csv")
+    for row in coverage[coverage["by"] == "all"].to_dict("records"):
+        assert f"{row['coverage']:.1%}".replace("%", " % where") in text
+    floor = pd.read_csv(ROOT / "results/calibrate_uncertainty/default/floor.csv").set_index("mag").loc["all"]
+    for name in ("floor", "MLP gate", "classification gate"):
+        assert f"{floor[name]:.3f}" in text
+    tabular = pd.read_csv(ROOT / "results/compare_tabular/default/variants.csv")
+    for row in tabular[tabular["variant"].isin(["ridge mixture, MLP gate", "HistGradientBoosting"])].to_dict("records"):
+        assert "R2 {r2:.3f} ({delta_r2:+.3f} [{low:+.3f}, {high:+.3f}])".format(**row) in text
+
+
 def test_the_map_names_every_module():
     for path in [*ROOT.glob("moe_jax/*.py"), *ROOT.glob("experiments/*.py")]:
-        if path.name != "__init__.py":
+        if path.stem not in ("__init__", "__main__"):
             assert f"`{path.stem}`" in README, path.name
 
 

@@ -3,10 +3,6 @@
 import dataclasses
 import json
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pandas as pd
@@ -132,26 +128,6 @@ def test_delta_r2_of_parts_by_hand(rng):
     theirs = 1 - ((y[part] - baseline[part]) ** 2).sum() / ((y[part] - y[part].mean()) ** 2).sum()
     assert found.shape == (3, 2)
     assert found[1, 1] == pytest.approx(own - theirs)
-
-
-@pytest.mark.slow
-def test_a_killed_study_goes_on_where_it_was(tmp_path):
-    small = ["--n-train", "900", "--n-test", "500", "--n-folds", "2", "--gate.epochs", "2"]
-    arguments = ["--preset", "smoke", *small, "--output-dir", str(tmp_path / "out"), "--cache-dir", str(tmp_path / "cache")]
-    command = [sys.executable, "-m", "experiments.measure_leakage", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while len(list((tmp_path / "cache").glob("gates-*.npz"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "out").exists()
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.npz")}
-    assert len(kept) >= 3
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "report.md").exists()
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
 @pytest.mark.parametrize("module", ALL, ids=[module.__name__ for module in ALL])
