@@ -54,7 +54,7 @@ def calibrate(
     counts = np.bincount(group, minlength=n_groups)
     for k in range(n_groups):
         for i, level in enumerate(levels):
-            own = score[group == k] if _rank(counts[k], level) <= counts[k] else score
+            own = score[group == k] if _rank(int(counts[k]), level) <= counts[k] else score
             quantiles[k, i] = np.sort(own)[_rank(len(own), level) - 1]
     return Calibration(np.asarray(levels), quantiles, counts.astype(float))
 
