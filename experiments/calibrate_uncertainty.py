@@ -26,24 +26,22 @@ from experiments.prepared import Prepared, Stars, draw_keys
 from experiments.stream import Observation
 from experiments.study import SMALL, StudyConfig, command_of, describe_run, output_folder, table_markdown, write_results
 from experiments.surveys import open_surveys
-from experiments.uncertainty import CalibrationConfig, Judged, Part, add_uncertainty, judge
+from experiments.uncertainty import CalibrationConfig, Judged, Part, add_uncertainty, judge, model_of
 from moe_jax import figures
 from moe_jax.arrays import InputError
 from moe_jax.cells import CELL_NAMES
 from moe_jax.conformal import coverage_table
-from moe_jax.fisher import cramer_rao
+from moe_jax.fisher import fisher_information, log_g_floor
 from moe_jax.gates import LinearGate, MLPGate
 from moe_jax.model import Model
 from moe_jax.optimize import GateConfig
-from moe_jax.ridge import Ridge
 from moe_jax.routing import route_oracle, route_soft
 from moe_jax.survey import Labels
 from moe_jax.training import fit_gate
-from moe_jax.uncertainty import approximate_leverage, ridge_leverage
+from moe_jax.uncertainty import PredictiveVariance, approximate_leverage, ridge_leverage
 
 MAG_EDGES = (20.5, 21.0, 21.5, 22.0, 22.5)
 MAG_NAMES = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(MAG_EDGES)]
-PARTS = ("misfit", "coefficients", "spread", "noise")
 
 
 @dataclass(frozen=True)
@@ -74,16 +72,7 @@ def train_model(config: UncertaintyConfig, prepared: Prepared) -> Model:
     """The mixture with a cross-fitted MLP gate."""
     stars, gate = prepared.gate_stars(), MLPGate(config.hidden)
     fit = fit_gate(draw_keys(config.seed).gates, gate, stars.features, stars.predictions, stars.log_g, config.gate)
-    return Model(
-        wave=np.asarray(prepared.wave),
-        experts=Ridge(prepared.experts.coef, prepared.experts.intercept),
-        global_ridge=prepared.global_ridge.ridge,
-        features=prepared.model,
-        gate=gate,
-        gate_params=fit.params,
-        classification_params=prepared.classifier.params,
-        provenance={},
-    )
+    return model_of(prepared, gate, fit.params)
 
 
 def leverage_check(config: UncertaintyConfig, prepared: Prepared, model: Model, test: Part) -> pd.DataFrame:
@@ -95,10 +84,13 @@ def leverage_check(config: UncertaintyConfig, prepared: Prepared, model: Model, 
     flux = next(test.slices())[1][:500]
     assert model.uncertainty is not None
     approximate = np.asarray(approximate_leverage(model.uncertainty.leverage, flux))
+    chosen: dict[int, list[np.ndarray]] = {int(counts.argmin()): [], int(counts.argmax()): []}
+    for part, x in train.slices(0, source.n_stars):
+        for k, own in chosen.items():
+            own.append(np.asarray(x)[cell[part] == k])
     rows = []
-    for k in dict.fromkeys([int(counts.argmin()), int(counts.argmax())]):
-        own = np.concatenate([np.asarray(x)[cell[part] == k] for part, x in train.slices(0, source.n_stars)])
-        exact = np.asarray(ridge_leverage(own, float(prepared.experts.alpha[k]), flux))
+    for k, own in chosen.items():
+        exact = np.asarray(ridge_leverage(np.concatenate(own), float(prepared.experts.alpha[k]), flux))
         ratio = approximate[:, k] / exact
         row = {"expert": CELL_NAMES[k], "n": int(counts[k]), "exact_median": float(np.median(exact))}
         row |= {"ratio_median": float(np.median(ratio)), "ratio_low": float(np.quantile(ratio, 0.05))}
@@ -114,12 +106,11 @@ def floor_table(config: UncertaintyConfig, prepared: Prepared, model: Model, tes
     rows = np.flatnonzero(np.asarray(stars.cell) >= 0)
     rows = rows[rows < config.n_floor]
     chosen = stars.select(rows)
-    floors, with_prior = [], []
+    information = []
     for part, _, error in test.observation.slices_with_errors(0, int(rows.max()) + 1):
         own = Labels(*(jnp.asarray(column)[part] for column in labels))
-        floors.append(cramer_rao(own, error))
-        with_prior.append(cramer_rao(own, error, prior=True))
-    floor, bayes = np.concatenate(floors)[rows], np.concatenate(with_prior)[rows]
+        information.append(fisher_information(own, error))
+    floor, bayes = (log_g_floor(np.concatenate(information)[rows], prior=prior) for prior in (False, True))
     classify = LinearGate().apply(prepared.classifier.params, chosen.features)
     predictions = {
         "global ridge": chosen.global_prediction,
@@ -190,7 +181,7 @@ def judge_uncertainty(config: UncertaintyConfig, stages: Stages) -> tuple[Found,
     found = Found(
         coverage=coverage_table(judged.residual, judged.half_width, np.array(levels), groups, names),
         outside=coverage_table(outside.residual, outside.half_width, np.array(levels), {}, {}),
-        variance=pd.DataFrame({"part": PARTS, "mean_variance": parts, "share": parts / parts.sum()}),
+        variance=pd.DataFrame({"part": PredictiveVariance._fields, "mean_variance": parts, "share": parts / parts.sum()}),
         quantiles=quantiles,
         leverage=leverage,
         floor=floor,

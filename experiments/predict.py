@@ -64,8 +64,9 @@ def main(config: PredictConfig) -> None:
             f"{len(model.wave)} of the model",
             highlight=False,
         )
-    sample = file.read(0, min(config.chunk_stars, file.n_stars))
-    scale = config.scale == "always" or (config.scale == "auto" and needs_scaling(application, sample))
+    scale = config.scale == "always"
+    if config.scale == "auto":
+        scale = needs_scaling(application, file.read(0, min(config.chunk_stars, file.n_stars)))
     application = application._replace(scale=scale)
     if scale:
         console.print(f"{config.spectra}: each spectrum is scaled to the median of the training spectra", highlight=False)

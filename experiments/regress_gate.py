@@ -28,7 +28,7 @@ from experiments.gate_sweep import training_stars
 from experiments.prepare import prepare
 from experiments.prepared import Prepared, draw_keys
 from experiments.study import StudyConfig, command_of, describe_run, output_folder, write_results
-from experiments.uncertainty import CalibrationConfig, add_uncertainty
+from experiments.uncertainty import CalibrationConfig, add_uncertainty, model_of
 from moe_jax import figures
 from moe_jax.arrays import AnyArray, InputError
 from moe_jax.bootstrap import Bootstrap
@@ -50,10 +50,9 @@ from moe_jax.evaluation import (
     overall_table,
 )
 from moe_jax.gates import Gate, LinearGate, MLPGate
-from moe_jax.model import Model, save_model
+from moe_jax.model import save_model
 from moe_jax.optimize import GateConfig, GateFit
 from moe_jax.report import load_published, warnings, write_report
-from moe_jax.ridge import Ridge
 from moe_jax.routing import route_fallback, route_hard, route_oracle, route_soft
 from moe_jax.training import fit_gate
 
@@ -265,21 +264,6 @@ def report_of(config: RegressGateConfig, results: Results) -> str:
 CHOSEN = Method("regress_mlp", PROTOCOLS[1])  # the gate of the model that is written
 
 
-def model_of(config: RegressGateConfig, results: Results) -> Model:
-    """The mixture with the cross-fitted MLP gate."""
-    prepared = results.prepared
-    return Model(
-        wave=np.asarray(prepared.wave),
-        experts=Ridge(prepared.experts.coef, prepared.experts.intercept),
-        global_ridge=prepared.global_ridge.ridge,
-        features=prepared.model,
-        gate=regression_gates(config)[CHOSEN.name],
-        gate_params=results.fits[CHOSEN].params,
-        classification_params=prepared.classifier.params,
-        provenance={},
-    )
-
-
 def provenance_of(results: Results, run_json: dict[str, Any]) -> dict[str, Any]:
     """Where the model came from, and what it scored."""
     scores = results.overall[(results.overall["method"] == CHOSEN.name) & (results.overall["protocol"] == CHOSEN.protocol)]
@@ -316,7 +300,8 @@ def main(config: RegressGateConfig) -> Results:
         "bootstrap": results.bootstrap,
         "predictions": prediction_table(results),
     }
-    model, notes = add_uncertainty(config.data, config.calibration, results.prepared, model_of(config, results), stages)
+    mixture = model_of(results.prepared, regression_gates(config)[CHOSEN.name], results.fits[CHOSEN].params)
+    model, notes = add_uncertainty(config.data, config.calibration, results.prepared, mixture, stages)
     command = command_of("regress_gate", config, PRESETS)
     print_table(results)
     for note in [*found_notes(results), *notes]:

@@ -60,18 +60,19 @@ class Observation:
 
     def slices(self, start: int, stop: int) -> Iterator[tuple[slice, jax.Array]]:
         """The noisy flux of some stars, a slice at a time."""
-        return ((part, flux) for part, flux, _ in self.slices_with_errors(start, stop))
+        return ((part, flux) for part, flux, _ in self._slices(start, stop))
 
     def slices_with_errors(self, start: int, stop: int) -> Iterator[tuple[slice, jax.Array, jax.Array]]:
         """Likewise, with the standard deviation of the noise; at noise level 0 the spectra are taken as observed ones."""
+        for part, flux, error in self._slices(start, stop):
+            yield part, flux, jnp.asarray(error) * (self.noise_level or 1.0)
+
+    def _slices(self, start: int, stop: int) -> Iterator[tuple[slice, jax.Array, AnyArray]]:
+        """Likewise, with the errors at noise level 1."""
         for first in range(start, stop, SLICE):
             part = slice(first, min(first + SLICE, stop))
             flux, error = self.spectra.read(part.start, part.stop)
-            yield (
-                part,
-                add_star_noise(self.keys[part], flux, error, self.noise_level),
-                jnp.asarray(error) * (self.noise_level or 1.0),
-            )
+            yield part, add_star_noise(self.keys[part], flux, error, self.noise_level), error
 
 
 class StreamedExperts(NamedTuple):

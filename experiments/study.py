@@ -133,8 +133,8 @@ def _options(name: str, value: Any, start: Any) -> list[str]:
     shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
     option = name.replace("_", "-")
     if isinstance(value, bool):
-        head, _, last = option.rpartition(".")
-        return [f"--{head}.{'' if value else 'no-'}{last}" if head else f"--{'' if value else 'no-'}{last}"]
+        head, dot, last = option.rpartition(".")
+        return [f"--{head}{dot}{'' if value else 'no-'}{last}"]
     return [f"--{option} {shown}"]
 
 

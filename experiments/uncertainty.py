@@ -18,8 +18,11 @@ from experiments.surveys import experts_of, open_surveys
 from moe_jax.arrays import InputError
 from moe_jax.conformal import LEVELS, Calibration, calibrate
 from moe_jax.features import fit_pca
+from moe_jax.gates import Gate
 from moe_jax.model import Model, Uncertainty, predict_model
 from moe_jax.novelty import fit_feature_range
+from moe_jax.optimize import Params
+from moe_jax.ridge import Ridge
 from moe_jax.simulate import SimulatedSpectra
 from moe_jax.survey import Spectra, SurveyFile
 from moe_jax.uncertainty import N_DIRECTIONS, approximate_leverage, fit_leverage, misfit_variance, residual_variance, sum_flux
@@ -57,6 +60,20 @@ class Part(NamedTuple):
         return self.observation.slices_with_errors(self.start, self.stop)
 
 
+def model_of(prepared: Prepared, gate: Gate, gate_params: Params) -> Model:
+    """The mixture of the prepared experts with a gate; its uncertainty and provenance are still to come."""
+    return Model(
+        wave=np.asarray(prepared.wave),
+        experts=Ridge(prepared.experts.coef, prepared.experts.intercept),
+        global_ridge=prepared.global_ridge.ridge,
+        features=prepared.model,
+        gate=gate,
+        gate_params=gate_params,
+        classification_params=prepared.classifier.params,
+        provenance={},
+    )
+
+
 def calibration_part(config: DataConfig, settings: CalibrationConfig) -> Part | None:
     """The stars to calibrate on; None where there are none."""
     key = jax.random.fold_in(draw_keys(config.seed).train, 1)
@@ -81,7 +98,7 @@ def add_uncertainty(
 ) -> tuple[Model, list[str]]:
     """The model with its uncertainties, and what there is to warn of."""
     with stages("uncertainties"):
-        known = fit_uncertainty(config, settings, prepared, model)
+        known = fit_uncertainty(config, settings, prepared)
         model = model._replace(uncertainty=known)
         part = calibration_part(config, settings)
         if part is None:
@@ -96,7 +113,7 @@ def add_uncertainty(
     return model._replace(uncertainty=known), notes
 
 
-def fit_uncertainty(config: DataConfig, settings: CalibrationConfig, prepared: Prepared, model: Model) -> Uncertainty:
+def fit_uncertainty(config: DataConfig, settings: CalibrationConfig, prepared: Prepared) -> Uncertainty:
     """All but the calibration, from the first training stars."""
     keys, (source, _) = draw_keys(config.seed), open_surveys(config)
     observation = Observation.of(source, keys.train_noise, config)
@@ -126,7 +143,6 @@ def fit_uncertainty(config: DataConfig, settings: CalibrationConfig, prepared: P
     scaled = median.std() < SCALED * abs(median.mean())
     covered = prepared.train.covered()
     dtype = jnp.asarray(experts.coef).dtype
-    n_levels = 0
     return Uncertainty(
         leverage=leverage,
         residual_variance=residual,
@@ -136,7 +152,7 @@ def fit_uncertainty(config: DataConfig, settings: CalibrationConfig, prepared: P
         rest_variance=sums.rest / jnp.sum(sums.n),
         flux_median=jnp.asarray(median.mean() if scaled else np.nan, dtype),
         feature_range=jax.tree.map(jnp.asarray, fit_feature_range(covered.features, covered.cell, n_experts)),
-        calibration=Calibration(jnp.zeros(n_levels, dtype), jnp.zeros((n_experts, n_levels), dtype), jnp.zeros(n_experts, dtype)),
+        calibration=Calibration(jnp.zeros(0, dtype), jnp.zeros((n_experts, 0), dtype), jnp.zeros(n_experts, dtype)),
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from moe_jax.arrays import InputError
-from moe_jax.files import atomic_path
+from moe_jax.files import atomic_path, import_extra
 
 SUFFIXES = (".csv", ".parquet", ".fits")
 
@@ -69,18 +69,14 @@ class _CSV:
 
 class _Parquet:
     def __init__(self, path: Path, stack: ExitStack) -> None:
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ModuleNotFoundError as reason:
-            raise ModuleNotFoundError("Parquet files need pyarrow: pip install 'moe_jax[astro]'") from reason
-        self._arrow, self._path, self._stack = pyarrow, path, stack
+        self._arrow, self._parquet = import_extra("pyarrow", "Parquet"), import_extra("pyarrow.parquet", "Parquet")
+        self._path, self._stack = path, stack
         self._writer: Any = None
 
     def write(self, part: pd.DataFrame) -> None:
         table = self._arrow.Table.from_pandas(part, preserve_index=False)
         if self._writer is None:
-            self._writer = self._stack.enter_context(self._arrow.parquet.ParquetWriter(self._path, table.schema))
+            self._writer = self._stack.enter_context(self._parquet.ParquetWriter(self._path, table.schema))
         self._writer.write_table(table)
 
     def end(self) -> None:
@@ -90,11 +86,8 @@ class _Parquet:
 
 class _FITS:
     def __init__(self, path: Path, stack: ExitStack) -> None:
-        try:
-            from astropy.table import Table
-        except ModuleNotFoundError as reason:
-            raise ModuleNotFoundError("FITS files need astropy: pip install 'moe_jax[astro]'") from reason
-        self._table, self._path, self._parts = Table, path, list[pd.DataFrame]()
+        self._table, self._path = import_extra("astropy.table", "FITS").Table, path
+        self._parts: list[pd.DataFrame] = []
 
     def write(self, part: pd.DataFrame) -> None:
         self._parts.append(part)

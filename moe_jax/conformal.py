@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
@@ -64,9 +66,9 @@ def _rank(n_stars: int, level: float) -> int:
     return int(np.ceil((n_stars + 1) * level - 1e-9))
 
 
-def half_widths(calibration: Calibration, sigma: Float[AnyArray, " N"], group: Int[AnyArray, " N"]) -> Float[np.ndarray, "N L"]:
+def half_widths(calibration: Calibration, sigma: Float[AnyArray, " N"], group: Int[AnyArray, " N"]) -> Float[jax.Array, "N L"]:
     """Half the width of each star's interval at each level."""
-    return np.asarray(calibration.quantiles)[np.asarray(group)] * np.asarray(sigma)[:, None]
+    return jnp.asarray(calibration.quantiles)[jnp.asarray(group)] * jnp.asarray(sigma)[:, None]
 
 
 def coverage_table(

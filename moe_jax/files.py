@@ -1,12 +1,14 @@
-"""Files that are complete or absent: write to a temporary name beside the target, then rename."""
+"""Files that are complete or absent: write to a temporary name beside the target, then rename; and formats that need an extra."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -42,3 +44,16 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             os.replace(file, path / file.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def import_extra(module: str, files: str) -> Any:
+    """A module of the extra ``astro``, for files of a format.
+
+    Raises:
+        ModuleNotFoundError: one sentence that says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as reason:
+        package = module.partition(".")[0]
+        raise ModuleNotFoundError(f"{files} files need {package}: pip install 'moe_jax[astro]'") from reason

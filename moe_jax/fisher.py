@@ -84,7 +84,11 @@ def cramer_rao(
             normal distributions with the variance of the survey's uniform ones (van Trees). A method that was trained on such
             a survey knows it, and may lie below the floor without it.
     """
-    information = fisher_information(labels, error, grid)
+    return log_g_floor(fisher_information(labels, error, grid), prior=prior)
+
+
+def log_g_floor(information: Float[np.ndarray, "N 4 4"], *, prior: bool = False) -> Float[np.ndarray, " N"]:
+    """``cramer_rao`` from the Fisher information."""
     if prior:
         widths = [(LABEL_LATTICE[name][1] - LABEL_LATTICE[name][0]) / unit for name, unit in LABEL_UNITS.items()]
         information = information + np.diag(12.0 / np.square(widths))[None]

@@ -21,7 +21,7 @@ from safetensors.numpy import load, save
 
 from moe_jax.arrays import AnyArray, InputError
 from moe_jax.cells import CELL_NAMES, M_H_EDGES, T_EFF_EDGES
-from moe_jax.conformal import Calibration
+from moe_jax.conformal import Calibration, half_widths
 from moe_jax.features import FEATURE_NAMES, LINE_WINDOWS, PCA, SIDEBAND, FeatureModel, LinePixels, features_of_pixels, line_pixels
 from moe_jax.files import atomic_path
 from moe_jax.gates import Gate, LinearGate, MLPGate
@@ -143,8 +143,8 @@ def predict_model(
 def with_variance(model: Model, prediction: MixturePrediction, variance: PredictiveVariance) -> MixturePrediction:
     """A prediction with this variance and the calibrated intervals that follow from it."""
     assert model.uncertainty is not None
-    quantiles = jnp.asarray(model.uncertainty.calibration.quantiles)[prediction.cell]
-    return prediction._replace(variance=variance, half_width=quantiles * jnp.sqrt(variance.total)[:, None])
+    half_width = half_widths(model.uncertainty.calibration, jnp.sqrt(variance.total), prediction.cell)
+    return prediction._replace(variance=variance, half_width=half_width)
 
 
 @functools.partial(jax.jit, static_argnames=("gate", "differentiate"))

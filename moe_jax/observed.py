@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from moe_jax.arrays import InputError
-from moe_jax.survey import ERROR_FIELD, FLUX_FIELD, WAVE_FIELD
+from moe_jax.files import import_extra
+from moe_jax.survey import ERROR_FIELD, FLUX_FIELD, WAVE_FIELD, require_increasing
 
 IVAR_FIELD = "dataset/arrays/ivar/value"
 FITS_SUFFIXES = (".fits", ".fit", ".fits.gz", ".fz")
@@ -82,14 +83,10 @@ class ObservedFile:
             self.n_stars = int(flux.shape[0])
         self.has_errors = found["error"] is not None or found["ivar"] is not None
         field = found["wave"]
+        assert field is not None
         if not np.isfinite(self.wave).all():
             raise InputError(f"{path}: {field}: found wavelengths that are not finite, expected finite numbers")
-        if not (np.diff(self.wave) > 0).all():
-            i = int(np.argmin(np.diff(self.wave) > 0))
-            raise InputError(
-                f"{path}: {field}: found {self.wave[i]:g} followed by {self.wave[i + 1]:g} at pixel {i + 1}, expected increasing "
-                "wavelengths"
-            )
+        require_increasing(self.path, field, self.wave)
 
     def read(self, start: int, stop: int) -> ObservedSpectra:
         """The stars ``start`` to ``stop - 1``."""
@@ -129,9 +126,7 @@ class ObservedFile:
                     raise InputError(f"{path}: found a file that is not HDF5, expected an HDF5 file, or a FITS file named *.fits")
                 with h5py.File(path, "r") as file:
                     yield _Datasets(file)
-        except InputError:
-            raise
-        except ModuleNotFoundError:
+        except (InputError, ModuleNotFoundError):
             raise
         except Exception as reason:  # h5py and astropy raise a dozen types for a damaged file
             summary = str(reason).split("\n")[0]
@@ -153,15 +148,7 @@ class _Datasets:
 
 @contextmanager
 def _open_fits(path: Path) -> Iterator[dict[str, Any]]:
-    fits = _astropy_fits()
+    fits = import_extra("astropy.io.fits", "FITS")
     with fits.open(path, memmap=False, lazy_load_hdus=False) as hdus:
         arrays = {hdu.name.upper(): hdu.data for hdu in hdus if hdu.is_image and hdu.data is not None}
         yield arrays
-
-
-def _astropy_fits() -> Any:
-    try:
-        from astropy.io import fits
-    except ModuleNotFoundError as reason:
-        raise ModuleNotFoundError("FITS files need astropy: pip install 'moe_jax[astro]'") from reason
-    return fits

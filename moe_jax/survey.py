@@ -282,10 +282,15 @@ def _read_labels(path: Path, n_stars: int | None, n_expected: int) -> Labels:
 
 def _check_wave(path: Path, wave: np.ndarray) -> None:
     _check_finite(path, WAVE_FIELD, wave)
+    require_increasing(path, WAVE_FIELD, wave)
+
+
+def require_increasing(path: Path, field: str, wave: np.ndarray) -> None:
+    """Raises an ``InputError`` in the name of a file's field unless its wavelengths increase."""
     if not (steps := np.diff(wave) > 0).all():
         i = int(np.argmin(steps))
         raise InputError(
-            f"{path}: {WAVE_FIELD}: found {wave[i]:g} followed by {wave[i + 1]:g} at pixel {i + 1}, expected increasing wavelengths"
+            f"{path}: {field}: found {wave[i]:g} followed by {wave[i + 1]:g} at pixel {i + 1}, expected increasing wavelengths"
         )
 
 

@@ -25,7 +25,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from moe_jax.arrays import AnyArray, require_same_length
-from moe_jax.ridge import center, cho_solve, is_dual, matmul, require_positive
+from moe_jax.ridge import center, cho_solve, cholesky, is_dual, kernel, matmul, require_positive
 
 N_DIRECTIONS = 16
 
@@ -86,15 +86,15 @@ def ridge_leverage(x_train: Float[AnyArray, "N P"], alpha: ArrayLike, x: Float[A
 
 @jax.jit
 def _ridge_leverage(x_train: jax.Array, alpha: jax.Array, x: jax.Array) -> jax.Array:
-    n, p = x_train.shape
+    n = len(x_train)
     data = center(x_train, jnp.zeros(n, x_train.dtype), jnp.ones(n, x_train.dtype))
     new = x - data.x_mean[None, :]
+    matrix, mean_eigenvalue = kernel(data)
+    factor = cholesky(matrix, alpha, mean_eigenvalue)
     if is_dual(data.x):
-        factor = jnp.linalg.cholesky(matmul(data.x, data.x.T) + alpha * jnp.eye(n, dtype=x.dtype))
         a = cho_solve(factor, matmul(data.x, new.T))
         left = new - matmul(a.T, data.x)
         return 1.0 / n + jnp.sum(left**2, axis=1) / alpha + jnp.sum(a**2, axis=0)
-    factor = jnp.linalg.cholesky(matmul(data.x.T, data.x) + alpha * jnp.eye(p, dtype=x.dtype))
     return 1.0 / n + jnp.sum(new.T * cho_solve(factor, new.T), axis=0)
 
 
