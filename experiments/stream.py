@@ -8,7 +8,6 @@ chunk. Several processes take turns at the chunks, on all their devices; they mu
 from __future__ import annotations
 
 import functools
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from moe_jax.arrays import AnyArray
 from moe_jax.cross_validation import CrossValidatedRidge
 from moe_jax.experts import Experts, assign_folds
 from moe_jax.features import N_COMPONENTS, N_FEATURES, PCA, fit_pca_scatter, raw_features, scale_features, standardize
+from moe_jax.files import temporary_beside
 from moe_jax.ridge import Ridge, predict_ridges
 from moe_jax.streaming import Blocks, SumsFit, add_block, collect, device_mesh, empty_sums, fit_sums, sum_processes
 from moe_jax.sums import Sums, moments
@@ -193,8 +193,9 @@ class SavedSums:
         if self._folder is None:
             return
         final = self._folder / f"chunks-{done:08}"
-        partial = self._folder / f".{final.name}.{os.getpid()}.partial"
-        partial.mkdir(parents=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        partial = temporary_beside(final)
+        partial.mkdir()
         for name, leaf in sums._asdict().items():
             np.save(partial / f"{name}.npy", np.asarray(leaf))
         partial.rename(final)

@@ -75,6 +75,6 @@ def require_covered(config: DataConfig, train_cell: AnyArray, test_cell: AnyArra
 
 def require_finite_features(config: DataConfig, *features: AnyArray) -> None:
     """Raises an ``InputError`` where a feature is not finite."""
-    if not all(bool(jnp.isfinite(array).all()) for array in features):
+    if not all(np.isfinite(np.asarray(array)).all() for array in features):
         source = config.train_file or "the simulated training survey"
         raise InputError(f"{source}: the gate features are not all finite, expected fluxes within float32's range")

@@ -68,7 +68,12 @@ def _rank(n_stars: int, level: float) -> int:
 
 def half_widths(calibration: Calibration, sigma: Float[AnyArray, " N"], group: Int[AnyArray, " N"]) -> Float[jax.Array, "N L"]:
     """Half the width of each star's interval at each level."""
-    return jnp.asarray(calibration.quantiles)[jnp.asarray(group)] * jnp.asarray(sigma)[:, None]
+    return _half_widths(jnp.asarray(calibration.quantiles), jnp.asarray(sigma), jnp.asarray(group))
+
+
+@jax.jit
+def _half_widths(quantiles: jax.Array, sigma: jax.Array, group: jax.Array) -> jax.Array:
+    return quantiles[group] * sigma[:, None]
 
 
 def coverage_table(

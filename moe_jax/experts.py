@@ -6,6 +6,7 @@ few compiled programs instead of having one each, and nothing of the padding rea
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -37,7 +38,11 @@ class Experts(NamedTuple):
 
 def assign_folds(key: PRNGKeyArray, cell: Int[AnyArray, " N"], n_folds: int = 5) -> Int[jax.Array, " N"]:
     """Random folds, stratified: within each cell, their sizes differ by one star at the most."""
-    cell = jnp.asarray(cell)
+    return _assign_folds(key, jnp.asarray(cell), n_folds)
+
+
+@functools.partial(jax.jit, static_argnames="n_folds")
+def _assign_folds(key: jax.Array, cell: jax.Array, n_folds: int) -> jax.Array:
     order = jnp.lexsort((jax.random.uniform(key, (len(cell),)), cell))
     return jnp.zeros(len(cell), jnp.int32).at[order].set(jnp.arange(len(cell), dtype=jnp.int32) % n_folds)
 
@@ -134,6 +139,7 @@ def predict_experts(experts: Experts, x: Float[AnyArray, "N P"]) -> Float[jax.Ar
     return predict_ridges(Ridge(experts.coef, experts.intercept), x)
 
 
+@jax.jit
 def cross_fitted_predictions(
     predictions: Float[AnyArray, "N K"], out_of_fold: Float[AnyArray, " N"], cell: Int[AnyArray, " N"]
 ) -> Float[jax.Array, "N K"]:

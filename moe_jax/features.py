@@ -175,6 +175,7 @@ def fit_features(key: PRNGKeyArray, flux: Float[AnyArray, "N P"], wave: AnyArray
     return standardize(pca, raw_features(flux, wave, pca))
 
 
+@jax.jit
 def standardize(pca: PCA, raw: Float[AnyArray, "N F"]) -> FeatureModel:
     """The feature model with these components, given the raw features of the training stars."""
     scale = jnp.std(raw, axis=0)
@@ -193,6 +194,7 @@ def features_of_pixels(
     return scale_features(model, _raw_features(jnp.asarray(flux), pixels, model.pca))
 
 
+@jax.jit
 def scale_features(model: FeatureModel, raw: Float[AnyArray, "N F"]) -> Float[jax.Array, "N F"]:
     """Raw features, standardised."""
     return (jnp.asarray(raw) - model.mean[None, :]) / model.scale[None, :]

@@ -63,6 +63,7 @@ def save_figure(figure: Figure, path: Path | str) -> None:
     """Writes a figure as PNG, and beside it as PDF (vectors, for papers), and closes it."""
     with plt.style.context(STYLE):
         figure.savefig(path)
+        figure.set_layout_engine("none")  # what it has found holds for the second file too
         figure.savefig(Path(path).with_suffix(".pdf"), metadata={"CreationDate": None})
     plt.close(figure)
 

@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
+import glob
 import importlib
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
+def temporary_beside(path: Path) -> Path:
+    """A hidden name beside ``path``, of this process; what killed processes of this machine left under such names is removed."""
+    mark = f".{path.name}.{socket.gethostname()}."
+    for left in path.parent.glob(f"{glob.escape(mark)}*.partial"):
+        if not _is_running(left.name.removeprefix(mark).removesuffix(".partial")):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    return path.with_name(f"{mark}{os.getpid()}.partial")
+
+
+def _is_running(pid: str) -> bool:
+    """Whether another process of this number is there; True where it cannot be known."""
+    if not pid.isdigit() or os.name != "posix":
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return int(pid) != os.getpid()
+
+
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yields a temporary name beside ``path``; renames it to ``path`` at the end, removes it where the block raises.
 
-    A process that is killed inside the block leaves at most a ``.partial`` file, never a half-written ``path``.
+    A process that is killed inside the block leaves at most a hidden ``.partial`` file, which the next one on this machine that
+    writes ``path`` removes, never a half-written ``path``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -35,7 +60,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = temporary_beside(path)
     temporary.mkdir()
     try:
         yield temporary

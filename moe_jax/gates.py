@@ -72,7 +72,7 @@ class _FlaxGate:
 
     def apply(self, params: Params, features: Float[AnyArray, "N F"]) -> Float[jax.Array, "N K"]:
         """Weights of the experts for each star: the softmax of the network's logits, positive, sum 1."""
-        return jax.nn.softmax(_logits(self, params, features), axis=-1)
+        return _weights(self, params, features)
 
     def logits(self, params: Params, features: Float[AnyArray, "N F"]) -> Float[jax.Array, "N K"]:
         """What the network gives before the softmax."""
@@ -84,6 +84,11 @@ def _logits(gate: _FlaxGate, params: Params, features: jax.Array) -> jax.Array:
     network = nnx.merge(_graph(gate, features.shape[-1], params["head"]["bias"].shape[-1]), params)
     logits: jax.Array = network(features)
     return logits
+
+
+@functools.partial(jax.jit, static_argnames="gate")
+def _weights(gate: _FlaxGate, params: Params, features: jax.Array) -> jax.Array:
+    return jax.nn.softmax(_logits(gate, params, features), axis=-1)
 
 
 @functools.cache

@@ -78,7 +78,7 @@ def fit_moe(
     require_same_length(x=x, y=y, cell=cell)
     require_same_length(features=features, y=y)
     for name, array in (("x", x), ("y", y), ("features", features)):
-        if not bool(jnp.isfinite(jnp.asarray(array)).all()):
+        if not np.isfinite(np.asarray(array)).all():
             raise InputError(f"{name} holds numbers that are not finite, expected finite ones")
     require_positive(np.asarray(alphas))
     if n_folds < 2:
@@ -90,12 +90,27 @@ def fit_moe(
     experts = fit_experts(x, y, cell, jnp.asarray(alphas, x.dtype), folds, n_experts=int(cell.max()) + 1)
     ridges = Ridge(experts.coef, experts.intercept)
     rows = np.flatnonzero(cell >= 0)
-    predictions = cross_fitted_predictions(predict_ridges(ridges, x), experts.out_of_fold, cell)[rows]
-    chosen = features[rows]
-    mean, scale = jnp.mean(chosen, axis=0), jnp.std(chosen, axis=0)
-    scale = jnp.where(scale > 0, scale, 1.0)
-    fit = fit_gate(key_gate, gate, (chosen - mean[None, :]) / scale[None, :], predictions, y[rows], config)
+    predictions = cross_fitted_predictions(predict_ridges(ridges, x), experts.out_of_fold, cell)
+    features, predictions, y = _take((features, predictions, y), rows)
+    mean, scale = _mean_and_scale(features)
+    fit = fit_gate(key_gate, gate, _scale(features, mean, scale), predictions, y, config)
     return MixtureOfExperts(ridges, experts.alpha, experts.at_edge, gate, fit.params, mean, scale)
+
+
+@jax.jit
+def _take(arrays: tuple[jax.Array, ...], rows: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(array[rows] for array in arrays)
+
+
+@jax.jit
+def _mean_and_scale(features: jax.Array) -> tuple[jax.Array, jax.Array]:
+    scale = jnp.std(features, axis=0)
+    return jnp.mean(features, axis=0), jnp.where(scale > 0, scale, 1.0)
+
+
+@jax.jit
+def _scale(features: jax.Array, mean: jax.Array, scale: jax.Array) -> jax.Array:
+    return (features - mean[None, :]) / scale[None, :]
 
 
 def predict_moe(
@@ -119,8 +134,6 @@ def predict_moe(
     require_same_length(x=x)
     if len(features) != len(x):
         raise InputError(f"features has shape {features.shape}, expected ({len(x)}, {n_features}) like the rows of x {x.shape}")
-    weights = mixture.gate.apply(
-        mixture.gate_params, (jnp.asarray(features) - mixture.feature_mean[None, :]) / mixture.feature_scale[None, :]
-    )
+    weights = mixture.gate.apply(mixture.gate_params, _scale(jnp.asarray(features), mixture.feature_mean, mixture.feature_scale))
     predictions = predict_ridges(mixture.experts, jnp.asarray(x))
     return MoEPrediction(route_soft(weights, predictions), weights, predictions)

@@ -1,6 +1,7 @@
 """JAX flags and the data that the tests share."""
 
 import dataclasses
+import fcntl
 import os
 import tempfile
 from pathlib import Path
@@ -22,7 +23,9 @@ import numpy as np
 import pytest
 
 import moe_jax
+from experiments.command_line import use_all_cores
 
+use_all_cores()  # as in a command, so that both share compiled programs
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -74,27 +77,54 @@ def spectra(survey, noisy_flux):
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):
+def common(tmp_path_factory):
+    """A folder that all workers share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def once():
+    """A function that calls ``make(folder)`` in one of the workers; the others wait for it."""
+
+    def call(folder, make):
+        with open(folder.with_suffix(".lock"), "a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.seek(0)
+            if not lock.read():
+                make(folder)
+                lock.write("made")
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained(common, once):
     """A small run: model/ with calibrated uncertainties, predictions.csv, and observed.h5, its test stars as observed."""
+    folder = common / "trained"
+    once(folder, train)
+    return folder
+
+
+def train(folder):
+    """Runs of this size share their compiled programs."""
     from experiments import make_survey, regress_gate
     from experiments.uncertainty import CalibrationConfig
 
-    folder = tmp_path_factory.mktemp("trained")
     config = dataclasses.replace(
         regress_gate.PRESETS["smoke"],
         n_train=900,
-        n_test=200,
+        n_test=300,
         n_folds=2,
         alphas=(10.0,),
         global_alphas=(10.0,),
         C_grid=(10.0,),
-        n_resamples=20,
-        gate=moe_jax.GateConfig(epochs=5),
+        n_resamples=40,
+        gate=moe_jax.GateConfig(epochs=3),
         calibration=CalibrationConfig(n_stars=600, n_training=900),
         output_dir=folder,
         use_cache=False,
     )
     regress_gate.main(config)
-    make_survey.main(make_survey.MakeSurveyConfig(n_train=1, n_test=200, noise_level=0.2, output_dir=folder / "surveys"))
+    make_survey.main(make_survey.MakeSurveyConfig(n_train=1, n_test=300, noise_level=0.2, output_dir=folder / "surveys"))
     (folder / "surveys" / "test.h5").rename(folder / "observed.h5")
-    return folder

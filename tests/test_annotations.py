@@ -25,9 +25,9 @@ features = moe_jax.compute_features(moe_jax.fit_features(keys[3], flux, survey.w
 yhat = moe_jax.cross_fitted_predictions(yhat, experts.out_of_fold, cell)[covered]
 y, cell = y[covered], cell[covered]
 config = moe_jax.GateConfig(epochs=2)
-for gate in (moe_jax.LinearGate(), moe_jax.MLPGate(8)):
-    fit = moe_jax.fit_gate(keys[4], gate, features, yhat, y, config)
-    moe_jax.mixture_loss(gate, fit.params, features, yhat, y)
+gate = moe_jax.MLPGate(8)
+fit = moe_jax.fit_gate(keys[4], gate, features, yhat, y, config)
+moe_jax.mixture_loss(gate, fit.params, features, yhat, y)
 moe_jax.fit_gates(keys[:2], gate, features, yhat, y, config)
 logistic = moe_jax.fit_classifier(features, cell, n_folds=2).params
 config = moe_jax.GateConfig(optimizer="lbfgs", init="logistic", max_iterations=3)

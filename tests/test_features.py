@@ -36,8 +36,9 @@ def test_there_are_thirteen(noisy_flux):
 
 @pytest.mark.slow
 def test_components_against_scikit_learn(noisy_flux):
-    ours = fit_pca(jax.random.key(0), noisy_flux)
-    theirs = PCA(4, svd_solver="covariance_eigh").fit(noisy_flux.astype(float))
+    x = noisy_flux[:, ::3]
+    ours = fit_pca(jax.random.key(0), x)
+    theirs = PCA(4, svd_solver="covariance_eigh").fit(x.astype(float))
     cosines = np.abs(np.sum(np.asarray(ours.components) * theirs.components_, axis=1))
     np.testing.assert_allclose(cosines, 1, atol=1e-5)
     np.testing.assert_allclose(ours.mean, theirs.mean_, atol=1e-5)

@@ -1,11 +1,14 @@
+import os
 import signal
+import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
 from moe_jax.files import atomic_folder, atomic_path
+
+DEAD = 2**22 + 1  # above the largest number of a process
 
 
 def test_the_file_appears_at_the_end(tmp_path):
@@ -44,8 +47,29 @@ with atomic_path({str(target)!r}) as temporary, open(temporary, "w") as file:
     assert process.stdout.readline() == "writing\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    time.sleep(0.1)
     assert target.read_text() == "old"
+    assert len(list(tmp_path.glob(".a.txt.*.partial"))) == 1
+    with atomic_path(target) as temporary:
+        temporary.write_text("new")
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_others_are_writing_stays(tmp_path):
+    """Of another machine, and of a process that is running; not what a killed one of this process's number left."""
+    mark = f".results.{socket.gethostname()}"
+    others = [
+        f".results.elsewhere.{DEAD}.partial",
+        f"{mark}.{os.getppid()}.partial",
+        f"{mark}.mine.partial",
+        f".more{mark}.1.partial",
+    ]
+    for name in [*others, f"{mark}.{DEAD}.partial", f"{mark}.{os.getpid()}.partial"]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("half")
+    with atomic_folder(tmp_path / "results") as temporary:
+        assert not list(temporary.iterdir())
+        (temporary / "a.txt").write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "results"])
 
 
 def test_a_folder_keeps_what_it_held(tmp_path):

@@ -128,7 +128,7 @@ def hdf5_cut_in_half(folder, valid):
     data = (valid / "observed.h5").read_bytes()
     (folder / "in.h5").write_bytes(data[: len(data) // 2])
     file = ObservedFile(folder / "in.h5")
-    file.read(0, 200)
+    file.read(0, 300)
 
 
 @malformed(f"{WAVE_FIELD}: found nothing, expected an array of numbers")
@@ -155,7 +155,7 @@ def one_spectrum_without_its_dimension(folder, valid):
     observed(folder, valid, flux=lambda flux: flux[0])
 
 
-@malformed(f"{FLUX_FIELD} has shape .200, 4095., expected .N, 4096.")
+@malformed(f"{FLUX_FIELD} has shape .300, 4095., expected .N, 4096.")
 def a_pixel_too_few(folder, valid):
     observed(folder, valid, flux=lambda flux: flux[:, 1:])
 
@@ -165,14 +165,14 @@ def no_stars(folder, valid):
     observed(folder, valid, flux=lambda flux: flux[:0], error=None)
 
 
-@malformed(f"{ERROR_FIELD} has shape .199, 4096., expected .200, 4096.")
+@malformed(f"{ERROR_FIELD} has shape .299, 4096., expected .300, 4096.")
 def an_error_too_few(folder, valid):
     observed(folder, valid, error=lambda error: error[1:])
 
 
-@malformed(f"{IVAR_FIELD} has shape .4096, 200.")
+@malformed(f"{IVAR_FIELD} has shape .4096, 300.")
 def transposed_ivar(folder, valid):
-    observed(folder, valid, error=None, ivar=np.ones((4096, 200)))
+    observed(folder, valid, error=None, ivar=np.ones((4096, 300)))
 
 
 @malformed(f"{FLUX_FIELD}: found .* expected numbers in 2 dimensions")

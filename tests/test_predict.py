@@ -26,7 +26,7 @@ def model(trained):
 
 @pytest.fixture(scope="module")
 def spectra(trained):
-    return ObservedFile(trained / "observed.h5").read(0, 200)
+    return ObservedFile(trained / "observed.h5").read(0, 300)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,8 @@ def test_what_the_run_predicted(trained, tmp_path, capsys):
     np.testing.assert_allclose(table[weights].sum(axis=1), 1, atol=1e-5)
     assert (np.diff(table[widths], axis=1) >= 0).all()
     assert (table["uncertainty"] > 0).all()
-    assert list(table["star"]) == list(range(200))
-    assert "200 stars, 0 masked pixels" in capsys.readouterr().out
+    assert list(table["star"]) == list(range(300))
+    assert "300 stars, 0 masked pixels" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
 
 
@@ -110,7 +110,7 @@ def test_masked_pixels_are_found_counted_and_filled(trained, spectra, tmp_path, 
 
 def test_another_scale_is_seen_and_undone(application, spectra, table):
     assert not needs_scaling(application, spectra)
-    factor = np.linspace(3, 4000, 200, dtype="f4")[:, None]
+    factor = np.linspace(3, 4000, 300, dtype="f4")[:, None]
     bright = ObservedSpectra(spectra.flux * factor, spectra.error * factor, spectra.good)
     assert needs_scaling(application, bright)
     found = apply_model(application._replace(scale=True), bright)
@@ -190,7 +190,7 @@ def test_the_command(trained, tmp_path):
     command = [sys.executable, "-m", "experiments.predict", str(trained / "model"), str(trained / "observed.h5")]
     done = subprocess.run([*command, "-o", str(tmp_path / "out.csv")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(pd.read_csv(tmp_path / "out.csv")) == 200
+    assert len(pd.read_csv(tmp_path / "out.csv")) == 300
     wrong = subprocess.run([*command, "-o", str(tmp_path / "out.xlsx")], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert wrong.stderr == f"error: {tmp_path / 'out.xlsx'}: found the suffix '.xlsx', expected .csv, .parquet or .fits\n"

@@ -1,65 +1,91 @@
 """Runs that are killed, disks that are full, folders that cannot be written to, keys that are used twice."""
 
+import dataclasses
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pandas as pd
 import pytest
 
-SMALL = ["--preset", "smoke", "--n-train", "900", "--n-test", "200", "--n-folds", "2", "--alphas", "10", "--global-alphas", "10"]
-SMALL += ["--C-grid", "10", "--gate.epochs", "3", "--n-resamples", "20", "--calibration.n-stars", "300"]
+from experiments import regress_gate
+from experiments.command_line import parse_config, use_all_cores
 
-
-def start(*arguments, **environment):
-    command = [sys.executable, "-m", "experiments.regress_gate", *SMALL, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+SMALL = ["--preset", "smoke", "--n-train", "900", "--n-test", "300", "--n-folds", "2", "--alphas", "10", "--global-alphas", "10"]
+SMALL += ["--C-grid", "10", "--gate.epochs", "3", "--n-resamples", "40", "--calibration.n-stars", "300"]
 
 
 def run(*arguments, **environment):
-    process = start(*arguments, **environment)
-    output, errors = process.communicate(timeout=300)
-    return process.returncode, output, errors
+    command = [sys.executable, "-m", "experiments.regress_gate", *SMALL, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def whole(common, once):
+    """Folder with out/ of a small run that nothing disturbed, and its cache/."""
+
+    def make(folder):
+        code, _, errors = run("--output-dir", folder / "out", "--cache-dir", folder / "cache")
+        assert code == 0, errors
+
+    once(common / "whole", make)
+    return common / "whole"
+
+
+def run_forked(config):
+    use_all_cores()
+    regress_gate.main(config)
 
 
 @pytest.mark.slow
-def test_twenty_kills_leave_no_partial_file(tmp_path):
-    """SIGKILL at 20 random moments of a small run; the next run completes, and gives what an undisturbed one gives."""
-    code, _, errors = run("--output-dir", tmp_path / "whole", "--cache-dir", tmp_path / "cache")
-    assert code == 0, errors
-    expected = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*"))
-    killed = 0
-    for i, seconds in enumerate(np.random.default_rng(0).uniform(0.5, 8.0, 20)):
-        # Every fourth run starts from nothing; the others find their stages in the cache, and die where files are written.
-        cache = ["--no-use-cache"] if i % 4 == 0 else ["--cache-dir", tmp_path / "cache"]
-        process = start("--output-dir", tmp_path / "out", *cache)
-        time.sleep(seconds)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        killed += process.returncode == -signal.SIGKILL
+def test_twenty_kills_leave_no_partial_file(whole, tmp_path):
+    """SIGKILL at 20 random moments of a small run; the next run completes, and gives what an undisturbed one gives.
+
+    The processes are forked from one that has imported everything, so that a moment is one of the run. Sixteen are killed within
+    its first four seconds, of which four start without a cache; four while their results are being written.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.regress_gate"])
+    files = {path.relative_to(whole / "out") for path in (whole / "out").rglob("*")}
+    config = parse_config(regress_gate.PRESETS, None, SMALL)
+    killed, rng = 0, np.random.default_rng(0)
+    for i in range(20):
+        places = {"output_dir": tmp_path / "out", "cache_dir": whole / "cache", "use_cache": i % 4 > 0}
+        process = context.Process(target=run_forked, args=(dataclasses.replace(config, **places),))
+        process.start()
+        if i % 5 == 4:
+            while process.is_alive() and not list(tmp_path.glob(f".out.*.{process.pid}.partial")):
+                process.join(0.01)
+            process.join(rng.uniform(0.0, 2.0))
+        else:
+            process.join(rng.uniform(0.1, 4.0))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
         if (tmp_path / "out").exists():
             # Files are renamed into place one by one, each of them whole.
             for path in (tmp_path / "out").rglob("*.csv"):
-                assert path.read_bytes() == (tmp_path / "whole" / path.relative_to(tmp_path / "out")).read_bytes()
-            for path in (tmp_path / "out").rglob("*"):
-                assert path.relative_to(tmp_path / "out") in expected
-    assert killed >= 5
-    code, _, errors = run("--output-dir", tmp_path / "out", "--cache-dir", tmp_path / "cache")
+                assert path.read_bytes() == (whole / "out" / path.relative_to(tmp_path / "out")).read_bytes()
+            assert {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")} <= files
+    assert killed >= 15
+    code, _, errors = run("--output-dir", tmp_path / "out", "--cache-dir", whole / "cache")
     assert code == 0, errors
-    assert sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")) == expected
-    whole, again = (pd.read_csv(tmp_path / name / "predictions.csv") for name in ("whole", "out"))
-    pd.testing.assert_frame_equal(whole, again)
+    assert {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")} == files
+    assert not list(tmp_path.rglob("*.partial"))
+    undisturbed, again = (pd.read_csv(folder / "predictions.csv") for folder in (whole / "out", tmp_path / "out"))
+    pd.testing.assert_frame_equal(undisturbed, again)
 
 
-def test_a_disk_that_is_full(tmp_path):
+def test_a_disk_that_is_full(whole, tmp_path):
     """A limit on the size of files stands in for the disk: writing fails with an errno of its own, in the middle of a file."""
     limited = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
     limited += "import runpy; runpy.run_module('experiments.regress_gate', run_name='__main__', alter_sys=True)"
-    arguments = [*SMALL, "--output-dir", str(tmp_path / "out"), "--no-use-cache"]
+    arguments = [*SMALL, "--output-dir", str(tmp_path / "out"), "--cache-dir", str(whole / "cache")]
     done = subprocess.run([sys.executable, "-c", limited, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr[-2000:]
     assert done.stderr.splitlines()[-1].startswith("error: ")

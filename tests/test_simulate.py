@@ -87,16 +87,16 @@ def test_a_star_at_a_node_is_the_node():
 
 def equivalent_width(T_eff, log_g, M_H):
     """Of Ca II 8542, in pixels."""
-    n = len(log_g)
-    flux = model_flux(load_grid(), jnp.full(n, T_eff), jnp.asarray(log_g), jnp.asarray(M_H), jnp.full(n, 0.0))
-    return np.asarray(line_features(flux, line_pixels(WAVE)))[:, 3]
+    labels = (jnp.asarray(label.ravel(), jnp.float32) for label in (T_eff, log_g, M_H, 0 * M_H))
+    flux = model_flux(load_grid(), *labels)
+    return np.asarray(line_features(flux, line_pixels(WAVE)))[:, 3].reshape(T_eff.shape)
 
 
 def test_ca_ii_falls_with_gravity_among_giants_and_rises_with_metallicity():
-    for T_eff in (4250.0, 4750.0, 5250.0):
-        assert (np.diff(equivalent_width(T_eff, np.linspace(1, 3, 9), np.full(9, -0.5))) < 0).all()
-        for log_g in (1.5, 3.0, 4.5):
-            assert (np.diff(equivalent_width(T_eff, np.full(11, log_g), np.linspace(-2, 0.5, 11))) > 0).all()
+    T_eff, log_g, M_H = np.meshgrid((4250.0, 4750.0, 5250.0), np.linspace(1, 3, 9), -0.5, indexing="ij")
+    assert (np.diff(equivalent_width(T_eff, log_g, M_H), axis=1) < 0).all()
+    T_eff, log_g, M_H = np.meshgrid((4250.0, 4750.0, 5250.0), (1.5, 3.0, 4.5), np.linspace(-2, 0.5, 11), indexing="ij")
+    assert (np.diff(equivalent_width(T_eff, log_g, M_H), axis=2) > 0).all()
 
 
 @pytest.mark.parametrize("n_pixels", [6, 7, 4096])

@@ -7,10 +7,16 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.datasets import load_diabetes
+from sklearn.ensemble import HistGradientBoostingRegressor
+from sklearn.metrics import r2_score
+from sklearn.model_selection import KFold, cross_val_predict
 
 from experiments import (
     ablate_gate,
     calibrate_bootstrap,
+    calibrate_uncertainty,
+    compare_tabular,
     control_gate,
     converge_gate,
     cover_all,
@@ -21,13 +27,14 @@ from experiments import (
     train_jointly,
 )
 from experiments.command_line import parse_config
+from experiments.uncertainty import CalibrationConfig
 from moe_jax import GateConfig, InputError
 from moe_jax.intervals import METHODS
 
-QUICK = GateConfig(epochs=2)
+QUICK = GateConfig(epochs=3)
 TINY = {
     "n_train": 900,
-    "n_test": 500,
+    "n_test": 300,
     "n_resamples": 40,
     "alphas": (1.0,),
     "global_alphas": (10.0,),
@@ -43,14 +50,19 @@ STUDIES = {
     "calibrate_bootstrap": (calibrate_bootstrap, {"n_population": 600, "n_sets": 60, "set_size": 200, "gate": QUICK}),
     "replicate": (replicate, {"n_surveys": 2, "n_draws": 2, "n_seeds": 2, "n_sets": 2, "gate": QUICK, "global_alphas": ()}),
     "train_jointly": (train_jointly, {"joint_alphas": (1.0,), "n_rounds": 1, "max_sweeps": 2, "gradient_epochs": 2, "gate": QUICK}),
+    "calibrate_uncertainty": (
+        calibrate_uncertainty,
+        {"gate": QUICK, "calibration": CalibrationConfig(n_stars=600, n_training=900), "n_floor": 100},
+    ),
     "scale": (scale, {"n_trains": (900,), "noise_levels": (0.2, 1.0), "gate": QUICK}),
 }
 ALL = [module for module, _ in STUDIES.values()] + [findings]
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("studies")
+def folder(common):
+    (common / "studies").mkdir(exist_ok=True)
+    return common / "studies"
 
 
 def config_of(name, folder):
@@ -60,9 +72,17 @@ def config_of(name, folder):
 
 
 @pytest.fixture(scope="session", params=STUDIES)
-def study(request, folder):
-    STUDIES[request.param][0].main(config_of(request.param, folder))
-    return folder / request.param
+def study(request, run_study):
+    return run_study(request.param)
+
+
+@pytest.fixture(scope="session")
+def run_study(folder, once):
+    def run(name):
+        once(folder / name, lambda _: STUDIES[name][0].main(config_of(name, folder)))
+        return folder / name
+
+    return run
 
 
 def test_report_and_files(study):
@@ -88,19 +108,17 @@ def test_variants_are_consistent(study):
     np.testing.assert_allclose(offset, offset.iloc[0], atol=2e-5)
 
 
-def test_the_inequality_is_reported(folder):
-    path = folder / "converge_gate" / "run.json"
-    if not path.exists():
-        converge_gate.main(config_of("converge_gate", folder))
-    assert json.loads(path.read_text())["inequality_holds"] is True
-    table = pd.read_csv(folder / "converge_gate" / "variants.csv")
+def test_the_inequality_is_reported(run_study):
+    results = run_study("converge_gate")
+    assert json.loads((results / "run.json").read_text())["inequality_holds"] is True
+    table = pd.read_csv(results / "variants.csv")
     warm = table[table["variant"].str.contains("linear.*L-BFGS, warm")]
     assert len(warm) == 2
     assert (warm["training_loss"] <= warm["classification_gate_training_loss"]).all()
 
 
-def test_coverage_table(folder):
-    config = config_of("calibrate_bootstrap", folder)
+def test_coverage_table(folder, tmp_path):
+    config = dataclasses.replace(config_of("calibrate_bootstrap", folder), output_dir=tmp_path / "out")
     tables = calibrate_bootstrap.main(config)
     assert set(tables["coverage"]["method"]) == set(METHODS)
     overall = tables["coverage"][tables["coverage"]["stars"] == "all stars"]
@@ -111,8 +129,40 @@ def test_coverage_table(folder):
     assert (np.diff(wider.to_numpy(), axis=1) > 0).all()
 
 
-def test_a_second_run_refits_nothing(folder, monkeypatch):
-    config = config_of("measure_leakage", folder)
+def test_intervals_and_floor_of_the_uncertainties(run_study):
+    results = run_study("calibrate_uncertainty")
+    coverage = pd.read_csv(results / "coverage.csv")
+    overall = coverage[coverage["by"] == "all"]
+    np.testing.assert_allclose(overall["coverage"], overall["level"], atol=0.1)
+    assert set(coverage["by"]) == {"all", "cell", "mag"}
+    for name in ("cell", "mag"):
+        own = coverage[coverage["by"] == name]
+        assert own["n"].sum() == overall["n"].sum()
+    floor = pd.read_csv(results / "floor.csv").set_index("mag")
+    assert (floor["floor_with_prior"] <= floor["floor"]).all()
+    assert floor.loc["all", "floor"] < floor.loc["all", "MLP gate"]
+    faint_to_bright = floor["floor"].drop("all").to_numpy()
+    assert (np.diff(faint_to_bright) > 0).all()
+    assert (pd.read_csv(results / "leverage.csv")["rank_correlation"] > 0.9).all()
+
+
+def test_tabular_data(tmp_path):
+    config = compare_tabular.TabularConfig(n_repeats=1, n_folds=2, n_experts=2, n_resamples=50, output_dir=tmp_path / "out")
+    compare_tabular.main(config)
+        compare_tabular.TabularConfig(n_repeats=1, n_folds=2, n_experts=2, n_resamples=50, output_dir=tmp_path / "out")
+    )
+    table = pd.read_csv(tmp_path / "out" / "variants.csv").set_index("variant")
+    assert table.loc["global ridge", "delta_r2"] == 0
+    x, y = load_diabetes(return_X_y=True)
+    folds = KFold(2, shuffle=True, random_state=0)
+    oracle = cross_val_predict(HistGradientBoostingRegressor(random_state=0), x, y, cv=folds)
+    assert table.loc["HistGradientBoosting", "r2"] == pytest.approx(r2_score(y, oracle), abs=1e-6)
+    assert 0.4 < table.loc["ridge mixture, MLP gate", "r2"] < 0.55
+    assert "python -m experiments.compare_tabular" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_second_run_refits_nothing(folder, tmp_path, monkeypatch):
+    config = dataclasses.replace(config_of("measure_leakage", folder), output_dir=tmp_path / "out")
     first = measure_leakage.main(config)
     monkeypatch.setattr("experiments.gate_sweep.train_gates", None)
     monkeypatch.setattr("experiments.prepare.fit_stages", None)
