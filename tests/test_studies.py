@@ -149,8 +149,6 @@ def test_intervals_and_floor_of_the_uncertainties(run_study):
 def test_tabular_data(tmp_path):
     config = compare_tabular.TabularConfig(n_repeats=1, n_folds=2, n_experts=2, n_resamples=50, output_dir=tmp_path / "out")
     compare_tabular.main(config)
-        compare_tabular.TabularConfig(n_repeats=1, n_folds=2, n_experts=2, n_resamples=50, output_dir=tmp_path / "out")
-    )
     table = pd.read_csv(tmp_path / "out" / "variants.csv").set_index("variant")
     assert table.loc["global ridge", "delta_r2"] == 0
     x, y = load_diabetes(return_X_y=True)
