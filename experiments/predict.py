@@ -27,6 +27,8 @@ from moe_jax.catalogue import open_catalogue, require_suffix
 from moe_jax.model import load_model
 from moe_jax.observed import ObservedFile, ObservedSpectra
 
+SCALE_SAMPLE = 512  # stars, from the first on, by which --scale auto decides
+
 
 @dataclass(frozen=True)
 class PredictConfig:
@@ -66,7 +68,7 @@ def main(config: PredictConfig) -> None:
         )
     scale = config.scale == "always"
     if config.scale == "auto":
-        scale = needs_scaling(application, file.read(0, min(config.chunk_stars, file.n_stars)))
+        scale = needs_scaling(application, file.read(0, min(SCALE_SAMPLE, file.n_stars)))
     application = application._replace(scale=scale)
     if scale:
         console.print(f"{config.spectra}: each spectrum is scaled to the median of the training spectra", highlight=False)

@@ -148,7 +148,7 @@ class _Datasets:
 
 @contextmanager
 def _open_fits(path: Path) -> Iterator[dict[str, Any]]:
+    """The images of a FITS file; their parts are read when they are asked for."""
     fits = import_extra("astropy.io.fits", "FITS")
     with fits.open(path, memmap=False, lazy_load_hdus=False) as hdus:
-        arrays = {hdu.name.upper(): hdu.data for hdu in hdus if hdu.is_image and hdu.data is not None}
-        yield arrays
+        yield {hdu.name.upper(): hdu.section for hdu in hdus if hdu.is_image and hdu.shape}

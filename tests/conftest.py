@@ -100,31 +100,16 @@ def once():
 
 @pytest.fixture(scope="session")
 def trained(common, once):
-    """A small run: model/ with calibrated uncertainties, predictions.csv, and observed.h5, its test stars as observed."""
-    folder = common / "trained"
-    once(folder, train)
-    return folder
+    """The results of the small run; its stages lie in cache/ beside it, and observed.h5, its test stars as observed."""
+    once(common / "small", train)
+    return common / "small" / "run"
 
 
 def train(folder):
-    """Runs of this size share their compiled programs."""
-    from experiments import make_survey, regress_gate
-    from experiments.uncertainty import CalibrationConfig
+    from small_run import SMALL
 
-    config = dataclasses.replace(
-        regress_gate.PRESETS["smoke"],
-        n_train=900,
-        n_test=300,
-        n_folds=2,
-        alphas=(10.0,),
-        global_alphas=(10.0,),
-        C_grid=(10.0,),
-        n_resamples=40,
-        gate=moe_jax.GateConfig(epochs=3),
-        calibration=CalibrationConfig(n_stars=600, n_training=900),
-        output_dir=folder,
-        use_cache=False,
-    )
-    regress_gate.main(config)
+    from experiments import make_survey, regress_gate
+
+    regress_gate.main(dataclasses.replace(SMALL, output_dir=folder / "run", cache_dir=folder / "cache"))
     make_survey.main(make_survey.MakeSurveyConfig(n_train=1, n_test=300, noise_level=0.2, output_dir=folder / "surveys"))
     (folder / "surveys" / "test.h5").rename(folder / "observed.h5")

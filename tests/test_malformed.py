@@ -44,7 +44,7 @@ def valid(trained, tmp_path_factory, small_survey):
         flux=small_survey.flux[:20], error=small_survey.error[:20], labels=jax.tree.map(lambda a: a[:20], small_survey.labels)
     )
     save_survey(folder / "survey.h5", few)
-    shutil.copy(trained / "observed.h5", folder / "observed.h5")
+    shutil.copy(trained.parent / "observed.h5", folder / "observed.h5")
     shutil.copytree(trained / "model", folder / "model")
     return folder
 

@@ -26,7 +26,7 @@ def model(trained):
 
 @pytest.fixture(scope="module")
 def spectra(trained):
-    return ObservedFile(trained / "observed.h5").read(0, 300)
+    return ObservedFile(trained.parent / "observed.h5").read(0, 300)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def predict(trained, spectra, output, **options):
 
 def test_what_the_run_predicted(trained, tmp_path, capsys):
     """The table of the command is the run's own, star by star, and says all that it promises."""
-    table = pd.read_csv(predict(trained, trained / "observed.h5", tmp_path / "out.csv", chunk_stars=64))
+    table = pd.read_csv(predict(trained, trained.parent / "observed.h5", tmp_path / "out.csv", chunk_stars=64))
     run = pd.read_csv(trained / "predictions.csv")
     np.testing.assert_allclose(table["log_g"][run["star"]], run["regress_mlp_cross_fitted"], atol=2e-4)
     weights = [f"weight_{k}" for k in range(9)]
@@ -62,7 +62,7 @@ def test_what_the_run_predicted(trained, tmp_path, capsys):
 
 def test_chunks_and_formats_change_nothing(trained, tmp_path, table):
     for name in ("a.csv", "b.parquet", "c.fits"):
-        predict(trained, trained / "observed.h5", tmp_path / name, chunk_stars=90)
+        predict(trained, trained.parent / "observed.h5", tmp_path / name, chunk_stars=90)
     read = [pd.read_csv(tmp_path / "a.csv", keep_default_na=False), pd.read_parquet(tmp_path / "b.parquet")]
     for found in [*read, Table.read(tmp_path / "c.fits", character_as_bytes=False).to_pandas()]:
         assert list(found.columns) == list(table.columns)
@@ -72,7 +72,7 @@ def test_chunks_and_formats_change_nothing(trained, tmp_path, table):
 
 
 def test_fits_in(trained, spectra, tmp_path, table):
-    wave = ObservedFile(trained / "observed.h5").wave
+    wave = ObservedFile(trained.parent / "observed.h5").wave
     ivar = np.where(spectra.good, 1 / np.where(spectra.good, spectra.error, 1) ** 2, 0)
     images = [fits.PrimaryHDU(), fits.ImageHDU(wave, name="WAVELENGTH"), fits.ImageHDU(spectra.flux, name="FLUX")]
     fits.HDUList([*images, fits.ImageHDU(ivar.astype("f4"), name="IVAR")]).writeto(tmp_path / "in.fits")
@@ -83,7 +83,7 @@ def test_fits_in(trained, spectra, tmp_path, table):
 
 def test_masked_pixels_are_found_counted_and_filled(trained, spectra, tmp_path, table):
     path = tmp_path / "masked.h5"
-    with h5py.File(trained / "observed.h5") as old, h5py.File(path, "w") as new:
+    with h5py.File(trained.parent / "observed.h5") as old, h5py.File(path, "w") as new:
         wave, flux, error = old[WAVE_FIELD][()], old[FLUX_FIELD][()], old[ERROR_FIELD][()]
         flux[0, :3], flux[1, 5], error[2, 7], error[3, 9] = np.nan, np.inf, 0.0, np.nan
         error[4, (wave > 8532) & (wave < 8552)] = -1.0  # a whole line
@@ -164,7 +164,7 @@ def test_what_is_no_star_is_flagged(application, spectra):
 
 
 def test_without_errors_those_of_the_training_stars_stand_in(trained, tmp_path, capsys, table):
-    with h5py.File(trained / "observed.h5") as old, h5py.File(tmp_path / "in.h5", "w") as new:
+    with h5py.File(trained.parent / "observed.h5") as old, h5py.File(tmp_path / "in.h5", "w") as new:
         new[WAVE_FIELD], new[FLUX_FIELD] = old[WAVE_FIELD][()], old[FLUX_FIELD][()]
     found = pd.read_csv(predict(trained, tmp_path / "in.h5", tmp_path / "out.csv"))
     assert "neither errors nor ivar" in capsys.readouterr().out
@@ -179,7 +179,7 @@ def test_a_model_that_is_not_calibrated(trained, tmp_path, capsys, model):
     known = model.uncertainty
     empty = Calibration(np.zeros(0, "f4"), np.zeros((9, 0), "f4"), np.zeros(9, "f4"))
     save_model(tmp_path / "model", model._replace(uncertainty=known._replace(calibration=empty)))
-    main(PredictConfig(tmp_path / "model", trained / "observed.h5", tmp_path / "out.csv"))
+    main(PredictConfig(tmp_path / "model", trained.parent / "observed.h5", tmp_path / "out.csv"))
     assert "not calibrated" in capsys.readouterr().out
     found = pd.read_csv(tmp_path / "out.csv")
     assert (found["uncertainty"] > 0).all()
@@ -187,7 +187,7 @@ def test_a_model_that_is_not_calibrated(trained, tmp_path, capsys, model):
 
 
 def test_the_command(trained, tmp_path):
-    command = [sys.executable, "-m", "experiments.predict", str(trained / "model"), str(trained / "observed.h5")]
+    command = [sys.executable, "-m", "experiments.predict", str(trained / "model"), str(trained.parent / "observed.h5")]
     done = subprocess.run([*command, "-o", str(tmp_path / "out.csv")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(pd.read_csv(tmp_path / "out.csv")) == 300
@@ -199,7 +199,7 @@ def test_the_command(trained, tmp_path):
 def test_an_error_on_the_way_leaves_nothing(trained, tmp_path):
     """The last chunk cannot be read: no table, and none of its parts."""
     path = tmp_path / "in.h5"
-    shutil.copy(trained / "observed.h5", path)
+    shutil.copy(trained.parent / "observed.h5", path)
     size = path.stat().st_size
     with h5py.File(path) as file:
         end = file[ERROR_FIELD].id.get_offset() + file[ERROR_FIELD].id.get_storage_size()

@@ -3,6 +3,7 @@
 import dataclasses
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,30 +11,21 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from small_run import ARGUMENTS, SMALL
 
 from experiments import regress_gate
 from experiments.command_line import parse_config, use_all_cores
-
-SMALL = ["--preset", "smoke", "--n-train", "900", "--n-test", "300", "--n-folds", "2", "--alphas", "10", "--global-alphas", "10"]
-SMALL += ["--C-grid", "10", "--gate.epochs", "3", "--n-resamples", "40", "--calibration.n-stars", "300"]
+from moe_jax import InputError
 
 
 def run(*arguments, **environment):
-    command = [sys.executable, "-m", "experiments.regress_gate", *SMALL, *map(str, arguments)]
+    command = [sys.executable, "-m", "experiments.regress_gate", *ARGUMENTS, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.fixture(scope="module")
-def whole(common, once):
-    """Folder with out/ of a small run that nothing disturbed, and its cache/."""
-
-    def make(folder):
-        code, _, errors = run("--output-dir", folder / "out", "--cache-dir", folder / "cache")
-        assert code == 0, errors
-
-    once(common / "whole", make)
-    return common / "whole"
+def test_the_command_line_gives_the_small_run():
+    assert parse_config(regress_gate.PRESETS, None, ARGUMENTS) == SMALL
 
 
 def run_forked(config):
@@ -42,7 +34,7 @@ def run_forked(config):
 
 
 @pytest.mark.slow
-def test_twenty_kills_leave_no_partial_file(whole, tmp_path):
+def test_twenty_kills_leave_no_partial_file(trained, tmp_path):
     """SIGKILL at 20 random moments of a small run; the next run completes, and gives what an undisturbed one gives.
 
     The processes are forked from one that has imported everything, so that a moment is one of the run. Eighteen are killed within
@@ -50,12 +42,11 @@ def test_twenty_kills_leave_no_partial_file(whole, tmp_path):
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["experiments.regress_gate"])
-    files = {path.relative_to(whole / "out") for path in (whole / "out").rglob("*")}
-    config = parse_config(regress_gate.PRESETS, None, SMALL)
+    files = {path.relative_to(trained) for path in (trained).rglob("*")}
     killed, rng = 0, np.random.default_rng(0)
     for i in range(20):
-        places = {"output_dir": tmp_path / "out", "cache_dir": whole / "cache", "use_cache": i % 4 > 0}
-        process = context.Process(target=run_forked, args=(dataclasses.replace(config, **places),))
+        places = {"output_dir": tmp_path / "out", "cache_dir": trained.parent / "cache", "use_cache": i % 4 > 0}
+        process = context.Process(target=run_forked, args=(dataclasses.replace(SMALL, **places),))
         process.start()
         if i % 10 == 9:
             while process.is_alive() and not list(tmp_path.glob(f".out.*.{process.pid}.partial")):
@@ -69,25 +60,25 @@ def test_twenty_kills_leave_no_partial_file(whole, tmp_path):
         if (tmp_path / "out").exists():
             # Files are renamed into place one by one, each of them whole.
             for path in (tmp_path / "out").rglob("*.csv"):
-                assert path.read_bytes() == (whole / "out" / path.relative_to(tmp_path / "out")).read_bytes()
+                assert path.read_bytes() == (trained / path.relative_to(tmp_path / "out")).read_bytes()
             assert {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")} <= files
     assert killed >= 15
-    process = context.Process(target=run_forked, args=(dataclasses.replace(config, **places),))
+    process = context.Process(target=run_forked, args=(dataclasses.replace(SMALL, **places),))
     process.start()
     process.join()
     assert process.exitcode == 0
     assert {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")} == files
     assert not list(tmp_path.rglob("*.partial"))
-    undisturbed, again = (pd.read_csv(folder / "predictions.csv") for folder in (whole / "out", tmp_path / "out"))
+    undisturbed, again = (pd.read_csv(folder / "predictions.csv") for folder in (trained, tmp_path / "out"))
     pd.testing.assert_frame_equal(undisturbed, again)
 
 
-def test_a_disk_that_is_full(whole, tmp_path):
+def test_a_disk_that_is_full(trained, tmp_path):
     """A limit on the size of files stands in for the disk: writing fails with an errno of its own, in the middle of a file."""
     limited = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
     limited += "import runpy; runpy.run_module('experiments.regress_gate', run_name='__main__', alter_sys=True)"
-    arguments = [*SMALL, "--output-dir", str(tmp_path / "out"), "--cache-dir", str(whole / "cache")]
+    arguments = [*ARGUMENTS, "--output-dir", str(tmp_path / "out"), "--cache-dir", str(trained.parent / "cache")]
     done = subprocess.run([sys.executable, "-c", limited, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr[-2000:]
     assert done.stderr.splitlines()[-1].startswith("error: ")
@@ -98,20 +89,21 @@ def test_a_disk_that_is_full(whole, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["file/out", "/proc/out", "/sys/out"])
-def test_a_folder_that_cannot_be_written_to(tmp_path, place):
+def test_a_folder_that_cannot_be_written_to(tmp_path, place, capsys):
     """One sentence at once, not after the run; /proc and /sys are closed to the superuser too."""
     (tmp_path / "file").write_text("")
     output = tmp_path / place
     if not output.parent.exists():
         pytest.skip("not on this system")
-    code, printed, errors = run("--output-dir", output, "--no-use-cache")
-    assert code == 2
-    assert errors.count("\n") == 1
-    assert str(output) in errors
-    assert "surveys" not in printed
+    with pytest.raises(InputError, match=re.escape(str(output))) as caught:
+        regress_gate.main(dataclasses.replace(SMALL, output_dir=output, use_cache=False))
+    assert "\n" not in str(caught.value)
+    assert "surveys" not in capsys.readouterr().out
 
 
-def test_no_random_key_is_used_twice(tmp_path):
+def test_another_seed_changes_all_and_no_key_is_used_twice(trained, tmp_path):
     """The whole run with JAX's own check of keys."""
-    code, _, errors = run("--output-dir", tmp_path / "out", "--no-use-cache", JAX_DEBUG_KEY_REUSE="1")
+    code, _, errors = run("--seed", "1", "--output-dir", tmp_path / "out", "--no-use-cache", JAX_DEBUG_KEY_REUSE="1")
     assert code == 0, errors[-2000:]
+    for name in ("overall", "per_bin", "bootstrap", "predictions"):
+        assert (tmp_path / "out" / f"{name}.csv").read_text() != (trained / f"{name}.csv").read_text()

@@ -11,6 +11,7 @@ from sklearn.datasets import load_diabetes
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.metrics import r2_score
 from sklearn.model_selection import KFold, cross_val_predict
+from small_run import SMALL
 
 from experiments import (
     ablate_gate,
@@ -27,7 +28,6 @@ from experiments import (
     train_jointly,
 )
 from experiments.command_line import parse_config
-from experiments.uncertainty import CalibrationConfig
 from moe_jax import GateConfig, InputError
 from moe_jax.intervals import METHODS
 
@@ -52,7 +52,7 @@ STUDIES = {
     "train_jointly": (train_jointly, {"joint_alphas": (1.0,), "n_rounds": 1, "max_sweeps": 2, "gradient_epochs": 2, "gate": QUICK}),
     "calibrate_uncertainty": (
         calibrate_uncertainty,
-        {"gate": QUICK, "calibration": CalibrationConfig(n_stars=600, n_training=900), "n_floor": 100},
+        {"gate": QUICK, "calibration": SMALL.calibration, "n_floor": 100},
     ),
     "scale": (scale, {"n_trains": (900,), "noise_levels": (0.2, 1.0), "gate": QUICK}),
 }
