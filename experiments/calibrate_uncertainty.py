@@ -170,7 +170,9 @@ def judge_uncertainty(config: UncertaintyConfig, stages: Stages) -> tuple[Found,
         floor = floor_table(config, prepared, model, test)
     groups = {"cell": judged.cell, "mag": np.digitize(judged.mag, MAG_EDGES) - 1}
     names = {"cell": list(CELL_NAMES), "mag": MAG_NAMES}
-    parts = judged.parts.mean(axis=0)
+    scales = np.asarray(model.uncertainty.part_scales)
+    parts, scaled = judged.parts.mean(axis=0), (judged.parts * scales).mean(axis=0)
+    parts_table = {"part": PredictiveVariance._fields, "mean_variance": parts, "factor": scales, "share": scaled / scaled.sum()}
     quantiles = pd.DataFrame(np.asarray(calibration.quantiles), columns=[f"{level:.0%}" for level in levels])
     n_stars = np.asarray(calibration.n_stars).astype(int)
     quantiles = pd.concat([pd.DataFrame({"expert": CELL_NAMES[: len(n_stars)], "n": n_stars}), quantiles], axis=1)
@@ -181,7 +183,7 @@ def judge_uncertainty(config: UncertaintyConfig, stages: Stages) -> tuple[Found,
     found = Found(
         coverage=coverage_table(judged.residual, judged.half_width, np.array(levels), groups, names),
         outside=coverage_table(outside.residual, outside.half_width, np.array(levels), {}, {}),
-        variance=pd.DataFrame({"part": PredictiveVariance._fields, "mean_variance": parts, "share": parts / parts.sum()}),
+        variance=pd.DataFrame(parts_table),
         quantiles=quantiles,
         leverage=leverage,
         floor=floor,
@@ -198,14 +200,14 @@ def report_of(config: UncertaintyConfig, found: Found, n_test: int) -> str:
     """report.md."""
     levels = sorted(found.coverage["level"].unique())
     thirds = dict.fromkeys(["coverage", "low", "high", "half_width", "ratio_median", "ratio_low", "ratio_high"], ".3f")
-    shape = thirds | {"level": ".2f", "share": ".1%", "flagged": ".2%", "mean_variance": ".5f"}
+    shape = thirds | {"level": ".2f", "share": ".1%", "flagged": ".2%", "mean_variance": ".5f", "factor": ".3g"}
     normal = ", ".join(f"{stats.norm.ppf(0.5 + level / 2):.2f}" for level in levels)
     sections = [
         "# Can the uncertainties be trusted?",
         f"Made by `{command_of('calibrate_uncertainty', config, PRESETS)}`.",
         f"Nine ridge experts and a cross-fitted MLP gate, trained on {found.n_covered:,} covered stars; intervals calibrated on "
-        f"{found.n_calibration:,} others, by the likeliest cell (split-conformal); judged on {n_test:,} covered "
-        f"test stars. Noise level {config.noise_level:g}, seed {config.seed}.",
+        f"{found.n_calibration:,} others, by the likeliest cell (split-conformal); judged on {n_test:,} covered test stars. Noise "
+        f"level {config.noise_level:g}, seed {config.seed}.",
         *[f"Warning: {note}." for note in found.notes],
         "## Coverage",
         table_markdown(found.coverage, shape),
@@ -216,8 +218,9 @@ def report_of(config: UncertaintyConfig, found: Found, n_test: int) -> str:
         f"Rank correlation of |error| and uncertainty: {found.rank:.3f}.",
         "## What the variance is made of",
         table_markdown(found.variance, shape),
-        "Before calibration, mean over the test stars. Quantiles of |error| / sigma on the calibration stars; of a normal "
-        f"distribution they are {normal}:",
+        "*mean variance*: over the test stars; *factor*: by which a part counts, from the errors of other calibration stars, a "
+        "third as many (maximum likelihood; the noise counts in full); *share*: of sigma squared, the sum with these factors.",
+        f"Quantiles of |error| / sigma on the other calibration stars; of a normal distribution they are {normal}:",
         table_markdown(found.quantiles, {name: ".2f" for name in found.quantiles.columns}),
         "## Leverage",
         table_markdown(found.leverage, shape),

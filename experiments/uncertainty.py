@@ -25,8 +25,19 @@ from moe_jax.optimize import Params
 from moe_jax.ridge import Ridge
 from moe_jax.simulate import SimulatedSpectra
 from moe_jax.survey import Spectra, SurveyFile
-from moe_jax.uncertainty import N_DIRECTIONS, approximate_leverage, fit_leverage, misfit_variance, residual_variance, sum_flux
+from moe_jax.uncertainty import (
+    N_DIRECTIONS,
+    PredictiveVariance,
+    approximate_leverage,
+    fit_leverage,
+    fit_part_scales,
+    misfit_variance,
+    residual_variance,
+    sum_flux,
+)
 
+SCALING = 4  # of so many stars to calibrate on, one is for the factors of the variance's parts, the others for the quantiles
+LEAST_SCALING = 100  # with fewer stars the factors stay at 1
 SCALED = 0.05  # spectra whose medians scatter by less than this part were scaled to a common median
 
 
@@ -106,11 +117,12 @@ def add_uncertainty(
                 "uncertainties are not calibrated: no stars were left for it; give --calibration.file, or a smaller --n-train "
                 "than the training file has stars"
             ]
-        calibration = calibrate_model(config, model, part)
+        part_scales, calibration = calibrate_model(config, model, part)
     few = int((np.asarray(calibration.n_stars) < len(LEVELS) * 20).sum())
     notes = [f"{few} cells have fewer than {len(LEVELS) * 20} stars to calibrate on"] * bool(few)
-    known = known._replace(calibration=jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(known.misfit).dtype), calibration))
-    return model._replace(uncertainty=known), notes
+    dtype = jnp.asarray(known.misfit).dtype
+    found = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), {"part_scales": part_scales, "calibration": calibration})
+    return model._replace(uncertainty=known._replace(**found)), notes
 
 
 def fit_uncertainty(config: DataConfig, settings: CalibrationConfig, prepared: Prepared) -> Uncertainty:
@@ -152,6 +164,7 @@ def fit_uncertainty(config: DataConfig, settings: CalibrationConfig, prepared: P
         rest_variance=sums.rest / jnp.sum(sums.n),
         flux_median=jnp.asarray(median.mean() if scaled else np.nan, dtype),
         feature_range=jax.tree.map(jnp.asarray, fit_feature_range(covered.features, covered.cell, n_experts)),
+        part_scales=jnp.ones(len(PredictiveVariance._fields), dtype),
         calibration=Calibration(jnp.zeros(0, dtype), jnp.zeros((n_experts, 0), dtype), jnp.zeros(n_experts, dtype)),
     )
 
@@ -188,7 +201,7 @@ def judge(config: DataConfig, model: Model, part: Part) -> Judged:
         parts = jnp.stack(list(said.variance), axis=1)
         columns = (
             said.log_g,
-            jnp.sqrt(said.variance.total),
+            said.sigma,
             said.half_width,
             said.cell,
             said.distance,
@@ -207,9 +220,14 @@ def _pad(array: jax.Array) -> jax.Array:
     return jnp.pad(array, ((0, SLICE - len(array)), (0, 0)), mode="edge")
 
 
-def calibrate_model(config: DataConfig, model: Model, part: Part) -> Calibration:
-    """Split-conformal quantiles from the stars that the cells cover."""
+def calibrate_model(config: DataConfig, model: Model, part: Part) -> tuple[np.ndarray, Calibration]:
+    """From the stars that the cells cover: factors of the variance's parts from some, split-conformal quantiles from the others."""
     judged = judge(config, model, part)
     judged = judged.select(judged.cell >= 0)
-    score = np.abs(judged.residual) / judged.sigma
-    return calibrate(score, judged.group, config.n_experts)
+    first = np.arange(len(judged.cell)) % SCALING == 0
+    scales = np.ones(judged.parts.shape[1])
+    if first.sum() >= LEAST_SCALING:
+        scales = fit_part_scales(judged.parts[first], judged.residual[first])
+        judged = judged.select(~first)
+    score = np.abs(judged.residual) / np.sqrt(judged.parts @ scales)
+    return scales, calibrate(score, judged.group, config.n_experts)

@@ -168,8 +168,7 @@ def apply_model(application: Application, spectra: ObservedSpectra, first_star: 
     def column(values: AnyArray) -> np.ndarray:
         return np.where(usable, np.asarray(values), np.nan)
 
-    assert said.variance is not None
-    sigma, half_width = np.sqrt(np.asarray(said.variance.total)), np.asarray(said.half_width)
+    sigma, half_width = np.asarray(said.sigma), np.asarray(said.half_width)
     levels = np.asarray(known.calibration.levels)
     columns: dict[str, AnyArray | list[str]] = {"star": np.arange(first_star, first_star + len(flux)), "log_g": column(said.log_g)}
     columns["uncertainty"] = column(half_width[:, 0] if len(levels) else sigma)

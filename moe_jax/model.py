@@ -32,7 +32,7 @@ from moe_jax.ridge import Ridge, predict_ridge, predict_ridges
 from moe_jax.routing import route_soft
 from moe_jax.uncertainty import Leverage, PredictiveVariance, approximate_leverage, predictive_variance
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 ARRAYS, MEANING = "model.safetensors", "model.json"
 FEATURE_DEFINITION: dict[str, Any] = {
     "features": list(FEATURE_NAMES),
@@ -52,6 +52,7 @@ class Uncertainty(NamedTuple):
     rest_variance: Float[AnyArray, " P"]  #: what these directions leave: the variance of a masked pixel that is filled
     flux_median: Float[AnyArray, ""]  #: to which training spectra were scaled; NaN where they were not
     feature_range: FeatureRange
+    part_scales: Float[AnyArray, " 4"]  #: factors of the parts of the variance
     calibration: Calibration  #: without levels where there were no stars to calibrate on
 
 
@@ -78,7 +79,8 @@ class MixturePrediction(NamedTuple):
     expert_predictions: Float[jax.Array, "N K"]
     global_log_g: Float[jax.Array, " N"]  #: of the global ridge
     cell: Int[jax.Array, " N"]  #: the likeliest, by the classification gate; intervals are calibrated by it
-    variance: PredictiveVariance | None = None  #: before calibration
+    variance: PredictiveVariance | None = None  #: its parts as they are
+    sigma: Float[jax.Array, " N"] | None = None  #: root of the sum of the parts, each times its factor; before calibration
     half_width: Float[jax.Array, "N L"] | None = None  #: of the calibrated intervals, by level
     distance: Float[jax.Array, " N"] | None = None  #: in feature space; above 1, the star is unlike the training stars
     gradient: Float[jax.Array, "N P"] | None = None  #: of log_g in the flux
@@ -143,8 +145,9 @@ def predict_model(
 def with_variance(model: Model, prediction: MixturePrediction, variance: PredictiveVariance) -> MixturePrediction:
     """A prediction with this variance and the calibrated intervals that follow from it."""
     assert model.uncertainty is not None
-    half_width = half_widths(model.uncertainty.calibration, jnp.sqrt(variance.total), prediction.cell)
-    return prediction._replace(variance=variance, half_width=half_width)
+    sigma = jnp.sqrt(variance.total(model.uncertainty.part_scales))
+    half_width = half_widths(model.uncertainty.calibration, sigma, prediction.cell)
+    return prediction._replace(variance=variance, sigma=sigma, half_width=half_width)
 
 
 @functools.partial(jax.jit, static_argnames=("gate", "differentiate"))
@@ -217,6 +220,8 @@ def load_model(folder: Path | str) -> Model:
         arrays = load(data)
     except SafetensorError as reason:
         raise InputError(f"{path}: found a file that is not safetensors ({reason}), expected one") from reason
+    if meaning["schema_version"] == 2 and "uncertainty/misfit" in arrays:  # which had no factors
+        arrays["uncertainty/part_scales"] = np.ones(len(PredictiveVariance._fields), arrays["uncertainty/misfit"].dtype)
     gate = _read_gate(folder / MEANING, meaning["gate"])
     flat = {name: jnp.asarray(array) for name, array in arrays.items() if name != "wave"}
     try:
@@ -308,6 +313,7 @@ def _check_shapes(path: Path, model: Model) -> None:
             "uncertainty/leverage/basis": (n_directions, n_pixels),
             "uncertainty/leverage/core": (n_experts, n_directions, n_directions),
             "uncertainty/flux_median": (),
+            "uncertainty/part_scales": (len(PredictiveVariance._fields),),
             "uncertainty/feature_range/mean": (n_experts, n_features),
             "uncertainty/feature_range/precision": (n_experts, n_features, n_features),
             "uncertainty/feature_range/limit": (),

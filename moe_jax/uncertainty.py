@@ -11,6 +11,10 @@ s_k^2 is the residual variance of expert k: its out-of-fold squared error in its
 m_k is what it exceeds the flux noise in the expert's prediction by. h_k is the leverage x' (X'X + alpha I)^-1 x of the centred
 flux. ``ridge_leverage`` computes it exactly, in its kernel form, from the training spectra. A model does not keep those:
 ``approximate_leverage`` needs X'X as R common directions and a diagonal only.
+
+The first three overlap, and the experts' errors are not independent: the sum is too wide, and for some stars more than for
+others. ``fit_part_scales`` finds the factors of the three that make the errors of held-out stars the likeliest; the noise of the
+flux is known, and counts in full.
 """
 
 from __future__ import annotations
@@ -20,11 +24,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
+from scipy import optimize
 
-from moe_jax.arrays import AnyArray, require_same_length
+from moe_jax.arrays import AnyArray, InputError, require_same_length
 from moe_jax.ridge import center, cho_solve, cholesky, is_dual, kernel, matmul, require_positive
 
 N_DIRECTIONS = 16
@@ -59,10 +65,10 @@ class PredictiveVariance(NamedTuple):
     spread: Float[jax.Array, " N"]
     noise: Float[jax.Array, " N"]
 
-    @property
-    def total(self) -> jax.Array:
-        """Their sum."""
-        return self.misfit + self.coefficients + self.spread + self.noise
+    def total(self, scales: Float[AnyArray, " 4"] | None = None) -> Float[jax.Array, " N"]:
+        """Their sum, each times its factor; by default 1."""
+        parts = jnp.stack(list(self), axis=1)
+        return jnp.sum(parts if scales is None else parts * jnp.asarray(scales, parts.dtype)[None, :], axis=1)
 
 
 def ridge_leverage(x_train: Float[AnyArray, "N P"], alpha: ArrayLike, x: Float[AnyArray, "M P"]) -> Float[jax.Array, " M"]:
@@ -236,3 +242,32 @@ def predictive_variance(
         jnp.sum(weights * (expert_predictions - mixture) ** 2, axis=1),
         jnp.sum((gradient * error) ** 2, axis=1),
     )
+
+
+def fit_part_scales(variance: Float[AnyArray, "N 4"], residual: Float[AnyArray, " N"]) -> Float[np.ndarray, " 4"]:
+    """Factors >= 0 of the parts of the variance, by maximum likelihood of normal errors; that of the noise is 1. On the host.
+
+    Args:
+        variance: the parts of each star's ``PredictiveVariance``, in its order, of stars that nothing was fitted to.
+        residual: true less predicted value of the same stars.
+
+    Raises:
+        InputError: shapes that disagree, parts that are negative, or numbers that are not finite.
+    """
+    variance, residual = np.asarray(variance, np.float64), np.asarray(residual, np.float64)
+    require_same_length(variance=variance, residual=residual)
+    if not (np.isfinite(variance).all() and np.isfinite(residual).all() and (variance >= 0).all()):
+        raise InputError("variance or residual hold numbers that are negative or not finite, expected variances and finite errors")
+    parts, noise, squared = variance[:, :-1], variance[:, -1], residual**2
+    mean, typical = np.maximum(parts.mean(axis=0), np.finfo(float).tiny), max(squared.mean(), np.finfo(float).tiny)
+
+    def negative_log_likelihood(log_share: np.ndarray) -> tuple[float, np.ndarray]:
+        by_part = parts / mean * np.exp(log_share)
+        total = np.maximum(by_part.sum(axis=1) + noise, 1e-12 * typical)
+        slope = (1.0 / total - squared / total**2)[:, None] * by_part
+        return float(np.mean(np.log(total) + squared / total)), slope.mean(axis=0)
+
+    start = np.full(len(mean), np.log(typical / len(mean)))
+    bounds = [(start[0] - 12.0, start[0] + 4.0)] * len(mean)
+    found = optimize.minimize(negative_log_likelihood, start, jac=True, method="L-BFGS-B", bounds=bounds)
+    return np.append(np.exp(found.x) / mean, 1.0)

@@ -10,6 +10,7 @@ from moe_jax import InputError, ridge_leverage
 from moe_jax.uncertainty import (
     approximate_leverage,
     fit_leverage,
+    fit_part_scales,
     misfit_variance,
     predictive_variance,
     residual_variance,
@@ -94,11 +95,30 @@ def test_variances_by_hand():
     np.testing.assert_allclose(parts.coefficients, [0.25 * 0.2 * 0.5 + 0.75 * 0.4 * 0.1], rtol=1e-6)
     np.testing.assert_allclose(parts.spread, [0.25 * 1.5**2 + 0.75 * 0.5**2], rtol=1e-6)
     np.testing.assert_allclose(parts.noise, [0.25 + 0.25], rtol=1e-6)
-    np.testing.assert_allclose(parts.total, np.sum(parts, axis=0), rtol=1e-6)
+    np.testing.assert_allclose(parts.total(), np.sum(parts, axis=0), rtol=1e-6)
+    np.testing.assert_allclose(parts.total(np.array([2.0, 0.0, 0.0, 1.0])), 2 * parts.misfit + parts.noise, rtol=1e-6)
     np.testing.assert_allclose(misfit_variance(np.array([1.0, 0.1]), np.ones((2, 2)), np.full((2, 2), 0.2)), [0.6, 0.0], rtol=1e-6)
     mse, leverage = np.array([1.0, 2.0, 3.0]), np.array([[0.5, 9.0, 9.0], [0.3, 9.0, 9.0], [9.0, 1.0, 9.0], [9.0, 9.0, 9.0]])
     found = residual_variance(mse, leverage, np.array([0, 0, 1, -1]))
     np.testing.assert_allclose(found, [1 / 1.4, 1.0, 3.0], rtol=1e-6)
+
+
+def test_factors_of_the_parts(rng):
+    """Alone, a part's is the mean of r^2 / v. Several: those that the errors were drawn with, also where one does not count."""
+    parts, true = rng.uniform(0.0, 1.0, (20_000, 4)) ** 3, np.array([0.5, 0.0, 2.0, 1.0])
+    residual = rng.normal(size=20_000) * np.sqrt(parts @ true)
+    alone = np.stack([parts[:, 0] + 0.1, 0 * residual], axis=1)
+    np.testing.assert_allclose(fit_part_scales(alone, residual), [np.mean(residual**2 / alone[:, 0]), 1.0], rtol=1e-5)
+    np.testing.assert_allclose(fit_part_scales(parts, residual), true, rtol=0.05, atol=0.02)
+    np.testing.assert_allclose(
+        fit_part_scales(parts * [1e-6, 1.0, 1e3, 1.0], residual), true * [1e6, 1, 1e-3, 1], rtol=0.05, atol=0.02
+    )
+    assert np.isfinite(fit_part_scales(np.concatenate([np.zeros((20_000, 1)), parts], axis=1), residual)).all()
+    for wrong in (parts * -1, parts * np.nan):
+        with pytest.raises(InputError, match="expected variances and finite errors"):
+            fit_part_scales(wrong, residual)
+    with pytest.raises(InputError, match="residual has shape"):
+        fit_part_scales(parts, residual[:, None])
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, np.nan])
