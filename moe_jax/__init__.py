@@ -2,7 +2,9 @@
 
 In the order of the data: ``survey`` (types, HDF5), ``simulate`` (model grid to survey), ``cells``, ``ridge``, ``experts``,
 ``features``, ``classifier``, ``gates``, ``optimize``, ``training``, ``routing``, ``controls``, ``joint``, ``metrics``,
-``bootstrap``, ``intervals``, ``variance``, then ``evaluation``, ``figures``, ``report``.
+``bootstrap``, ``intervals``, ``variance``, then ``evaluation``, ``figures``, ``report``. To apply and to trust: ``model``,
+``observed``, ``resample``, ``novelty``, ``uncertainty``, ``conformal``, ``fisher``, ``application``, ``catalogue``. For any data:
+``mixture``, ``estimator``.
 
 Dimensions in docstrings and annotations: N stars, P pixels, K experts (or cells), F gate features, B bootstrap resamples,
 A alphas, E epochs, G groups, R components of the model grid.
