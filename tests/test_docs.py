@@ -54,10 +54,9 @@ def test_the_list_of_experiments():
         assert 20 < len(first_line(name)) < 160, name
 
 
-def test_every_help_teaches():
+def test_help_teaches():
     """--help of an experiment begins with what it does and how to call it, and says what each option is."""
-    for name in ("regress_gate", "predict"):
-        done = subprocess.run([sys.executable, "-m", f"experiments.{name}", "--help"], capture_output=True, text=True)
-        assert done.returncode == 0
-        assert f"python -m experiments.{name}" in done.stdout
-        assert first_line(name).split(".")[0][:30] in done.stdout
+    done = subprocess.run([sys.executable, "-m", "experiments.predict", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "python -m experiments.predict" in done.stdout
+    assert first_line("predict").split(".")[0][:30] in done.stdout
