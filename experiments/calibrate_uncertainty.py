@@ -171,8 +171,9 @@ def judge_uncertainty(config: UncertaintyConfig, stages: Stages) -> tuple[Found,
     groups = {"cell": judged.cell, "mag": np.digitize(judged.mag, MAG_EDGES) - 1}
     names = {"cell": list(CELL_NAMES), "mag": MAG_NAMES}
     scales = np.asarray(model.uncertainty.part_scales)
-    parts, scaled = judged.parts.mean(axis=0), (judged.parts * scales).mean(axis=0)
-    parts_table = {"part": PredictiveVariance._fields, "mean_variance": parts, "factor": scales, "share": scaled / scaled.sum()}
+    parts = judged.parts.mean(axis=0)
+    share = parts * scales / (parts @ scales)
+    parts_table = {"part": PredictiveVariance._fields, "mean_variance": parts, "factor": scales, "share": share}
     quantiles = pd.DataFrame(np.asarray(calibration.quantiles), columns=[f"{level:.0%}" for level in levels])
     n_stars = np.asarray(calibration.n_stars).astype(int)
     quantiles = pd.concat([pd.DataFrame({"expert": CELL_NAMES[: len(n_stars)], "n": n_stars}), quantiles], axis=1)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.command_line import Stages
-from moe_jax.arrays import AnyArray, InputError
+from moe_jax.arrays import AnyArray, InputError, take_rows
 from moe_jax.cells import N_CELLS
 from moe_jax.classifier import C_GRID, ClassifierFit, fit_classifier
 from moe_jax.cross_validation import CrossValidatedRidge
@@ -178,9 +178,3 @@ def classify(config: DataConfig, train: Stars, stages: Stages) -> ClassifierFit:
     with stages("classification gate"):
         covered = train.covered()
         return fit_classifier(covered.features, covered.cell, C_grid=config.C_grid, n_folds=config.n_folds, seed=config.seed)
-
-
-@jax.jit
-def take_rows(arrays: tuple[jax.Array, ...], rows: jax.Array) -> tuple[jax.Array, ...]:
-    """The same rows of several arrays."""
-    return tuple(array[rows] for array in arrays)

@@ -1,4 +1,4 @@
-"""Array types of the annotations, and the checks that every public function makes of its arrays.
+"""Array types of the annotations, the checks that every public function makes of its arrays, and rows of several at once.
 
 One legend of dimensions for the whole package: N stars, P pixels, K experts (or cells), F gate features, B bootstrap
 resamples, A alphas, E epochs, G groups, S seeds (or other inputs of one call), R components of the model grid or rows of a block.
@@ -44,3 +44,9 @@ def require_vectors(**arrays: AnyArray) -> int:
     if array.ndim != 1:
         raise InputError(f"{name} has shape {array.shape}, expected (N,)")
     return require_same_length(**arrays)
+
+
+@jax.jit
+def take_rows(arrays: tuple[jax.Array, ...], rows: jax.Array) -> tuple[jax.Array, ...]:
+    """The same rows of several arrays."""
+    return tuple(array[rows] for array in arrays)

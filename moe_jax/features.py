@@ -175,11 +175,16 @@ def fit_features(key: PRNGKeyArray, flux: Float[AnyArray, "N P"], wave: AnyArray
     return standardize(pca, raw_features(flux, wave, pca))
 
 
-@jax.jit
 def standardize(pca: PCA, raw: Float[AnyArray, "N F"]) -> FeatureModel:
     """The feature model with these components, given the raw features of the training stars."""
+    return FeatureModel(pca, *mean_and_scale(raw))
+
+
+@jax.jit
+def mean_and_scale(raw: Float[AnyArray, "N F"]) -> tuple[Float[jax.Array, " F"], Float[jax.Array, " F"]]:
+    """Mean and standard deviation of each column; 1 for that of a constant one."""
     scale = jnp.std(raw, axis=0)
-    return FeatureModel(pca, jnp.mean(raw, axis=0), jnp.where(scale > 0, scale, 1.0))
+    return jnp.mean(raw, axis=0), jnp.where(scale > 0, scale, 1.0)
 
 
 def compute_features(model: FeatureModel, flux: Float[AnyArray, "N P"], wave: AnyArray) -> Float[jax.Array, "N F"]:
@@ -194,7 +199,14 @@ def features_of_pixels(
     return scale_features(model, _raw_features(jnp.asarray(flux), pixels, model.pca))
 
 
-@jax.jit
 def scale_features(model: FeatureModel, raw: Float[AnyArray, "N F"]) -> Float[jax.Array, "N F"]:
     """Raw features, standardised."""
-    return (jnp.asarray(raw) - model.mean[None, :]) / model.scale[None, :]
+    return scale_columns(raw, model.mean, model.scale)
+
+
+@jax.jit
+def scale_columns(
+    raw: Float[AnyArray, "N F"], mean: Float[AnyArray, " F"], scale: Float[AnyArray, " F"]
+) -> Float[jax.Array, "N F"]:
+    """Columns less their mean, in units of their scale."""
+    return (jnp.asarray(raw) - mean[None, :]) / scale[None, :]

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-from moe_jax.arrays import AnyArray, InputError, require_same_length
+from moe_jax.arrays import AnyArray, InputError, require_same_length, take_rows
 from moe_jax.experts import assign_folds, cross_fitted_predictions, fit_experts
+from moe_jax.features import mean_and_scale, scale_columns
 from moe_jax.gates import Gate, MLPGate
 from moe_jax.optimize import GateConfig, Params
 from moe_jax.ridge import Ridge, predict_ridges, require_positive
@@ -91,26 +92,10 @@ def fit_moe(
     ridges = Ridge(experts.coef, experts.intercept)
     rows = np.flatnonzero(cell >= 0)
     predictions = cross_fitted_predictions(predict_ridges(ridges, x), experts.out_of_fold, cell)
-    features, predictions, y = _take((features, predictions, y), rows)
-    mean, scale = _mean_and_scale(features)
-    fit = fit_gate(key_gate, gate, _scale(features, mean, scale), predictions, y, config)
+    features, predictions, y = take_rows((features, predictions, y), rows)
+    mean, scale = mean_and_scale(features)
+    fit = fit_gate(key_gate, gate, scale_columns(features, mean, scale), predictions, y, config)
     return MixtureOfExperts(ridges, experts.alpha, experts.at_edge, gate, fit.params, mean, scale)
-
-
-@jax.jit
-def _take(arrays: tuple[jax.Array, ...], rows: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(array[rows] for array in arrays)
-
-
-@jax.jit
-def _mean_and_scale(features: jax.Array) -> tuple[jax.Array, jax.Array]:
-    scale = jnp.std(features, axis=0)
-    return jnp.mean(features, axis=0), jnp.where(scale > 0, scale, 1.0)
-
-
-@jax.jit
-def _scale(features: jax.Array, mean: jax.Array, scale: jax.Array) -> jax.Array:
-    return (features - mean[None, :]) / scale[None, :]
 
 
 def predict_moe(
@@ -134,6 +119,8 @@ def predict_moe(
     require_same_length(x=x)
     if len(features) != len(x):
         raise InputError(f"features has shape {features.shape}, expected ({len(x)}, {n_features}) like the rows of x {x.shape}")
-    weights = mixture.gate.apply(mixture.gate_params, _scale(jnp.asarray(features), mixture.feature_mean, mixture.feature_scale))
+    weights = mixture.gate.apply(
+        mixture.gate_params, scale_columns(jnp.asarray(features), mixture.feature_mean, mixture.feature_scale)
+    )
     predictions = predict_ridges(mixture.experts, jnp.asarray(x))
     return MoEPrediction(route_soft(weights, predictions), weights, predictions)

@@ -42,7 +42,7 @@ def test_twenty_kills_leave_no_partial_file(trained, tmp_path):
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["experiments.regress_gate"])
-    files = {path.relative_to(trained) for path in (trained).rglob("*")}
+    files = {path.relative_to(trained) for path in trained.rglob("*")}
     killed, rng = 0, np.random.default_rng(0)
     for i in range(20):
         places = {"output_dir": tmp_path / "out", "cache_dir": trained.parent / "cache", "use_cache": i % 4 > 0}
