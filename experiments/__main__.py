@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from experiments.command_line import console
+from experiments.runner.stages import console
 
 HERE = Path(__file__).parent
 #: In the order in which one would meet them.

@@ -16,14 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.command_line import Stages, run_command
-from experiments.gate_sweep import CONVERGED_LINEAR, GateRun, Sweep, gate_keys, mix_by_class, run_gates, train_gates
-from experiments.prepare import prepare
-from experiments.prepared import Prepared
-from experiments.study import SMALL, StudyConfig, compare_by, output_folder, write_variants
-from moe_jax.features import FEATURE_NAMES
-from moe_jax.gates import MLPGate
-from moe_jax.optimize import GateConfig, Hyper
+from experiments.pipeline.config import SMALL, StudyConfig
+from experiments.pipeline.gates import CONVERGED_LINEAR, GateRun, Sweep, gate_keys, mix_by_class, run_gates, train_gates
+from experiments.pipeline.prepare import prepare
+from experiments.pipeline.stars import Prepared
+from experiments.report.results import output_folder
+from experiments.report.variants import compare_by, write_variants
+from experiments.runner.command_line import run_command
+from experiments.runner.stages import Stages
+from moe_jax.gates.features import FEATURE_NAMES
+from moe_jax.gates.networks import MLPGate
+from moe_jax.gates.optimize import GateConfig, Hyper
 
 CA_LINES = ("depth_8498", "EW_8498", "depth_8542", "EW_8542", "depth_8662", "EW_8662", "EW_CaT")
 SODIUM = ("depth_Na", "EW_Na")

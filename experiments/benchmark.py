@@ -17,11 +17,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.benchmark_rows import GROUPS, BenchmarkConfig
-from experiments.command_line import Stages, console, run_command
-from experiments.study import describe_machine, table_markdown, write_results
-from moe_jax.arrays import InputError
-from moe_jax.figures import BLACK, BLUE, GREY, new_figure
+from experiments.report.figures import BLACK, BLUE, GREY, new_figure
+from experiments.report.markdown import table_markdown
+from experiments.report.results import write_results
+from experiments.runner.command_line import run_command
+from experiments.runner.provenance import describe_machine
+from experiments.runner.stages import Stages, console
+from experiments.timing.rows import GROUPS, BenchmarkConfig
+from moe_jax.core.arrays import InputError
 
 MUST_STAND = 0.7  # of a committed ratio; what is below fell by more than the noise of these machines
 

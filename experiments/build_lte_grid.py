@@ -11,20 +11,18 @@ into ``--output`` and prints how well they are reconstructed from it.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from rich.progress import Progress
 
-from experiments.command_line import console, run_command
-from moe_jax.files import atomic_path
-from moe_jax.grid import GRID_FILE, compress_grid, reconstruct_nodes, save_grid
-from moe_jax.synthesis import Node, NodeSpectrum, is_available, synthesize_node
+from experiments.pipeline.lte_nodes import compute_nodes, node_file, read_node
+from experiments.runner.command_line import run_command
+from experiments.runner.stages import console
+from moe_jax.spectra.grid import GRID_FILE, compress_grid, reconstruct_nodes, save_grid
+from moe_jax.spectra.synthesis import Node, is_available
 
 
 @dataclass(frozen=True)
@@ -53,40 +51,6 @@ PRESETS: dict[str, BuildConfig] = {
         output=Path(".cache/lte_grid_smoke.npz"),
     ),
 }  # fmt: skip
-
-
-def node_file(folder: Path, node: Node) -> Path:
-    """Where a finished node is kept."""
-    return folder / f"t{node.T_eff:.0f}_g{node.log_g:+.2f}_m{node.M_H:+.3f}_a{node.a_M:+.3f}.npz"
-
-
-def read_node(path: Path) -> NodeSpectrum:
-    """Reads a node that was computed before."""
-    with np.load(path) as arrays:
-        return NodeSpectrum(arrays["norm"], arrays["log_continuum"])
-
-
-def compute_node(folder: Path, node: Node) -> None:
-    """Computes one node and writes it; a process that is killed leaves no half-written node."""
-    spectrum = synthesize_node(node)
-    with atomic_path(node_file(folder, node)) as path, open(path, "wb") as file:
-        np.savez(file, norm=spectrum.norm, log_continuum=spectrum.log_continuum)
-
-
-def compute_nodes(folder: Path, nodes: list[Node], jobs: int) -> None:
-    """Computes the nodes that ``folder`` does not hold yet, ``jobs`` at a time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [node for node in nodes if not node_file(folder, node).exists()]
-    if not missing:
-        return
-    import pysme  # noqa: F401  -- creates its settings folder once, before several processes would
-
-    context = multiprocessing.get_context("spawn")
-    with Progress(console=console) as progress, ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        task = progress.add_task("LTE spectra", total=len(nodes), completed=len(nodes) - len(missing))
-        for future in as_completed([pool.submit(compute_node, folder, node) for node in missing]):
-            future.result()
-            progress.advance(task)
 
 
 def main(config: BuildConfig) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
@@ -22,25 +21,29 @@ import pandas as pd
 from jax import lax
 from matplotlib.figure import Figure
 
-from experiments.command_line import Stages, console, run_command
-from experiments.gate_sweep import CODE_OF_GATES, CONVERGED, training_stars
-from experiments.prepare import prepare
-from experiments.prepared import Prepared, draw_keys
-from experiments.study import SMALL, StudyConfig, command_of, describe_run, output_folder, table_markdown, write_results
-from moe_jax.arrays import AnyArray, InputError
-from moe_jax.bootstrap import resample_gain, squared_error_gain
-from moe_jax.cells import CELL_NAMES, N_CELLS, assign_cells
-from moe_jax.evaluation import PROTOCOLS
-from moe_jax.experts import predict_experts
-from moe_jax.features import compute_features
-from moe_jax.figures import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure
-from moe_jax.gates import Gate, LinearGate, MLPGate
-from moe_jax.intervals import METHODS, Resampled, confidence_interval, simultaneous_interval
-from moe_jax.optimize import GateConfig
-from moe_jax.routing import route_soft
-from moe_jax.simulate import simulate_survey
-from moe_jax.survey import add_noise
-from moe_jax.training import fit_gate
+from experiments.pipeline.config import SMALL, StudyConfig, draw_keys
+from experiments.pipeline.gates import CONVERGED, training_stars
+from experiments.pipeline.methods import PROTOCOLS
+from experiments.pipeline.prepare import prepare
+from experiments.pipeline.stars import Prepared
+from experiments.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure
+from experiments.report.markdown import table_markdown
+from experiments.report.results import output_folder, write_results
+from experiments.runner.command_line import run_command
+from experiments.runner.provenance import command_of, describe_run
+from experiments.runner.stages import Stages, console
+from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.evaluate.bootstrap import resample_gain, squared_error_gain
+from moe_jax.evaluate.intervals import METHODS, Resampled, confidence_interval, simultaneous_interval
+from moe_jax.experts.cells import CELL_NAMES, N_CELLS, assign_cells
+from moe_jax.experts.fit import predict_experts
+from moe_jax.gates.features import compute_features
+from moe_jax.gates.networks import Gate, LinearGate, MLPGate
+from moe_jax.gates.optimize import GateConfig
+from moe_jax.gates.routing import route_soft
+from moe_jax.gates.training import fit_gate
+from moe_jax.spectra.simulate import simulate_survey
+from moe_jax.spectra.survey import add_noise
 
 LEVELS = (0.90, 0.95, 0.99)
 _CHUNK = 5_000  # stars of the population that are simulated at a time
@@ -298,7 +301,7 @@ def main(config: CalibrateConfig) -> dict[str, pd.DataFrame]:
     population, _ = config.cache.load_or_compute(
         "population",
         settings | {"n": config.n_population},
-        [*CODE_OF_GATES, Path(__file__)],
+        [__file__],
         Population(*[np.zeros(0)] * 3),
         lambda: simulate_population(config, prepared, stages),
     )

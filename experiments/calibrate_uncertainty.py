@@ -20,25 +20,29 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from experiments.command_line import Stages, console, run_command
-from experiments.prepare import prepare
-from experiments.prepared import Prepared, Stars, draw_keys
-from experiments.stream import Observation
-from experiments.study import SMALL, StudyConfig, command_of, describe_run, output_folder, table_markdown, write_results
-from experiments.surveys import open_surveys
-from experiments.uncertainty import CalibrationConfig, Judged, Part, add_uncertainty, judge, model_of
-from moe_jax import figures
-from moe_jax.arrays import InputError
-from moe_jax.cells import CELL_NAMES
-from moe_jax.conformal import coverage_table
-from moe_jax.fisher import fisher_information, log_g_floor
-from moe_jax.gates import LinearGate, MLPGate
-from moe_jax.model import Model
-from moe_jax.optimize import GateConfig
-from moe_jax.routing import route_oracle, route_soft
-from moe_jax.survey import Labels
-from moe_jax.training import fit_gate
-from moe_jax.uncertainty import PredictiveVariance, approximate_leverage, ridge_leverage
+from experiments.pipeline.calibration import CalibrationConfig, Judged, add_uncertainty, judge, model_of
+from experiments.pipeline.config import SMALL, StudyConfig, draw_keys
+from experiments.pipeline.observation import Observation, Part
+from experiments.pipeline.prepare import prepare
+from experiments.pipeline.stars import Prepared, Stars
+from experiments.pipeline.surveys import open_surveys
+from experiments.report import figures
+from experiments.report.markdown import table_markdown
+from experiments.report.results import output_folder, write_results
+from experiments.runner.command_line import run_command
+from experiments.runner.provenance import command_of, describe_run
+from experiments.runner.stages import Stages, console
+from moe_jax.apply.conformal import coverage_table
+from moe_jax.apply.model import Model
+from moe_jax.apply.uncertainty import PredictiveVariance, approximate_leverage, ridge_leverage
+from moe_jax.core.arrays import InputError
+from moe_jax.experts.cells import CELL_NAMES
+from moe_jax.gates.networks import LinearGate, MLPGate
+from moe_jax.gates.optimize import GateConfig
+from moe_jax.gates.routing import route_oracle, route_soft
+from moe_jax.gates.training import fit_gate
+from moe_jax.spectra.fisher import fisher_information, log_g_floor
+from moe_jax.spectra.survey import Labels
 
 MAG_EDGES = (20.5, 21.0, 21.5, 22.0, 22.5)
 MAG_NAMES = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(MAG_EDGES)]

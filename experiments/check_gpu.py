@@ -24,18 +24,21 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.benchmark_rows import seconds_of
-from experiments.command_line import Stages, console, run_command
-from experiments.study import describe_machine, table_markdown, write_results
-from moe_jax.arrays import InputError
-from moe_jax.bootstrap import bootstrap_delta_r2
-from moe_jax.experts import fit_global
-from moe_jax.gates import MLPGate
-from moe_jax.optimize import GateConfig
-from moe_jax.ridge import matmul, predict_ridge
-from moe_jax.simulate import simulate_survey
-from moe_jax.survey import add_noise
-from moe_jax.training import fit_gate
+from experiments.report.markdown import table_markdown
+from experiments.report.results import write_results
+from experiments.runner.command_line import run_command
+from experiments.runner.provenance import describe_machine
+from experiments.runner.stages import Stages, console
+from experiments.timing.rows import seconds_of
+from moe_jax.core.arrays import InputError, matmul
+from moe_jax.evaluate.bootstrap import bootstrap_delta_r2
+from moe_jax.experts.fit import fit_global
+from moe_jax.experts.ridge import predict_ridge
+from moe_jax.gates.networks import MLPGate
+from moe_jax.gates.optimize import GateConfig
+from moe_jax.gates.training import fit_gate
+from moe_jax.spectra.simulate import simulate_survey
+from moe_jax.spectra.survey import add_noise
 
 
 @dataclass(frozen=True)

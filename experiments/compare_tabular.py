@@ -22,14 +22,17 @@ from sklearn.model_selection import KFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from experiments.command_line import Stages, console, run_command
-from experiments.study import command_of, describe_run, interval, output_folder, table_markdown, write_results
-from moe_jax.arrays import InputError
-from moe_jax.bootstrap import DEFAULT_METHOD
+from experiments.report.figures import interval_plot
+from experiments.report.markdown import interval, table_markdown
+from experiments.report.results import output_folder, write_results
+from experiments.runner.command_line import run_command
+from experiments.runner.provenance import command_of, describe_run
+from experiments.runner.stages import Stages, console
+from moe_jax.core.arrays import InputError
 from moe_jax.estimator import RidgeMixtureRegressor
-from moe_jax.evaluation import compare_variants
-from moe_jax.figures import interval_plot
-from moe_jax.intervals import IntervalMethod
+from moe_jax.evaluate.bootstrap import DEFAULT_METHOD
+from moe_jax.evaluate.intervals import IntervalMethod
+from moe_jax.evaluate.variants import compare_variants
 from moe_jax.mixture import ALPHAS
 
 

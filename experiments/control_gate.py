@@ -18,18 +18,22 @@ import numpy as np
 import pandas as pd
 from sklearn.ensemble import HistGradientBoostingRegressor
 
-from experiments.command_line import Stages, run_command
-from experiments.gate_sweep import CONVERGED_LINEAR, GateRun, gate_keys, mix_by_class, run_gates, train_gates
-from experiments.prepare import prepare
-from experiments.prepared import Prepared, Stars, draw_keys
-from experiments.study import SMALL, StudyConfig, compare_by, output_folder, table_markdown, write_variants
-from moe_jax.cells import CELL_NAMES
-from moe_jax.controls import fit_mlp_regressor, fit_temperature, predict_mlp_regressor, simplex_weights
-from moe_jax.cross_validation import cross_validate_ridge, select_alpha
-from moe_jax.gates import LinearGate, MLPGate
-from moe_jax.optimize import GateConfig
-from moe_jax.ridge import fit_ridge, predict_ridge
-from moe_jax.routing import route_soft, sharpen
+from experiments.pipeline.config import SMALL, StudyConfig, draw_keys
+from experiments.pipeline.gates import CONVERGED_LINEAR, GateRun, gate_keys, mix_by_class, run_gates, train_gates
+from experiments.pipeline.prepare import prepare
+from experiments.pipeline.stars import Prepared, Stars
+from experiments.report.markdown import table_markdown
+from experiments.report.results import output_folder
+from experiments.report.variants import compare_by, write_variants
+from experiments.runner.command_line import run_command
+from experiments.runner.stages import Stages
+from moe_jax.experts.cells import CELL_NAMES
+from moe_jax.experts.cross_validation import cross_validate_ridge, select_alpha
+from moe_jax.experts.ridge import fit_ridge, predict_ridge
+from moe_jax.gates.controls import fit_mlp_regressor, fit_temperature, predict_mlp_regressor, simplex_weights
+from moe_jax.gates.networks import LinearGate, MLPGate
+from moe_jax.gates.optimize import GateConfig
+from moe_jax.gates.routing import route_soft, sharpen
 
 VANISHING = 0.01
 """An expert whose mean weight is below this is flagged."""

@@ -16,14 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.command_line import Stages, run_command
-from experiments.gate_sweep import GateRun, Sweep, mix_by_class, run_gates, training_stars
-from experiments.prepare import prepare
-from experiments.study import SMALL, StudyConfig, compare_by, output_folder, write_variants
-from moe_jax.evaluation import PROTOCOLS
-from moe_jax.gates import LinearGate, MLPGate
-from moe_jax.optimize import GateConfig
-from moe_jax.training import mixture_loss
+from experiments.pipeline.config import SMALL, StudyConfig
+from experiments.pipeline.gates import GateRun, Sweep, mix_by_class, run_gates, training_stars
+from experiments.pipeline.methods import PROTOCOLS
+from experiments.pipeline.prepare import prepare
+from experiments.report.results import output_folder
+from experiments.report.variants import compare_by, write_variants
+from experiments.runner.command_line import run_command
+from experiments.runner.stages import Stages
+from moe_jax.gates.networks import LinearGate, MLPGate
+from moe_jax.gates.optimize import GateConfig
+from moe_jax.gates.training import mixture_loss
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.command_line import Stages, run_command
-from experiments.gate_sweep import gate_keys, mix_by_class, train_gates
-from experiments.prepare import prepare
-from experiments.prepared import Prepared, Stars
-from experiments.study import SMALL, StudyConfig, compare_by, output_folder, table_markdown, write_variants
-from moe_jax.cells import N_CELLS
-from moe_jax.experts import cross_fitted_predictions
-from moe_jax.gates import MLPGate
-from moe_jax.metrics import r2_score
-from moe_jax.optimize import GateConfig
-from moe_jax.report import load_published
+from experiments.pipeline.config import SMALL, StudyConfig
+from experiments.pipeline.gates import gate_keys, mix_by_class, train_gates
+from experiments.pipeline.prepare import prepare
+from experiments.pipeline.stars import Prepared, Stars
+from experiments.report.markdown import load_published, table_markdown
+from experiments.report.results import output_folder
+from experiments.report.variants import compare_by, write_variants
+from experiments.runner.command_line import run_command
+from experiments.runner.stages import Stages
+from moe_jax.evaluate.metrics import r2_score
+from moe_jax.experts.cells import N_CELLS
+from moe_jax.experts.fit import cross_fitted_predictions
+from moe_jax.gates.networks import MLPGate
+from moe_jax.gates.optimize import GateConfig
 
 
 @dataclass(frozen=True)

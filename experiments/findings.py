@@ -19,23 +19,27 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.command_line import Stages, console, run_command
-from experiments.gate_sweep import GateRun, gate_keys, run_gates, training_stars
-from experiments.prepare import prepare
-from experiments.prepared import Prepared, draw_keys
-from experiments.study import StudyConfig, command_of, describe_run, interval, table_markdown, write_results
-from moe_jax.arrays import AnyArray, InputError
-from moe_jax.bootstrap import bootstrap_gain, paired_bootstrap, resample_gain, squared_error_gain
-from moe_jax.cells import CELL_NAMES, N_CELLS
-from moe_jax.evaluation import PROTOCOLS
-from moe_jax.figures import interval_plot
-from moe_jax.files import atomic_path
-from moe_jax.gates import LinearGate, MLPGate
-from moe_jax.intervals import Interval, Resampled, simultaneous_interval
-from moe_jax.optimize import GateConfig
-from moe_jax.routing import route_hard, route_soft
-from moe_jax.training import entropy, fit_gate
-from moe_jax.variance import required_stars
+from experiments.pipeline.config import StudyConfig, draw_keys
+from experiments.pipeline.gates import GateRun, gate_keys, run_gates, training_stars
+from experiments.pipeline.methods import PROTOCOLS
+from experiments.pipeline.prepare import prepare
+from experiments.pipeline.stars import Prepared
+from experiments.report.figures import interval_plot
+from experiments.report.markdown import interval, table_markdown
+from experiments.report.results import write_results
+from experiments.runner.command_line import run_command
+from experiments.runner.provenance import command_of, describe_run
+from experiments.runner.stages import Stages, console
+from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.core.files import atomic_path
+from moe_jax.evaluate.bootstrap import bootstrap_gain, paired_bootstrap, resample_gain, squared_error_gain
+from moe_jax.evaluate.intervals import Interval, Resampled, simultaneous_interval
+from moe_jax.evaluate.variance import required_stars
+from moe_jax.experts.cells import CELL_NAMES, N_CELLS
+from moe_jax.gates.networks import LinearGate, MLPGate
+from moe_jax.gates.optimize import GateConfig
+from moe_jax.gates.routing import route_hard, route_soft
+from moe_jax.gates.training import entropy, fit_gate
 
 HOT_METAL_POOR = 6
 REPORT_STARS = 816

@@ -19,12 +19,14 @@ from typing import Literal
 import jax
 
 from experiments import regress_gate
-from experiments.command_line import Stages, console, run_command
-from experiments.prepared import DataConfig, draw_keys
-from experiments.surveys import open_surveys
-from moe_jax.arrays import AnyArray
-from moe_jax.simulate import LabelSampling
-from moe_jax.survey import Spectra, add_star_noise, save_spectra, star_keys
+from experiments.pipeline.config import DataConfig, draw_keys
+from experiments.pipeline.surveys import open_surveys
+from experiments.runner.command_line import run_command
+from experiments.runner.stages import Stages, console
+from moe_jax.core.arrays import AnyArray
+from moe_jax.spectra.simulate import LabelSampling
+from moe_jax.spectra.survey import Spectra, add_star_noise, star_keys
+from moe_jax.spectra.survey_file import save_spectra
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.build_lte_grid import compute_nodes, node_file, read_node
-from experiments.command_line import console, run_command
-from moe_jax.features import LINE_WINDOWS
-from moe_jax.files import atomic_folder
-from moe_jax.grid import interpolate_grid, load_grid
-from moe_jax.pixels import WAVE
-from moe_jax.synthesis import Node
+from experiments.pipeline.lte_nodes import compute_nodes, node_file, read_node
+from experiments.runner.command_line import run_command
+from experiments.runner.stages import console
+from moe_jax.core.files import atomic_folder
+from moe_jax.gates.features import LINE_WINDOWS
+from moe_jax.spectra.grid import interpolate_grid, load_grid
+from moe_jax.spectra.pixels import WAVE
+from moe_jax.spectra.synthesis import Node
 
 BETWEEN = (
     Node(4250.0, 2.5, -0.25, 0.125),

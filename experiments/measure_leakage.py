@@ -14,13 +14,17 @@ from typing import Literal
 
 import pandas as pd
 
-from experiments.command_line import Stages, run_command
-from experiments.gate_sweep import CONVERGED, GateRun, mix_by_class, run_gates
-from experiments.prepare import prepare
-from experiments.study import SMALL, StudyConfig, compare_by, interval, output_folder, table_markdown, write_variants
-from moe_jax.evaluation import PROTOCOLS
-from moe_jax.gates import Gate, LinearGate, MLPGate
-from moe_jax.optimize import GateConfig
+from experiments.pipeline.config import SMALL, StudyConfig
+from experiments.pipeline.gates import CONVERGED, GateRun, mix_by_class, run_gates
+from experiments.pipeline.methods import PROTOCOLS
+from experiments.pipeline.prepare import prepare
+from experiments.report.markdown import interval, table_markdown
+from experiments.report.results import output_folder
+from experiments.report.variants import compare_by, write_variants
+from experiments.runner.command_line import run_command
+from experiments.runner.stages import Stages
+from moe_jax.gates.networks import Gate, LinearGate, MLPGate
+from moe_jax.gates.optimize import GateConfig
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,13 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from experiments.command_line import Stages, console, run_command
-from moe_jax.application import Application, apply_model, needs_scaling, prepare_application
-from moe_jax.arrays import InputError
-from moe_jax.catalogue import open_catalogue, require_suffix
-from moe_jax.model import load_model
-from moe_jax.observed import ObservedFile, ObservedSpectra
+from experiments.runner.command_line import run_command
+from experiments.runner.stages import Stages, console
+from moe_jax.apply.application import Application, apply_model, needs_scaling, prepare_application
+from moe_jax.apply.catalogue import open_catalogue, require_suffix
+from moe_jax.apply.model_file import load_model
+from moe_jax.core.arrays import InputError
+from moe_jax.spectra.observed import ObservedFile, ObservedSpectra
 
 SCALE_SAMPLE = 512  # stars, from the first on, by which --scale auto decides
 

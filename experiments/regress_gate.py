@@ -23,16 +23,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from experiments.command_line import Cluster, Stages, console, run_command
-from experiments.gate_sweep import training_stars
-from experiments.prepare import prepare
-from experiments.prepared import Prepared, draw_keys
-from experiments.study import StudyConfig, command_of, describe_run, output_folder, write_results
-from experiments.uncertainty import CalibrationConfig, add_uncertainty, model_of
-from moe_jax import figures
-from moe_jax.arrays import AnyArray, InputError
-from moe_jax.bootstrap import Bootstrap
-from moe_jax.evaluation import (
+from experiments.pipeline.calibration import CalibrationConfig, add_uncertainty, model_of
+from experiments.pipeline.config import StudyConfig, draw_keys
+from experiments.pipeline.gates import training_stars
+from experiments.pipeline.methods import (
     CLASSIFY,
     FALLBACK,
     GLOBAL,
@@ -44,17 +38,23 @@ from moe_jax.evaluation import (
     Method,
     Pair,
     Predictions,
-    bin_table,
-    bootstrap_table,
-    compare,
-    overall_table,
 )
-from moe_jax.gates import Gate, LinearGate, MLPGate
-from moe_jax.model import save_model
-from moe_jax.optimize import GateConfig, GateFit
-from moe_jax.report import load_published, warnings, write_report
-from moe_jax.routing import route_fallback, route_hard, route_oracle, route_soft
-from moe_jax.training import fit_gate
+from experiments.pipeline.prepare import prepare
+from experiments.pipeline.stars import Prepared
+from experiments.report import figures
+from experiments.report.markdown import load_published, warnings, write_report
+from experiments.report.results import output_folder, write_results
+from experiments.report.tables import bin_table, bootstrap_table, compare, overall_table
+from experiments.runner.command_line import Cluster, run_command
+from experiments.runner.provenance import command_of, describe_run
+from experiments.runner.stages import Stages, console
+from moe_jax.apply.model_file import save_model
+from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.evaluate.bootstrap import Bootstrap
+from moe_jax.gates.networks import Gate, LinearGate, MLPGate
+from moe_jax.gates.optimize import GateConfig, GateFit
+from moe_jax.gates.routing import route_fallback, route_hard, route_oracle, route_soft
+from moe_jax.gates.training import fit_gate
 
 
 @dataclass(frozen=True)

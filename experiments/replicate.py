@@ -17,17 +17,21 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.command_line import Stages, run_command
-from experiments.gate_sweep import CONVERGED_LINEAR, GateRun, mix_by_class, run_gates
-from experiments.prepare import prepare_each
-from experiments.prepared import Prepared
-from experiments.study import StudyConfig, command_of, describe_run, interval, output_folder, table_markdown, write_results
-from moe_jax.arrays import InputError
-from moe_jax.evaluation import PROTOCOLS
-from moe_jax.figures import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure
-from moe_jax.gates import LinearGate, MLPGate
-from moe_jax.optimize import GateConfig
-from moe_jax.variance import SOURCES, VarianceComponents, variance_components
+from experiments.pipeline.config import StudyConfig
+from experiments.pipeline.gates import CONVERGED_LINEAR, GateRun, mix_by_class, run_gates
+from experiments.pipeline.methods import PROTOCOLS
+from experiments.pipeline.prepare import prepare_each
+from experiments.pipeline.stars import Prepared
+from experiments.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure
+from experiments.report.markdown import interval, table_markdown
+from experiments.report.results import output_folder, write_results
+from experiments.runner.command_line import run_command
+from experiments.runner.provenance import command_of, describe_run
+from experiments.runner.stages import Stages
+from moe_jax.core.arrays import InputError
+from moe_jax.evaluate.variance import SOURCES, VarianceComponents, variance_components
+from moe_jax.gates.networks import LinearGate, MLPGate
+from moe_jax.gates.optimize import GateConfig
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,22 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.command_line import Stages, console, run_command
-from experiments.gate_sweep import CONVERGED_LINEAR, GateRun, run_gates
-from experiments.prepare import prepare_each
-from experiments.prepared import Prepared, draw_keys
-from experiments.study import StudyConfig, command_of, describe_run, interval, output_folder, table_markdown, write_results
-from moe_jax.arrays import InputError
-from moe_jax.bootstrap import paired_bootstrap
-from moe_jax.figures import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure
-from moe_jax.gates import LinearGate, MLPGate
-from moe_jax.metrics import r2_score
-from moe_jax.optimize import GateConfig
-from moe_jax.report import load_published
-from moe_jax.routing import route_hard, route_oracle, route_soft
+from experiments.pipeline.config import StudyConfig, draw_keys
+from experiments.pipeline.gates import CONVERGED_LINEAR, GateRun, run_gates
+from experiments.pipeline.prepare import prepare_each
+from experiments.pipeline.stars import Prepared
+from experiments.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure
+from experiments.report.markdown import interval, load_published, table_markdown
+from experiments.report.results import output_folder, write_results
+from experiments.runner.command_line import run_command
+from experiments.runner.provenance import command_of, describe_run
+from experiments.runner.stages import Stages, console
+from moe_jax.core.arrays import InputError
+from moe_jax.evaluate.bootstrap import paired_bootstrap
+from moe_jax.evaluate.metrics import r2_score
+from moe_jax.gates.networks import LinearGate, MLPGate
+from moe_jax.gates.optimize import GateConfig
+from moe_jax.gates.routing import route_hard, route_oracle, route_soft
 
 METHODS = ("global", "oracle", "hard", "soft", "MLP", "linear")
 STYLES = {

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,21 +19,23 @@ import numpy as np
 import pandas as pd
 from jax.typing import ArrayLike
 
-from experiments.cache import package_files
-from experiments.command_line import Stages, console, run_command
-from experiments.gate_sweep import CODE_OF_GATES, mix_by_class
-from experiments.prepare import observe, prepare
-from experiments.prepared import Prepared, draw_keys
-from experiments.study import SMALL, StudyConfig, compare_by, output_folder, table_markdown, write_variants
-from experiments.surveys import load_surveys
-from moe_jax.arrays import AnyArray
-from moe_jax.experts import assign_folds
-from moe_jax.gates import MLPGate
-from moe_jax.joint import Backfit, MixtureExperts, backfit_mixture_experts, predict_mixture_experts
-from moe_jax.optimize import GateConfig, GateFit, Params, minimize
-from moe_jax.ridge import matmul
-from moe_jax.routing import route_soft
-from moe_jax.training import fit_gate
+from experiments.pipeline.config import SMALL, StudyConfig, draw_keys
+from experiments.pipeline.gates import mix_by_class
+from experiments.pipeline.prepare import observe, prepare
+from experiments.pipeline.stars import Prepared
+from experiments.pipeline.surveys import load_surveys
+from experiments.report.markdown import table_markdown
+from experiments.report.results import output_folder
+from experiments.report.variants import compare_by, write_variants
+from experiments.runner.command_line import run_command
+from experiments.runner.stages import Stages, console
+from moe_jax.core.arrays import AnyArray, matmul
+from moe_jax.experts.fit import assign_folds
+from moe_jax.experts.joint import Backfit, MixtureExperts, backfit_mixture_experts, predict_mixture_experts
+from moe_jax.gates.networks import MLPGate
+from moe_jax.gates.optimize import GateConfig, GateFit, Params, minimize
+from moe_jax.gates.routing import route_soft
+from moe_jax.gates.training import fit_gate
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,6 @@ PRESETS = {
         gradient_rates=(1e-5,),
     ),
 }
-CODE = [*CODE_OF_GATES, *package_files("joint.py", "ridge.py"), Path(__file__)]
 
 
 class Data(NamedTuple):
@@ -230,7 +230,7 @@ def main(config: JointConfig) -> pd.DataFrame:
 
     def run_round(weights: jax.Array, start: Params, path: list[float]) -> Round:
         return config.cache.load_or_compute(
-            "joint", settings | {"path": path}, CODE, ROUND, lambda: alternate(config, data, weights, path[-1], start)
+            "joint", settings | {"path": path}, [__file__], ROUND, lambda: alternate(config, data, weights, path[-1], start)
         )[0]
 
     history: list[dict[str, Any]] = []

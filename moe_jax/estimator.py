@@ -14,10 +14,10 @@ from sklearn.cluster import KMeans
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from moe_jax.arrays import InputError
-from moe_jax.gates import Gate, LinearGate, MLPGate
+from moe_jax.core.arrays import InputError
+from moe_jax.gates.networks import Gate, LinearGate, MLPGate
+from moe_jax.gates.optimize import GateConfig
 from moe_jax.mixture import ALPHAS, MixtureOfExperts, fit_moe, predict_moe
-from moe_jax.optimize import GateConfig
 
 
 class RidgeMixtureRegressor(RegressorMixin, BaseEstimator):

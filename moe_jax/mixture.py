@@ -13,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-from moe_jax.arrays import AnyArray, InputError, require_same_length, take_rows
-from moe_jax.experts import assign_folds, cross_fitted_predictions, fit_experts
-from moe_jax.features import mean_and_scale, scale_columns
-from moe_jax.gates import Gate, MLPGate
-from moe_jax.optimize import GateConfig, Params
-from moe_jax.ridge import Ridge, predict_ridges, require_positive
-from moe_jax.routing import route_soft
-from moe_jax.training import fit_gate
+from moe_jax.core.arrays import AnyArray, InputError, mean_and_scale, require_same_length, scale_columns, take_rows
+from moe_jax.experts.fit import assign_folds, cross_fitted_predictions, fit_experts
+from moe_jax.experts.ridge import Ridge, predict_ridges, require_positive
+from moe_jax.gates.networks import Gate, MLPGate
+from moe_jax.gates.optimize import GateConfig, Params
+from moe_jax.gates.routing import route_soft
+from moe_jax.gates.training import fit_gate
 
 ALPHAS = (1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
 

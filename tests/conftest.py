@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 import moe_jax
-from experiments.command_line import use_all_cores
+from experiments.runner.command_line import use_all_cores
 
 use_all_cores()  # as in a command, so that both share compiled programs
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -3,7 +3,7 @@
 import dataclasses
 
 from experiments import regress_gate
-from experiments.uncertainty import CalibrationConfig
+from experiments.pipeline.calibration import CalibrationConfig
 from moe_jax import GateConfig
 
 SMALL = dataclasses.replace(

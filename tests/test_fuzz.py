@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_jax import InputError, load_model
-from moe_jax.model import ARRAYS, MEANING
+from moe_jax.apply.model_file import ARRAYS, MEANING
 
 READER = """
 import sys, pathlib, warnings
@@ -53,7 +53,7 @@ def small(tmp_path_factory, small_survey):
     from astropy.io import fits
 
     from moe_jax import save_survey
-    from moe_jax.survey import FLUX_FIELD, WAVE_FIELD
+    from moe_jax.spectra.survey_file import FLUX_FIELD, WAVE_FIELD
 
     folder = tmp_path_factory.mktemp("small")
     few = jax.tree.map(lambda a: a[:3], small_survey.labels)

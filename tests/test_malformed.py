@@ -13,15 +13,15 @@ from astropy.io import fits
 
 import moe_jax
 from experiments import regress_gate
+from experiments.pipeline.calibration import CalibrationConfig
+from experiments.pipeline.config import DataConfig
 from experiments.predict import PredictConfig
 from experiments.predict import main as predict
-from experiments.prepared import DataConfig
-from experiments.uncertainty import CalibrationConfig
 from moe_jax import InputError, load_grid, load_model, load_survey, save_survey
-from moe_jax.catalogue import open_catalogue
-from moe_jax.model import ARRAYS, MEANING
-from moe_jax.observed import IVAR_FIELD, ObservedFile
-from moe_jax.survey import ERROR_FIELD, FLUX_FIELD, WAVE_FIELD
+from moe_jax.apply.catalogue import open_catalogue
+from moe_jax.apply.model_file import ARRAYS, MEANING
+from moe_jax.spectra.observed import IVAR_FIELD, ObservedFile
+from moe_jax.spectra.survey_file import ERROR_FIELD, FLUX_FIELD, WAVE_FIELD
 
 CORPUS = []
 

@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.extra.numpy import arrays
 
 import moe_jax
-from moe_jax.novelty import feature_distance, fit_feature_range
-from moe_jax.resample import overlaps, resample
-from moe_jax.routing import sharpen
+from moe_jax.apply.novelty import feature_distance, fit_feature_range
+from moe_jax.gates.routing import sharpen
+from moe_jax.spectra.resample import overlaps, resample
 
 settings.register_profile(
     "suite", max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from experiments.benchmark import summary
-from moe_jax.report import load_published, overall_markdown
+from experiments.report.markdown import load_published, overall_markdown
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -14,7 +14,7 @@ import pytest
 from small_run import ARGUMENTS, SMALL
 
 from experiments import regress_gate
-from experiments.command_line import parse_config, use_all_cores
+from experiments.runner.command_line import parse_config, use_all_cores
 from moe_jax import InputError
 
 

@@ -1,0 +1,1 @@
+"""From surveys to trained gates: the stages that experiments share."""

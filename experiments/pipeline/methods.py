@@ -1,0 +1,60 @@
+"""The methods that are compared, and the pairs of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jaxtyping import Float
+
+from moe_jax.core.arrays import AnyArray
+
+
+class Method(NamedTuple):
+    """A way to predict, and the protocol by which its gate was trained."""
+
+    name: str
+    protocol: str = ""  #: "in-sample", "cross-fitted", or empty where it does not apply
+
+    @property
+    def column(self) -> str:
+        """Name of its column in the tables."""
+        return "_".join(filter(None, (self.name, self.protocol.replace("-", "_"))))
+
+    @property
+    def title(self) -> str:
+        """Name in print."""
+        return f"{self.name} ({self.protocol})" if self.protocol else self.name
+
+
+class Pair(NamedTuple):
+    """Two methods that are compared."""
+
+    method: Method
+    baseline: Method
+
+    @property
+    def title(self) -> str:
+        """Name in print."""
+        if self.method.name == self.baseline.name:
+            return f"{self.method.name}: {self.method.protocol} - {self.baseline.protocol}"
+        if self.method.protocol == self.baseline.protocol:
+            return f"{self.method.name} - {self.baseline.name}" + (f" ({self.method.protocol})" if self.method.protocol else "")
+        return f"{self.method.name} - {self.baseline.name} ({self.method.protocol or self.baseline.protocol})"
+
+
+GLOBAL, ORACLE, CLASSIFY, HARD, FALLBACK = map(Method, ("global", "oracle", "classify", "hard", "fallback"))
+
+PROTOCOLS = ("in-sample", "cross-fitted")
+
+REGRESSION_GATES = tuple(Method(name, protocol) for protocol in PROTOCOLS for name in ("regress_mlp", "regress_linear"))
+
+METHODS = (GLOBAL, ORACLE, CLASSIFY, HARD, FALLBACK, *REGRESSION_GATES)
+
+PAIRS = (
+    *(Pair(method, CLASSIFY) for method in REGRESSION_GATES),
+    *(Pair(method, CLASSIFY) for method in (GLOBAL, ORACLE, HARD, FALLBACK)),
+    *(Pair(Method("regress_mlp", protocol), Method("regress_linear", protocol)) for protocol in PROTOCOLS),
+    *(Pair(Method(name, PROTOCOLS[1]), Method(name, PROTOCOLS[0])) for name in ("regress_mlp", "regress_linear")),
+)
+
+Predictions = dict[Method, Float[AnyArray, " N"]]

@@ -1,0 +1,1 @@
+"""Tables, figures and Markdown of an experiment."""

@@ -1,0 +1,1 @@
+"""What runs a command: options, timed stages, the cache, provenance."""

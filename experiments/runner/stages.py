@@ -1,0 +1,68 @@
+"""Timed stages, shown as they end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+console = Console(width=None if sys.stdout.isatty() else 120)
+
+SECONDS_BETWEEN_NOTES = 5.0
+
+
+@dataclass
+class Stages:
+    """Times the stages of a run and shows them as they end."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    quiet: bool = False  # for stages within the steps of another
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Times the block under ``name``."""
+        start = time.perf_counter()
+        with console.status(f"{name} ...") if console.is_terminal and not self.quiet else nullcontext():
+            yield
+        self._end(name, start)
+
+    @contextmanager
+    def steps(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+        """Times the block under ``name`` and shows a bar; yields the function that advances it."""
+        start = time.perf_counter()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal) as progress:
+            task = progress.add_task(name, total=total)
+            yield lambda *_: progress.advance(task)
+        self._end(name, start)
+
+    @contextmanager
+    def chunks(self, name: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+        """Times the block, and shows after each chunk how many of the stars are done, the rate and the time that remains."""
+        start, before, last = time.perf_counter(), done, -SECONDS_BETWEEN_NOTES
+
+        def advance(stars: int) -> None:
+            nonlocal done, last
+            done += stars
+            seconds = time.perf_counter() - start
+            if seconds - last > SECONDS_BETWEEN_NOTES and done < total:
+                last, rate = seconds, (done - before) / seconds
+                self.note(f"  {name}: {done:,} of {total:,} stars, {rate:,.0f} a second, {(total - done) / rate:,.0f} s left")
+
+        yield advance
+        self._end(name, start)
+
+    def note(self, text: str) -> None:
+        """Shows a line between the stages."""
+        if not self.quiet:
+            console.print(text, highlight=False)
+
+    def _end(self, name: str, start: float) -> None:
+        seconds = time.perf_counter() - start
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + seconds, 3)
+        self.note(f"{name:<40} {seconds:7.1f} s")

@@ -1,0 +1,158 @@
+"""A trained mixture as a file: all that is needed to predict log g from new spectra, and where it came from.
+
+A model is a folder of two files: ``model.safetensors`` holds the arrays, ``model.json`` their meaning: schema version, the
+gate's form, the definition of features and cells, provenance, and a hash of the arrays' file. Nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from moe_jax.apply.conformal import Calibration, half_widths
+from moe_jax.apply.novelty import FeatureRange, feature_distance
+from moe_jax.apply.uncertainty import Leverage, PredictiveVariance, approximate_leverage, predictive_variance
+from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.experts.ridge import Ridge, predict_ridge, predict_ridges
+from moe_jax.gates.features import FeatureModel, LinePixels, features_of_pixels, line_pixels
+from moe_jax.gates.networks import Gate, LinearGate
+from moe_jax.gates.optimize import Params
+from moe_jax.gates.routing import route_soft
+from moe_jax.spectra.resample import fill_masked
+
+
+class Uncertainty(NamedTuple):
+    """What a model needs to say how far its predictions can be trusted."""
+
+    leverage: Leverage
+    residual_variance: Float[AnyArray, " K"]  #: s_k^2
+    misfit: Float[AnyArray, " K"]  #: m_k
+    noise_variance: Float[AnyArray, " P"]  #: mean over the training stars: stands for errors that are not known
+    center: Float[AnyArray, " P"]  #: flux about which the directions of ``leverage.basis`` go
+    rest_variance: Float[AnyArray, " P"]  #: what these directions leave: the variance of a masked pixel that is filled
+    flux_median: Float[AnyArray, ""]  #: to which training spectra were scaled; NaN where they were not
+    feature_range: FeatureRange
+    part_scales: Float[AnyArray, " 4"]  #: factors of the parts of the variance
+    calibration: Calibration  #: without levels where there were no stars to calibrate on
+
+
+class Model(NamedTuple):
+    """A mixture of ridge experts with its gate."""
+
+    wave: Float[AnyArray, " P"]  #: vacuum wavelength, Angstrom
+    experts: Ridge  #: stacked, coef (K, P) and intercept (K,)
+    global_ridge: Ridge
+    features: FeatureModel
+    gate: Gate
+    gate_params: Params
+    classification_params: Params  #: of the classification gate, a ``LinearGate``
+    provenance: dict[str, Any]  #: whatever JSON can hold
+    uncertainty: Uncertainty | None = None
+
+
+class MixturePrediction(NamedTuple):
+    """What a model says of each star."""
+
+    log_g: Float[jax.Array, " N"]
+    weights: Float[jax.Array, "N K"]
+    features: Float[jax.Array, "N F"]  #: standardised
+    expert_predictions: Float[jax.Array, "N K"]
+    global_log_g: Float[jax.Array, " N"]  #: of the global ridge
+    cell: Int[jax.Array, " N"]  #: the likeliest, by the classification gate; intervals are calibrated by it
+    variance: PredictiveVariance | None = None  #: its parts as they are
+    sigma: Float[jax.Array, " N"] | None = None  #: root of the sum of the parts, each times its factor; before calibration
+    half_width: Float[jax.Array, "N L"] | None = None  #: of the calibrated intervals, by level
+    distance: Float[jax.Array, " N"] | None = None  #: in feature space; above 1, the star is unlike the training stars
+    gradient: Float[jax.Array, "N P"] | None = None  #: of log_g in the flux
+
+
+def predict_model(
+    model: Model,
+    flux: Float[AnyArray, "N P"],
+    error: Float[AnyArray, "N P"] | None = None,
+    good: Bool[AnyArray, "N P"] | None = None,
+    scale_error: Float[AnyArray, " N"] | None = None,
+) -> MixturePrediction:
+    """Applies a model to noisy spectra on its own wavelengths, scaled as those it was trained on.
+
+    Args:
+        model: of ``load_model``.
+        flux: noisy.
+        error: standard deviation of its noise; by default that of the training stars.
+        good: False for pixels that are masked, and filled before anything else; needs a model with uncertainties.
+        scale_error: relative standard deviation of the factor by which a spectrum was scaled; 0 by default.
+
+    Raises:
+        InputError: for another number of pixels, or masked pixels where the model has nothing to fill them with.
+    """
+    if flux.ndim != 2 or flux.shape[1] != len(model.wave):
+        raise InputError(f"flux has shape {flux.shape}, expected (N, {len(model.wave)}) for the wavelengths of the model")
+    for name, array in (("error", error), ("good", good)):
+        if array is not None and array.shape != flux.shape:
+            raise InputError(f"{name} has shape {array.shape}, expected {flux.shape} like flux")
+    known = model.uncertainty
+    if good is not None:
+        if known is None:
+            raise InputError("good was given for a model without uncertainties, expected one that knows how to fill masked pixels")
+        flux = fill_masked(flux, good, known.center, known.leverage.basis)
+    pixels = tuple(line_pixels(model.wave).values())
+    (log_g, gradient), (weights, features, predictions) = _mix(
+        model.gate, model.gate_params, model.experts, model.features, pixels, jnp.asarray(flux), known is not None
+    )
+    cell = jnp.argmax(LinearGate().apply(model.classification_params, features), axis=1)
+    prediction = MixturePrediction(log_g, weights, features, predictions, predict_ridge(model.global_ridge, flux), cell)
+    if known is None:
+        return prediction
+    sigma = jnp.sqrt(known.noise_variance)[None, :] if error is None else jnp.asarray(error)
+    if good is not None:
+        sigma = jnp.where(good, sigma, jnp.sqrt(known.rest_variance)[None, :])
+    variance = predictive_variance(
+        weights,
+        predictions,
+        approximate_leverage(known.leverage, flux),
+        known.residual_variance,
+        known.misfit,
+        gradient,
+        jnp.broadcast_to(sigma, flux.shape),
+    )
+    if scale_error is not None:
+        scaling = jnp.sum(jnp.asarray(gradient) * flux, axis=1) * scale_error
+        variance = variance._replace(noise=variance.noise + scaling**2)
+    prediction = prediction._replace(distance=feature_distance(known.feature_range, features), gradient=gradient)
+    return with_variance(model, prediction, variance)
+
+
+def with_variance(model: Model, prediction: MixturePrediction, variance: PredictiveVariance) -> MixturePrediction:
+    """A prediction with this variance and the calibrated intervals that follow from it."""
+    assert model.uncertainty is not None
+    sigma = jnp.sqrt(variance.total(model.uncertainty.part_scales))
+    half_width = half_widths(model.uncertainty.calibration, sigma, prediction.cell)
+    return prediction._replace(variance=variance, sigma=sigma, half_width=half_width)
+
+
+@functools.partial(jax.jit, static_argnames=("gate", "differentiate"))
+def _mix(
+    gate: Gate,
+    params: Params,
+    experts: Ridge,
+    feature_model: FeatureModel,
+    pixels: tuple[LinePixels, ...],
+    flux: jax.Array,
+    differentiate: bool,
+) -> tuple[tuple[jax.Array, jax.Array | None], tuple[jax.Array, jax.Array, jax.Array]]:
+    """The mixture and its gradient in the flux (one reverse pass, as stars do not mix); weights, features, predictions."""
+
+    def mixture(flux: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+        features = features_of_pixels(feature_model, flux, pixels)
+        weights, predictions = gate.apply(params, features), predict_ridges(experts, flux)
+        return route_soft(weights, predictions), (weights, features, predictions)
+
+    if not differentiate:
+        log_g, parts = mixture(flux)
+        return (log_g, None), parts
+    log_g, pull_back, parts = jax.vjp(mixture, flux, has_aux=True)
+    return (log_g, pull_back(jnp.ones_like(log_g))[0]), parts

@@ -1,0 +1,273 @@
+"""The predictive variance of a mixture, star by star: ridge, spread between experts, and the noise of the flux.
+
+For a star with flux x and errors sigma, weights p_k and expert predictions f_k, the mixture f = sum_k p_k f_k has the variance
+
+    sum_k p_k m_k                        misfit: what an expert would leave with noise-free spectra and exact coefficients
+    + sum_k p_k s_k^2 (1 / n_k + h_k)    coefficients: the closed-form predictive variance of a ridge
+    + sum_k p_k (f_k - f)^2              spread between the experts
+    + sum_j (df / dx_j)^2 sigma_j^2      noise of the flux, through experts, features and gate
+
+s_k^2 is the residual variance of expert k: its out-of-fold squared error in its own cell is s_k^2 (1 + 1 / n_k + mean h_k).
+m_k is what it exceeds the flux noise in the expert's prediction by. h_k is the leverage x' (X'X + alpha I)^-1 x of the centred
+flux. ``ridge_leverage`` computes it exactly, in its kernel form, from the training spectra. A model does not keep those:
+``approximate_leverage`` needs X'X as R common directions and a diagonal only.
+
+The first three overlap, and the experts' errors are not independent: the sum is too wide, and for some stars more than for
+others. ``fit_part_scales`` finds the factors of the three that make the errors of held-out stars the likeliest; the noise of the
+flux is known, and counts in full.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int
+from scipy import optimize
+
+from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_length
+from moe_jax.experts.ridge import center, cho_solve, cholesky, is_dual, kernel, require_positive
+
+N_DIRECTIONS = 16
+
+
+class Leverage(NamedTuple):
+    """What ``approximate_leverage`` needs: (X'X + alpha I)^-1 of each expert as a diagonal less a matrix of rank R."""
+
+    n_stars: Float[jax.Array, " K"]
+    mean: Float[jax.Array, "K P"]  #: flux of each expert's training stars
+    inverse_diagonal: Float[jax.Array, "K P"]
+    basis: Float[jax.Array, "R P"]  #: orthonormal, common to all experts
+    core: Float[jax.Array, "K R R"]
+
+
+class FluxSums(NamedTuple):
+    """Additive sums over training stars, by their expert; the flux is taken about ``center``."""
+
+    n: Float[jax.Array, " K"]
+    x: Float[jax.Array, "K P"]
+    xx: Float[jax.Array, "K P"]  #: squares, pixel by pixel
+    zz: Float[jax.Array, "K R R"]  #: products of the projections on the basis
+    noise: Float[jax.Array, "K P"]  #: variance of the flux noise
+    rest: Float[jax.Array, " P"]  #: squares of what the basis leaves of the flux
+
+
+class PredictiveVariance(NamedTuple):
+    """Parts of the variance of each star's prediction."""
+
+    misfit: Float[jax.Array, " N"]
+    coefficients: Float[jax.Array, " N"]
+    spread: Float[jax.Array, " N"]
+    noise: Float[jax.Array, " N"]
+
+    def total(self, scales: Float[AnyArray, " 4"] | None = None) -> Float[jax.Array, " N"]:
+        """Their sum, each times its factor; by default 1."""
+        parts = jnp.stack(list(self), axis=1)
+        return jnp.sum(parts if scales is None else parts * jnp.asarray(scales, parts.dtype)[None, :], axis=1)
+
+
+def ridge_leverage(x_train: Float[AnyArray, "N P"], alpha: ArrayLike, x: Float[AnyArray, "M P"]) -> Float[jax.Array, " M"]:
+    """1/n + x' (X'X + alpha I)^-1 x of centred data: the variance of a ridge's prediction in units of the residual variance.
+
+    Exact. With fewer rows than columns in the kernel form, where k = X x and a = (X X' + alpha I)^-1 k:
+    (|x - X'a|^2 + alpha |a|^2) / alpha, a sum of squares, which float32 does not cancel.
+
+    Args:
+        x_train: features that the ridge was fitted to.
+        alpha: its penalty, > 0.
+        x: features of new stars.
+
+    Raises:
+        InputError: shapes that disagree, or an alpha that is not positive.
+    """
+    require_same_length(x_train=x_train)
+    require_positive(alpha)
+    return _ridge_leverage(jnp.asarray(x_train), jnp.asarray(alpha, x_train.dtype), jnp.asarray(x))
+
+
+@jax.jit
+def _ridge_leverage(x_train: jax.Array, alpha: jax.Array, x: jax.Array) -> jax.Array:
+    n = len(x_train)
+    data = center(x_train, jnp.zeros(n, x_train.dtype), jnp.ones(n, x_train.dtype))
+    new = x - data.x_mean[None, :]
+    matrix, mean_eigenvalue = kernel(data)
+    factor = cholesky(matrix, alpha, mean_eigenvalue)
+    if is_dual(data.x):
+        a = cho_solve(factor, matmul(data.x, new.T))
+        left = new - matmul(a.T, data.x)
+        return 1.0 / n + jnp.sum(left**2, axis=1) / alpha + jnp.sum(a**2, axis=0)
+    return 1.0 / n + jnp.sum(new.T * cho_solve(factor, new.T), axis=0)
+
+
+@functools.partial(jax.jit, static_argnames="n_experts")
+def sum_flux(
+    flux: Float[AnyArray, "N P"],
+    error: Float[AnyArray, "N P"],
+    expert: Int[AnyArray, " N"],
+    center: Float[AnyArray, " P"],
+    basis: Float[AnyArray, "R P"],
+    n_experts: int,
+) -> FluxSums:
+    """Sums of some training stars; those of parts are added.
+
+    Args:
+        flux: noisy.
+        error: standard deviation of its noise.
+        expert: of each star; -1 for a star that counts for nothing.
+        center: a flux near the mean of all stars.
+        basis: R orthonormal directions.
+        n_experts: K.
+    """
+    own = (expert[:, None] == jnp.arange(n_experts)[None, :]).astype(flux.dtype)
+    x = flux - center[None, :]
+    z = matmul(x, basis.T)
+    zz = lax.map(lambda column: matmul((z * column[:, None]).T, z), own.T)
+    rest = (x - matmul(z, basis)) * jnp.sum(own, axis=1, keepdims=True)
+    return FluxSums(
+        jnp.sum(own, axis=0), matmul(own.T, x), matmul(own.T, x**2), zz, matmul(own.T, error**2), jnp.sum(rest**2, axis=0)
+    )
+
+
+@jax.jit
+def fit_leverage(
+    sums: FluxSums,
+    center: Float[AnyArray, " P"],
+    basis: Float[AnyArray, "R P"],
+    alpha: Float[AnyArray, " K"],
+    n_stars: Float[AnyArray, " K"],
+) -> Leverage:
+    """The inverse of X'X + alpha I, with X'X as it is along the basis and diagonal beside it; by Woodbury's identity.
+
+    Args:
+        sums: of some, or all, of the training stars.
+        center: as that of ``sum_flux``.
+        basis: likewise.
+        alpha: penalty of each expert.
+        n_stars: that each expert was fitted to; the sums are scaled to them.
+    """
+
+    def one(sums: FluxSums, alpha: jax.Array, n_stars: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        n = jnp.maximum(sums.n, 1.0)
+        mean = sums.x / n
+        z = matmul(basis, mean[:, None])[:, 0]
+        along = (sums.zz / n - jnp.outer(z, z)) * n_stars
+        total = (sums.xx / n - mean**2) * n_stars
+        beside = jnp.maximum(total - jnp.sum(basis * matmul(along, basis), axis=0), 0.0)
+        inverse = 1.0 / (beside + alpha)
+        values, vectors = jnp.linalg.eigh(along)
+        root = vectors * jnp.sqrt(jnp.maximum(values, 0.0))[None, :]
+        inner = matmul(matmul(root.T, matmul(basis * inverse[None, :], basis.T)), root) + jnp.eye(len(root), dtype=root.dtype)
+        core = matmul(root, jnp.linalg.solve(inner, root.T))
+        return jnp.asarray(center) + mean, inverse, core
+
+    mean, inverse, core = lax.map(lambda part: one(*part), (sums._replace(rest=jnp.zeros_like(sums.x)), alpha, n_stars))
+    return Leverage(jnp.asarray(n_stars), mean, inverse, jnp.asarray(basis), core)
+
+
+@jax.jit
+def approximate_leverage(leverage: Leverage, flux: Float[AnyArray, "N P"]) -> Float[jax.Array, "N K"]:
+    """1/n_k + h_k of each star and expert."""
+
+    def one(part: tuple[jax.Array, ...]) -> jax.Array:
+        n_stars, mean, inverse, core = part
+        x = flux - mean[None, :]
+        z = matmul(x * inverse[None, :], leverage.basis.T)
+        return 1.0 / n_stars + jnp.maximum(jnp.sum(x**2 * inverse[None, :], axis=1) - jnp.sum(z * matmul(z, core), axis=1), 0.0)
+
+    by_expert = lax.map(one, (leverage.n_stars, leverage.mean, leverage.inverse_diagonal, leverage.core))
+    return by_expert.T
+
+
+@jax.jit
+def residual_variance(
+    mse: Float[AnyArray, " K"], leverage: Float[AnyArray, "N K"], expert: Int[AnyArray, " N"]
+) -> Float[jax.Array, " K"]:
+    """s_k^2: the out-of-fold squared error of each expert, less the part that its uncertain coefficients have in it.
+
+    Args:
+        mse: out-of-fold, in each expert's own cell.
+        leverage: 1/n_k + h_k of some stars.
+        expert: own expert of each, -1 for none; an expert without any keeps its ``mse``.
+    """
+    own = (expert[:, None] == jnp.arange(len(mse))[None, :]).astype(leverage.dtype)
+    mean = jnp.sum(own * leverage, axis=0) / jnp.maximum(jnp.sum(own, axis=0), 1.0)
+    return jnp.asarray(mse) / (1.0 + mean)
+
+
+@jax.jit
+def misfit_variance(
+    residual_variance: Float[AnyArray, " K"], coef: Float[AnyArray, "K P"], noise: Float[AnyArray, "K P"]
+) -> Float[jax.Array, " K"]:
+    """m_k: what the residual variance of each expert exceeds the flux noise in its prediction by; at least 0.
+
+    Args:
+        residual_variance: s_k^2.
+        coef: of the experts.
+        noise: mean variance of the flux noise of each expert's stars.
+    """
+    return jnp.maximum(jnp.asarray(residual_variance) - jnp.sum(coef**2 * noise, axis=1), 0.0)
+
+
+@jax.jit
+def predictive_variance(
+    weights: Float[AnyArray, "N K"],
+    expert_predictions: Float[AnyArray, "N K"],
+    leverage: Float[AnyArray, "N K"],
+    residual_variance: Float[AnyArray, " K"],
+    misfit: Float[AnyArray, " K"],
+    gradient: Float[AnyArray, "N P"],
+    error: Float[AnyArray, "N P"],
+) -> PredictiveVariance:
+    """The four parts of the variance of each star's mixture.
+
+    Args:
+        weights: p_k.
+        expert_predictions: f_k.
+        leverage: 1/n_k + h_k.
+        residual_variance: s_k^2.
+        misfit: m_k.
+        gradient: of the mixture in the flux.
+        error: standard deviation of the flux.
+    """
+    weights, expert_predictions = jnp.asarray(weights), jnp.asarray(expert_predictions)
+    mixture = jnp.sum(weights * expert_predictions, axis=1, keepdims=True)
+    return PredictiveVariance(
+        jnp.sum(weights * misfit[None, :], axis=1),
+        jnp.sum(weights * residual_variance[None, :] * leverage, axis=1),
+        jnp.sum(weights * (expert_predictions - mixture) ** 2, axis=1),
+        jnp.sum((gradient * error) ** 2, axis=1),
+    )
+
+
+def fit_part_scales(variance: Float[AnyArray, "N 4"], residual: Float[AnyArray, " N"]) -> Float[np.ndarray, " 4"]:
+    """Factors >= 0 of the parts of the variance, by maximum likelihood of normal errors; that of the noise is 1. On the host.
+
+    Args:
+        variance: the parts of each star's ``PredictiveVariance``, in its order, of stars that nothing was fitted to.
+        residual: true less predicted value of the same stars.
+
+    Raises:
+        InputError: shapes that disagree, parts that are negative, or numbers that are not finite.
+    """
+    variance, residual = np.asarray(variance, np.float64), np.asarray(residual, np.float64)
+    require_same_length(variance=variance, residual=residual)
+    if not (np.isfinite(variance).all() and np.isfinite(residual).all() and (variance >= 0).all()):
+        raise InputError("variance or residual hold numbers that are negative or not finite, expected variances and finite errors")
+    parts, noise, squared = variance[:, :-1], variance[:, -1], residual**2
+    mean, typical = np.maximum(parts.mean(axis=0), np.finfo(float).tiny), max(squared.mean(), np.finfo(float).tiny)
+
+    def negative_log_likelihood(log_share: np.ndarray) -> tuple[float, np.ndarray]:
+        by_part = parts / mean * np.exp(log_share)
+        total = np.maximum(by_part.sum(axis=1) + noise, 1e-12 * typical)
+        slope = (1.0 / total - squared / total**2)[:, None] * by_part
+        return float(np.mean(np.log(total) + squared / total)), slope.mean(axis=0)
+
+    start = np.full(len(mean), np.log(typical / len(mean)))
+    bounds = [(start[0] - 12.0, start[0] + 4.0)] * len(mean)
+    found = optimize.minimize(negative_log_likelihood, start, jac=True, method="L-BFGS-B", bounds=bounds)
+    return np.append(np.exp(found.x) / mean, 1.0)

@@ -1,0 +1,12 @@
+from .bootstrap import Bootstrap as Bootstrap
+from .bootstrap import bootstrap_delta_r2 as bootstrap_delta_r2
+from .bootstrap import bootstrap_gain as bootstrap_gain
+from .bootstrap import paired_bootstrap as paired_bootstrap
+from .metrics import GroupScores as GroupScores
+from .metrics import mae as mae
+from .metrics import r2_by_group as r2_by_group
+from .metrics import r2_score as r2_score
+from .metrics import retention as retention
+from .metrics import rmse as rmse
+from .variance import required_stars as required_stars
+from .variance import variance_components as variance_components

@@ -1,0 +1,90 @@
+"""How good predictions are: R2, MAE, RMSE, overall and by cell. All pure and jitted.
+
+Where R2 is not defined (fewer than two stars, or a target that is constant) it is NaN, without a warning.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from moe_jax.core.arrays import AnyArray, require_vectors
+
+
+class GroupScores(NamedTuple):
+    """R2 in each of G groups of stars."""
+
+    r2: Float[jax.Array, " G"]  #: NaN where it is not defined
+    n: Int[jax.Array, " G"]  #: stars in the group
+    defined: Bool[jax.Array, " G"]  #: at least two stars, and not all of the same target
+
+
+def r2_score(y: Float[AnyArray, " N"], prediction: Float[AnyArray, " N"]) -> Float[jax.Array, ""]:
+    """Coefficient of determination, 1 - sum (y - prediction)^2 / sum (y - mean y)^2; NaN for a constant y.
+
+    Raises:
+        InputError: where the shapes disagree.
+    """
+    require_vectors(y=y, prediction=prediction)
+    return _r2_score(y, prediction)
+
+
+@jax.jit
+def _r2_score(y: jax.Array, prediction: jax.Array) -> jax.Array:
+    total = jnp.sum((y - jnp.mean(y)) ** 2)
+    defined = jnp.max(y) > jnp.min(y)  # exact, where the sum of squares would be rounding error
+    return jnp.where(defined, 1.0 - jnp.sum((y - prediction) ** 2) / jnp.where(defined, total, 1.0), jnp.nan)
+
+
+def mae(y: Float[AnyArray, " N"], prediction: Float[AnyArray, " N"]) -> Float[jax.Array, ""]:
+    """Mean absolute error, in the unit of y."""
+    require_vectors(y=y, prediction=prediction)
+    return _mae(y, prediction)
+
+
+@jax.jit
+def _mae(y: jax.Array, prediction: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.abs(y - prediction))
+
+
+def rmse(y: Float[AnyArray, " N"], prediction: Float[AnyArray, " N"]) -> Float[jax.Array, ""]:
+    """Root of the mean squared error, in the unit of y."""
+    require_vectors(y=y, prediction=prediction)
+    return _rmse(y, prediction)
+
+
+@jax.jit
+def _rmse(y: jax.Array, prediction: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.mean((y - prediction) ** 2))
+
+
+def r2_by_group(
+    y: Float[AnyArray, " N"], prediction: Float[AnyArray, " N"], groups: Int[AnyArray, " N"], n_groups: int
+) -> GroupScores:
+    """R2 within each group, against the group's own mean; stars whose group is not 0 .. n_groups - 1 are left out."""
+    require_vectors(y=y, prediction=prediction, groups=groups)
+    return _r2_by_group(y, prediction, groups, n_groups)
+
+
+@functools.partial(jax.jit, static_argnames="n_groups")
+def _r2_by_group(y: jax.Array, prediction: jax.Array, groups: jax.Array, n_groups: int) -> GroupScores:
+    member = groups[None, :] == jnp.arange(n_groups)[:, None]
+    n = jnp.sum(member, axis=1)
+    mean = jnp.sum(jnp.where(member, y[None, :], 0.0), axis=1) / jnp.maximum(n, 1)
+    total = jnp.sum(jnp.where(member, y[None, :] - mean[:, None], 0.0) ** 2, axis=1)
+    residual = jnp.sum(jnp.where(member, (y - prediction)[None, :], 0.0) ** 2, axis=1)
+    highest = jnp.max(jnp.where(member, y[None, :], -jnp.inf), axis=1)
+    lowest = jnp.min(jnp.where(member, y[None, :], jnp.inf), axis=1)
+    defined = highest > lowest
+    r2 = jnp.where(defined, 1.0 - residual / jnp.where(defined, total, 1.0), jnp.nan)
+    return GroupScores(r2, n, defined)
+
+
+def retention(r2: float, r2_global: float, r2_oracle: float) -> float:
+    """Oracle-gain retention, rho = (R2 - R2_global) / (R2_oracle - R2_global), all on the same stars; NaN without a gain."""
+    gain = r2_oracle - r2_global
+    return (r2 - r2_global) / gain if gain != 0 else float("nan")

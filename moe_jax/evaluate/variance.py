@@ -1,0 +1,126 @@
+"""Where the spread of a repeated experiment comes from, and what it says of the next repetition.
+
+The design is balanced: S surveys, N noise draws in each, G gate seeds in each of those, and all of them are judged on the
+same T test sets. A value y[s, n, g, t] is the sum of independent random effects,
+
+    y = mean + survey_s + noise_n(s) + seed_g(s, n) + test_t + (training x test effects).
+
+The components are estimated by the method of moments (analysis of variance; Searle, Casella & McCulloch 1992, chapter 4).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import scipy.stats
+from jaxtyping import Float
+
+from moe_jax.core.arrays import AnyArray, InputError
+
+SOURCES = ("test stars", "survey", "noise draw", "gate seed", "survey x test", "noise x test", "seed x test")
+
+
+class VarianceComponents(NamedTuple):
+    """Spread of a repeated measurement by its sources, and two intervals for it."""
+
+    mean: float  #: over all repetitions and test sets
+    variance: dict[str, float]  #: component of each of ``SOURCES``; moment estimates, which may fall below 0
+    total: float  #: variance of one repetition from scratch: the sum of the components, those below 0 counted as 0
+    total_df: float  #: its degrees of freedom (Satterthwaite)
+    mean_variance: float  #: variance of ``mean``
+    mean_df: float
+    prediction_low: float  #: interval for one repetition from scratch
+    prediction_high: float
+    mean_low: float  #: interval for the expected value
+    mean_high: float
+
+
+def variance_components(values: Float[AnyArray, "S N G T"], confidence_level: float = 0.95) -> VarianceComponents:
+    """Splits the spread of values[s, n, g, t] into its sources.
+
+    Args:
+        values: by survey, noise draw of that survey, gate seed of that draw, and test set; the test sets are the same for
+            all. At least two of each.
+        confidence_level: of both intervals. ``prediction``: holds the result of one more repetition from scratch (new survey,
+            noise, seed and test stars), mean +- t sqrt(total + mean_variance). ``mean``: holds the expected value.
+
+    Raises:
+        InputError: for fewer than two of anything, or values that are not finite.
+    """
+    y = np.asarray(values, np.float64)
+    if y.ndim != 4 or min(y.shape) < 2:
+        raise InputError(f"values have shape {y.shape}, expected (surveys, noise draws, seeds, test sets), at least 2 of each")
+    if not np.isfinite(y).all():
+        raise InputError(f"values hold {int((~np.isfinite(y)).sum())} that are not finite")
+    S, N, G, T = y.shape
+    # Means over what is left out of the name; an analysis of variance of the training effects, crossed with test sets.
+    m = y.mean()
+    t, s, n, g = y.mean((0, 1, 2)), y.mean((1, 2, 3)), y.mean((2, 3)), y.mean(3)
+    st, nt = y.mean((1, 2)), y.mean(2)
+    squares = {
+        "test stars": (S * N * G * np.sum((t - m) ** 2), T - 1),
+        "survey": (N * G * T * np.sum((s - m) ** 2), S - 1),
+        "noise draw": (G * T * np.sum((n - s[:, None]) ** 2), S * (N - 1)),
+        "gate seed": (T * np.sum((g - n[:, :, None]) ** 2), S * N * (G - 1)),
+        "survey x test": (N * G * np.sum((st - s[:, None] - t + m) ** 2), (S - 1) * (T - 1)),
+        "noise x test": (G * np.sum((nt - n[:, :, None] - st[:, None] + s[:, None, None]) ** 2), S * (N - 1) * (T - 1)),
+        "seed x test": (
+            np.sum((y - g[..., None] - nt[:, :, None] + n[:, :, None, None]) ** 2),
+            S * N * (G - 1) * (T - 1),
+        ),
+    }
+    ms = {name: total / df for name, (total, df) in squares.items()}
+    df = {name: df for name, (_, df) in squares.items()}
+    # Each component as a combination of mean squares, from their expectations in the balanced design.
+    combinations = {
+        "test stars": ({"test stars": 1, "survey x test": -1}, S * N * G),
+        "survey": ({"survey": 1, "noise draw": -1, "survey x test": -1, "noise x test": 1}, N * G * T),
+        "noise draw": ({"noise draw": 1, "gate seed": -1, "noise x test": -1, "seed x test": 1}, G * T),
+        "gate seed": ({"gate seed": 1, "seed x test": -1}, T),
+        "survey x test": ({"survey x test": 1, "noise x test": -1}, N * G),
+        "noise x test": ({"noise x test": 1, "seed x test": -1}, G),
+        "seed x test": ({"seed x test": 1}, 1),
+    }
+    variance = {name: sum(c * ms[k] for k, c in terms.items()) / size for name, (terms, size) in combinations.items()}
+    positive = {name: max(value, 0.0) for name, value in variance.items()}
+    total = sum(positive.values())
+    weights: dict[str, float] = dict.fromkeys(SOURCES, 0.0)  # the total as a combination of mean squares
+    for name, (terms, size) in combinations.items():
+        for k, c in terms.items():
+            weights[k] += (variance[name] > 0) * c / size
+    # Var(mean) = survey / S + test / T + survey x test / (S T) + ... = (MS_survey + MS_test - MS_survey_x_test) / (S N G T)
+    mean_weights = {"survey": 1 / y.size, "test stars": 1 / y.size, "survey x test": -1 / y.size}
+    floor = max(ms["survey"], ms["test stars"]) / y.size  # the combination may fall below its largest part
+    mean_variance = max(sum(c * ms[k] for k, c in mean_weights.items()), floor)
+    total_df, mean_df = (_satterthwaite(w, ms, df) for w in (weights, mean_weights))
+    expected = _half_width(mean_variance, mean_df, confidence_level)
+    # In a tiny design the expected value's own uncertainty, with its few degrees of freedom, may be the wider one.
+    prediction = max(_half_width(total + mean_variance, total_df, confidence_level), expected)
+    return VarianceComponents(
+        m, variance, total, total_df, mean_variance, mean_df, m - prediction, m + prediction, m - expected, m + expected
+    )
+
+
+def _satterthwaite(weights: dict[str, float], ms: dict[str, float], df: dict[str, int]) -> float:
+    """Degrees of freedom of a combination of independent mean squares (Satterthwaite 1946); at least 1."""
+    combined = sum(c * ms[k] for k, c in weights.items())
+    spread = sum((c * ms[k]) ** 2 / df[k] for k, c in weights.items())
+    return max(combined**2 / spread, 1.0) if spread > 0 else float("inf")
+
+
+def _half_width(variance: float, df: float, confidence_level: float) -> float:
+    return float(scipy.stats.t.ppf(0.5 * (1 + confidence_level), df) * np.sqrt(variance))
+
+
+def required_stars(effect: float, influence_variance: float, *, power: float = 0.8, confidence_level: float = 0.95) -> float:
+    """Test stars with which an interval excludes 0 with the given power: (z_conf + z_power)^2 variance / effect^2.
+
+    Args:
+        effect: the true difference.
+        influence_variance: variance of the difference's influence function, N times its squared standard error.
+        power: probability that the interval lies on the effect's side of 0.
+        confidence_level: of the two-sided interval.
+    """
+    z = scipy.stats.norm.ppf(0.5 * (1 + confidence_level)) + scipy.stats.norm.ppf(power)
+    return float(z**2 * influence_variance / effect**2) if effect else float("inf")

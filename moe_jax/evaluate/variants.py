@@ -1,0 +1,65 @@
+"""Several variants of a method against one baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, PRNGKeyArray
+
+from moe_jax.core.arrays import AnyArray
+from moe_jax.evaluate.bootstrap import DEFAULT_METHOD, bootstrap_gain
+from moe_jax.evaluate.intervals import IntervalMethod
+from moe_jax.evaluate.metrics import r2_score
+
+
+def compare_variants(
+    key: PRNGKeyArray,
+    y: Float[AnyArray, " N"],
+    variants: Mapping[str, Float[AnyArray, "S N"]],
+    baseline: Float[AnyArray, "S N"],
+    *,
+    n_resamples: int = 1000,
+    confidence_level: float = 0.95,
+    method: IntervalMethod = DEFAULT_METHOD,
+) -> pd.DataFrame:
+    """R2 of variants that were trained with several seeds, and the mean difference from a baseline with its interval.
+
+    The interval is the paired bootstrap over stars of the mean over seeds; all variants see the same resamples.
+
+    Args:
+        key: random key.
+        y: target.
+        variants: predictions by seed and star, by name.
+        baseline: likewise; its number of seeds may be another.
+        n_resamples: B.
+        confidence_level: of the intervals.
+        method: of the intervals.
+    """
+    y64 = np.asarray(y, np.float64)
+
+    def squared_error(predictions: AnyArray) -> np.ndarray:
+        error: np.ndarray = np.mean((y64[None, :] - np.asarray(predictions, np.float64)) ** 2, axis=0)
+        return error
+
+    reference, rows = squared_error(baseline), []
+    for name, predictions in variants.items():
+        gain = (reference - squared_error(predictions)).astype(np.asarray(y).dtype)
+        own = jax.random.clone(key)  # the same resamples on purpose
+        bootstrap = bootstrap_gain(own, y, gain, n_resamples=n_resamples, confidence_level=confidence_level, method=method)
+        r2 = [float(r2_score(y, prediction)) for prediction in np.asarray(predictions)]
+        rows.append(
+            {
+                "variant": name,
+                "n_seeds": len(r2),
+                "r2": np.mean(r2),
+                "r2_sd_over_seeds": np.std(r2, ddof=1) if len(r2) > 1 else np.nan,
+                "delta_r2": float(bootstrap.estimate),
+                "low": float(bootstrap.low),
+                "high": float(bootstrap.high),
+                "standard_error": float(bootstrap.standard_error),
+            }
+        )
+    return pd.DataFrame(rows)

@@ -1,0 +1,131 @@
+"""The gate's features: depths and equivalent widths of the Ca II triplet and Na I, and four principal components.
+
+depth = 1 - min(f / c) and EW = sum(1 - f / c) over a line's window, c the median flux of its two sidebands. The report does
+not say where its sidebands lie; here they are the ``SIDEBAND`` Angstrom on either side of each window.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, PRNGKeyArray
+
+from moe_jax.core.arrays import AnyArray, InputError, matmul, mean_and_scale, scale_columns
+from moe_jax.core.pca import PCA, fit_pca
+
+#: First and last wavelength of each line's window, vacuum Angstrom.
+LINE_WINDOWS = {"8498": (8490.0, 8510.0), "8542": (8530.0, 8555.0), "8662": (8650.0, 8675.0), "Na": (8180.0, 8200.0)}
+SIDEBAND = 15.0  # Angstrom
+N_COMPONENTS = 4
+FEATURE_NAMES = (
+    "depth_8498", "EW_8498", "depth_8542", "EW_8542", "depth_8662", "EW_8662", "EW_CaT", "depth_Na", "EW_Na",
+    "PCA1", "PCA2", "PCA3", "PCA4",
+)  # fmt: skip
+N_FEATURES = len(FEATURE_NAMES)
+
+
+class LinePixels(NamedTuple):
+    """Pixels of one line."""
+
+    window: np.ndarray  #: indices of the window
+    sidebands: np.ndarray  #: indices of both sidebands
+
+
+class FeatureModel(NamedTuple):
+    """What the features take from the training stars: components and standardisation."""
+
+    pca: PCA
+    mean: Float[jax.Array, " F"]  #: of the raw features
+    scale: Float[jax.Array, " F"]  #: standard deviation of the raw features
+
+
+def line_pixels(wave: AnyArray, source: str = "wave") -> dict[str, LinePixels]:
+    """Pixels of the window and the sidebands of each line; ``wave`` must be concrete.
+
+    Raises:
+        InputError: in the name of ``source``, for fewer pixels than features, or a wavelength range that misses a window.
+    """
+    wave = np.asarray(wave, np.float64)
+    if len(wave) < N_FEATURES:
+        raise InputError(f"{source}: found {len(wave)} pixels, expected at least {N_FEATURES}, the number of gate features")
+    pixels = {}
+    for name, (low, high) in LINE_WINDOWS.items():
+        blue = np.flatnonzero((wave >= low - SIDEBAND) & (wave < low))
+        window = np.flatnonzero((wave >= low) & (wave <= high))
+        red = np.flatnonzero((wave > high) & (wave <= high + SIDEBAND))
+        spans = wave[0] <= low - SIDEBAND + 1.0 and wave[-1] >= high + SIDEBAND - 1.0
+        if not spans or min(map(len, (blue, window, red))) < 2:
+            raise InputError(
+                f"{source}: found {wave[0]:g} to {wave[-1]:g} Angstrom in {len(wave)} pixels, expected at least two pixels "
+                f"in the window of line {name} ({low:g} to {high:g}) and in the {SIDEBAND:g} Angstrom on either side of it"
+            )
+        pixels[name] = LinePixels(window, np.concatenate([blue, red]))
+    return pixels
+
+
+def line_features(flux: Float[AnyArray, "N P"], pixels: dict[str, LinePixels]) -> Float[jax.Array, "N 9"]:
+    """The nine features that come from lines, in the order of ``FEATURE_NAMES``; EW in pixels.
+
+    Where a star's continuum is not positive, its features of that line are those of no line at all: 0.
+    """
+    depth, width = {}, {}
+    for name, (window, sidebands) in pixels.items():
+        continuum = jnp.median(flux[:, sidebands], axis=1, keepdims=True)
+        positive = continuum > 0
+        absorbed = jnp.where(positive, 1.0 - flux[:, window] / jnp.where(positive, continuum, 1.0), 0.0)
+        depth[name], width[name] = jnp.max(absorbed, axis=1), jnp.sum(absorbed, axis=1)
+    triplet = width["8498"] + width["8542"] + width["8662"]
+    columns = [column for name in ("8498", "8542", "8662") for column in (depth[name], width[name])]
+    return jnp.stack([*columns, triplet, depth["Na"], width["Na"]], axis=1)
+
+
+def raw_features(flux: Float[AnyArray, "N P"], wave: AnyArray, pca: PCA) -> Float[jax.Array, "N F"]:
+    """The 13 features of N stars before standardisation, in the order of ``FEATURE_NAMES``.
+
+    Args:
+        flux: noisy flux.
+        wave: vacuum wavelengths, Angstrom; concrete.
+        pca: components of the training stars.
+
+    Raises:
+        InputError: where the wavelengths miss a line window.
+    """
+    return _raw_features(jnp.asarray(flux), tuple(line_pixels(wave).values()), pca)
+
+
+@jax.jit
+def _raw_features(flux: jax.Array, pixels: tuple[LinePixels, ...], pca: PCA) -> jax.Array:
+    lines = line_features(flux, dict(zip(LINE_WINDOWS, pixels, strict=True)))
+    scores = matmul(flux, pca.components.T) - matmul(pca.mean[None, :], pca.components.T)
+    return jnp.concatenate([lines, scores], axis=1)
+
+
+def fit_features(key: PRNGKeyArray, flux: Float[AnyArray, "N P"], wave: AnyArray) -> FeatureModel:
+    """Fits what the features take from training stars: the components, and the mean and scale of each raw feature."""
+    pca = fit_pca(key, flux, N_COMPONENTS)
+    return standardize(pca, raw_features(flux, wave, pca))
+
+
+def standardize(pca: PCA, raw: Float[AnyArray, "N F"]) -> FeatureModel:
+    """The feature model with these components, given the raw features of the training stars."""
+    return FeatureModel(pca, *mean_and_scale(raw))
+
+
+def compute_features(model: FeatureModel, flux: Float[AnyArray, "N P"], wave: AnyArray) -> Float[jax.Array, "N F"]:
+    """The 13 standardised features of any stars, by the statistics of the training stars."""
+    return scale_features(model, raw_features(flux, wave, model.pca))
+
+
+def features_of_pixels(
+    model: FeatureModel, flux: Float[AnyArray, "N P"], pixels: tuple[LinePixels, ...]
+) -> Float[jax.Array, "N F"]:
+    """``compute_features`` with the pixels of the lines already found, so that it may be traced; in the order of the lines."""
+    return scale_features(model, _raw_features(jnp.asarray(flux), pixels, model.pca))
+
+
+def scale_features(model: FeatureModel, raw: Float[AnyArray, "N F"]) -> Float[jax.Array, "N F"]:
+    """Raw features, standardised."""
+    return scale_columns(raw, model.mean, model.scale)

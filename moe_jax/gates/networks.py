@@ -1,0 +1,152 @@
+"""Gates: from a star's features to the weights of the experts.
+
+A gate is a small frozen description (``LinearGate()``, ``MLPGate(hidden=64)``) with two pure functions: ``init`` makes its
+params, a nested dict of arrays, and ``apply`` turns features into weights. The networks behind them are Flax NNX modules,
+which appear nowhere else.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, PRNGKeyArray
+
+from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.gates.optimize import Params
+
+# Uniform in +-1 / sqrt(fan-in), as in PyTorch, where the experiment was first done.
+_UNIFORM = nnx.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+_linear = functools.partial(nnx.Linear, precision="highest", kernel_init=_UNIFORM)
+
+
+class _LinearNetwork(nnx.Module):
+    def __init__(self, n_features: int, n_experts: int, *, rngs: nnx.Rngs) -> None:
+        self.head = _linear(n_features, n_experts, rngs=rngs)
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        return self.head(features)
+
+
+class _MLPNetwork(nnx.Module):
+    def __init__(self, n_features: int, n_experts: int, hidden: int, *, rngs: nnx.Rngs) -> None:
+        self.hidden = _linear(n_features, hidden, rngs=rngs)
+        self.head = _linear(hidden, n_experts, rngs=rngs)
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        return self.head(nnx.relu(self.hidden(features)))
+
+
+@runtime_checkable
+class Gate(Protocol):
+    """What the training and the routing need of a gate."""
+
+    def build(self, n_features: int, n_experts: int, rngs: nnx.Rngs) -> nnx.Module:
+        """The network, which maps (N, F) features to (N, K) logits."""
+
+    def init(self, key: PRNGKeyArray, n_features: int, n_experts: int) -> Params:
+        """Random params."""
+
+    def from_linear(self, params: Params, linear: Params) -> Params:
+        """Params of the given shapes whose weights are those of a ``LinearGate`` with the params ``linear``."""
+
+    def apply(self, params: Params, features: Float[AnyArray, "N F"]) -> Float[jax.Array, "N K"]:
+        """Weights of the experts for each star: positive, sum 1."""
+
+
+class _FlaxGate:
+    """``init`` and ``apply`` of any gate that can build its network."""
+
+    def build(self, n_features: int, n_experts: int, rngs: nnx.Rngs) -> nnx.Module:
+        raise NotImplementedError
+
+    def init(self, key: PRNGKeyArray, n_features: int, n_experts: int) -> Params:
+        """Random params: kernels uniform in +-1 / sqrt(fan-in), biases 0."""
+        _, state = nnx.split(self.build(n_features, n_experts, nnx.Rngs(key)))
+        params: Params = nnx.to_pure_dict(state)
+        return params
+
+    def apply(self, params: Params, features: Float[AnyArray, "N F"]) -> Float[jax.Array, "N K"]:
+        """Weights of the experts for each star: the softmax of the network's logits, positive, sum 1."""
+        return _weights(self, params, features)
+
+    def logits(self, params: Params, features: Float[AnyArray, "N F"]) -> Float[jax.Array, "N K"]:
+        """What the network gives before the softmax."""
+        return _logits(self, params, features)
+
+
+@functools.partial(jax.jit, static_argnames="gate")
+def _logits(gate: _FlaxGate, params: Params, features: jax.Array) -> jax.Array:
+    network = nnx.merge(_graph(gate, features.shape[-1], params["head"]["bias"].shape[-1]), params)
+    logits: jax.Array = network(features)
+    return logits
+
+
+@functools.partial(jax.jit, static_argnames="gate")
+def _weights(gate: _FlaxGate, params: Params, features: jax.Array) -> jax.Array:
+    return jax.nn.softmax(_logits(gate, params, features), axis=-1)
+
+
+@functools.cache
+def _graph(gate: _FlaxGate, n_features: int, n_experts: int) -> nnx.GraphDef:
+    """The static part of a gate's network."""
+    network = nnx.eval_shape(lambda: gate.build(n_features, n_experts, nnx.Rngs(0)))
+    return nnx.split(network)[0]
+
+
+@dataclass(frozen=True)
+class LinearGate(_FlaxGate):
+    """softmax(W features + b): the form of a multinomial logistic regression."""
+
+    def build(self, n_features: int, n_experts: int, rngs: nnx.Rngs) -> nnx.Module:
+        return _LinearNetwork(n_features, n_experts, rngs=rngs)
+
+    def from_linear(self, params: Params, linear: Params) -> Params:
+        """The params ``linear`` themselves, in the precision of ``params``."""
+        return jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), params, linear)
+
+
+@dataclass(frozen=True)
+class MLPGate(_FlaxGate):
+    """softmax of a network with one hidden layer of rectified units."""
+
+    hidden: int = 64
+
+    def build(self, n_features: int, n_experts: int, rngs: nnx.Rngs) -> nnx.Module:
+        return _MLPNetwork(n_features, n_experts, self.hidden, rngs=rngs)
+
+    def from_linear(self, params: Params, linear: Params) -> Params:
+        """Params whose weights are those of a ``LinearGate`` with the params ``linear``.
+
+        As x = relu(x) - relu(-x), the first 2 F hidden units carry +x and -x; the others keep their random kernels, and start
+        with no say in the head.
+
+        Raises:
+            InputError: for fewer than 2 F hidden units.
+        """
+        n_features, n_experts = linear["head"]["kernel"].shape
+        if self.hidden < 2 * n_features:
+            raise InputError(
+                f"hidden is {self.hidden}, expected at least {2 * n_features}, twice the features, to start at a linear gate"
+            )
+        one, kernel = jnp.eye(n_features), linear["head"]["kernel"]
+        carried = jnp.concatenate([one, -one], axis=1)
+        rest = jnp.zeros((self.hidden - 2 * n_features, n_experts))
+        hidden = params["hidden"]
+        start = {
+            "hidden": {
+                "bias": hidden["bias"].at[: 2 * n_features].set(0.0),
+                "kernel": hidden["kernel"].at[:, : 2 * n_features].set(carried.astype(hidden["kernel"].dtype)),
+            },
+            "head": {"bias": linear["head"]["bias"], "kernel": jnp.concatenate([kernel, -kernel, rest.astype(kernel.dtype)])},
+        }
+        return jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), params, start)
+
+
+def linear_params(kernel: Float[AnyArray, "F K"], bias: Float[AnyArray, " K"]) -> Params:
+    """Params of a ``LinearGate`` from the weights of any softmax regression."""
+    return {"head": {"bias": jnp.asarray(bias), "kernel": jnp.asarray(kernel)}}

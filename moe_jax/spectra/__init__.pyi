@@ -1,0 +1,10 @@
+from .fisher import cramer_rao as cramer_rao
+from .grid import SpectralGrid as SpectralGrid
+from .grid import interpolate_grid as interpolate_grid
+from .grid import load_grid as load_grid
+from .simulate import simulate_survey as simulate_survey
+from .survey import Labels as Labels
+from .survey import Survey as Survey
+from .survey import add_noise as add_noise
+from .survey_file import load_survey as load_survey
+from .survey_file import save_survey as save_survey

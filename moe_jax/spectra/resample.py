@@ -1,0 +1,104 @@
+"""From the pixels of a spectrograph to those of a model, with the flux conserved; and pixels that are masked, filled.
+
+A pixel reaches half-way to its neighbours. What falls into a pixel of the model is the sum of the flux densities of the given
+pixels, weighted by the width of their overlap, so that the integral over wavelength is the same on both grids.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy import sparse
+
+from moe_jax.core.arrays import AnyArray, InputError, matmul
+
+LEAST_OVERLAP = 0.5  # part of a pixel that good pixels must cover
+_FILL_SHRINKAGE = 1e-6
+
+
+class Resampled(NamedTuple):
+    """Spectra on other pixels."""
+
+    flux: Float[np.ndarray, "N P"]
+    error: Float[np.ndarray, "N P"]
+    good: Bool[np.ndarray, "N P"]  #: False where good pixels cover less than half of a pixel
+
+
+def pixel_edges(wave: Float[AnyArray, " P"]) -> Float[np.ndarray, " P1"]:
+    """(P + 1,) edges of pixels that reach half-way to their neighbours."""
+    wave = np.asarray(wave, np.float64)
+    middle = 0.5 * (wave[1:] + wave[:-1])
+    return np.concatenate([[2 * wave[0] - middle[0]], middle, [2 * wave[-1] - middle[-1]]])
+
+
+def overlaps(wave: Float[AnyArray, " Q"], target: Float[AnyArray, " P"]) -> sparse.csr_matrix:
+    """(P, Q) widths, in Angstrom, of the overlap of each target pixel with each given pixel.
+
+    Raises:
+        InputError: for fewer than two wavelengths, or wavelengths that do not increase.
+    """
+    for name, grid in (("wave", wave), ("target", target)):
+        if len(grid) < 2 or not (np.diff(grid) > 0).all():
+            raise InputError(f"{name} holds {len(grid)} wavelengths, expected at least 2, increasing")
+    given, wanted = pixel_edges(wave), pixel_edges(target)
+    cuts = np.unique(np.concatenate([given, wanted]))
+    middle, width = 0.5 * (cuts[1:] + cuts[:-1]), np.diff(cuts)
+    column, row = (np.searchsorted(edges, middle, side="right") - 1 for edges in (given, wanted))
+    both = (column >= 0) & (column < len(wave)) & (row >= 0) & (row < len(target))
+    return sparse.csr_matrix((width[both], (row[both], column[both])), shape=(len(target), len(wave)))
+
+
+def resample(
+    flux: Float[AnyArray, "N Q"],
+    error: Float[AnyArray, "N Q"],
+    good: Bool[AnyArray, "N Q"],
+    overlap: sparse.csr_matrix,
+    target: Float[AnyArray, " P"],
+) -> Resampled:
+    """Flux densities on other pixels, the integral conserved; errors as those of independent pixels.
+
+    Args:
+        flux: flux density by wavelength.
+        error: its standard deviation.
+        good: False for pixels that are masked, which count for nothing, whatever they hold.
+        overlap: of ``overlaps``.
+        target: wavelengths of the new pixels.
+    """
+    good = np.asarray(good)
+    width = np.diff(pixel_edges(target))
+    covered = (overlap @ good.T.astype(np.float64)).T
+    safe = np.where(covered > 0, covered, 1.0)
+    new = (overlap @ np.where(good, flux, 0.0).T.astype(np.float64)).T / safe
+    variance = (overlap.power(2) @ np.where(good, error, 0.0).T.astype(np.float64) ** 2).T / safe**2
+    enough = covered >= LEAST_OVERLAP * width[None, :]
+    dtype = np.asarray(flux).dtype
+    return Resampled(np.where(enough, new, 0.0).astype(dtype), np.where(enough, np.sqrt(variance), 0.0).astype(dtype), enough)
+
+
+@jax.jit
+def fill_masked(
+    flux: Float[AnyArray, "N P"], good: Bool[AnyArray, "N P"], center: Float[AnyArray, " P"], basis: Float[AnyArray, "R P"]
+) -> Float[jax.Array, "N P"]:
+    """Puts what the good pixels suggest in the place of the masked ones: the least-squares fit of the basis to them.
+
+    Args:
+        flux: whatever masked pixels hold is not looked at.
+        good: False for masked pixels.
+        center: mean flux of the training stars.
+        basis: orthonormal directions in which they vary.
+    """
+    weight = jnp.asarray(good).astype(basis.dtype)
+    x = jnp.where(good, flux - center[None, :], 0.0)
+
+    def one(star: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x, weight = star
+        normal = matmul(basis * weight[None, :], basis.T) + _FILL_SHRINKAGE * jnp.eye(len(basis), dtype=basis.dtype)
+        fitted = jnp.linalg.solve(normal, matmul(basis, x[:, None]))
+        return jnp.asarray(center) + matmul(fitted.T, basis)[0]
+
+    fitted: jax.Array = jax.lax.map(one, (x, weight), batch_size=64)
+    return jnp.where(good, flux, fitted)

@@ -1,0 +1,182 @@
+"""A survey drawn from the model grid: labels, clean spectra and the errors of a 1 mag range of red-arm exposures."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Float, PRNGKeyArray
+
+from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.spectra.grid import SpectralGrid, interpolate_grid, load_grid
+from moe_jax.spectra.pixels import WAVE
+from moe_jax.spectra.sky import sky_variance, throughput
+from moe_jax.spectra.survey import Labels, Survey, mean_snr
+
+LabelSampling = Literal["lattice", "uniform"]
+
+#: Lowest value, highest value and step of the lattice of each label.
+LABEL_LATTICE = {
+    "T_eff": (3750.0, 6000.0, 250.0),
+    "log_g": (1.0, 5.0, 0.5),
+    "M_H": (-2.5, 0.75, 0.25),
+    "a_M": (-0.25, 0.5, 0.25),
+    "C_M": (-0.75, 0.5, 0.25),
+}
+MAG_RANGE = (20.5, 22.5)
+MEDIAN_FLUX = 0.5
+PHOTON_VARIANCE = 0.00062  #: variance of the star's own photons at mag 21.5, flux 0.5 and throughput 1
+SKY_VARIANCE = 0.00428  #: variance of the median sky at mag 21.5
+
+_BATCH = 500  # stars that are interpolated at a time, which bounds the memory
+
+
+def draw_labels(key: PRNGKeyArray, n_stars: int, label_sampling: LabelSampling = "lattice") -> dict[str, jax.Array]:
+    """Labels of N stars by name.
+
+    ``"lattice"``: each label is uniform in its range and then moved to the nearest node of its lattice, but for one label of
+    each star, drawn at random, which stays continuous. ``"uniform"``: all stay continuous.
+    """
+    key_values, key_free, key_mag = jax.random.split(key, 3)
+    low, high, step = (jnp.array(column)[:, None] for column in zip(*LABEL_LATTICE.values(), strict=True))
+    values = low + (high - low) * jax.random.uniform(key_values, (len(LABEL_LATTICE), n_stars))
+    if label_sampling == "lattice":
+        nodes = low + step * jnp.round((values - low) / step)
+        free = jax.random.randint(key_free, (n_stars,), 0, len(LABEL_LATTICE))
+        is_free = free[None, :] == jnp.arange(len(LABEL_LATTICE))[:, None]
+        values = jnp.where(is_free, values, nodes)
+    labels = dict(zip(LABEL_LATTICE, values, strict=True))
+    return labels | {"mag": jax.random.uniform(key_mag, (n_stars,), minval=MAG_RANGE[0], maxval=MAG_RANGE[1])}
+
+
+_draw_labels = jax.jit(draw_labels, static_argnames=("n_stars", "label_sampling"))
+
+
+def median_rows(x: Float[AnyArray, "N P"]) -> Float[jax.Array, " N"]:
+    """Exact median of each row of non-negative numbers, several times faster on a CPU than a sort.
+
+    The bits of a non-negative float, read as an integer, are ordered like the number: the k-th smallest is found bit by bit.
+    """
+    n_pixels = x.shape[1]
+    integer = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
+    n_bits = jnp.iinfo(integer).bits - 1
+    order = lax.bitcast_convert_type(jnp.abs(x), integer)
+    rank = (n_pixels - 1) // 2
+
+    def add_bit(i: jax.Array, found: jax.Array) -> jax.Array:
+        candidate = found | jnp.left_shift(jnp.ones((), integer), (n_bits - 1 - i).astype(integer))
+        return jnp.where(jnp.sum(order < candidate[:, None], axis=1) <= rank, candidate, found)
+
+    lower_bits = lax.fori_loop(0, n_bits, add_bit, jnp.zeros(len(x), integer))
+    lower = lax.bitcast_convert_type(lower_bits, x.dtype)
+    if n_pixels % 2:
+        return lower
+    # The next in order: the same value where it occurs often enough, otherwise the smallest that is larger.
+    larger = order > lower_bits[:, None]
+    next_larger = jnp.min(jnp.where(larger, jnp.abs(x), jnp.inf), axis=1)
+    repeated = jnp.sum(~larger, axis=1) > rank + 1
+    return 0.5 * (lower + jnp.where(repeated, lower, next_larger))
+
+
+def model_flux(
+    grid: SpectralGrid,
+    T_eff: Float[AnyArray, " N"],
+    log_g: Float[AnyArray, " N"],
+    M_H: Float[AnyArray, " N"],
+    a_M: Float[AnyArray, " N"],
+) -> Float[jax.Array, "N P"]:
+    """Noise-free spectra at any labels inside the grid: non-negative, each scaled to median 0.5."""
+    flux = unscaled_flux(grid, jnp.stack([T_eff, log_g, M_H, a_M], axis=1))
+    return flux * (MEDIAN_FLUX / median_rows(flux))[:, None]
+
+
+def unscaled_flux(grid: SpectralGrid, labels: Float[AnyArray, "N 4"]) -> Float[jax.Array, "N P"]:
+    """Likewise, up to a factor for each star; labels as those of ``interpolate_grid``."""
+    spectra = interpolate_grid(grid, labels)
+    return jnp.maximum(spectra.norm * jnp.exp(spectra.log_continuum), 0.0)
+
+
+def flux_error(mag: Float[AnyArray, " N"], flux: Float[AnyArray, "N P"]) -> Float[jax.Array, "N P"]:
+    """Standard deviation of the flux at noise level 1: the star's photons and the sky, whose weight grows for faint stars.
+
+    error^2 = 0.00062 x (flux / 0.5) / T(wave) + 0.00428 x^2 S(wave) with x = 10^(0.4 (mag - 21.5)), sky S and throughput T.
+    """
+    x = 10.0 ** (0.4 * (mag - 21.5))[:, None]
+    inverse_throughput = jnp.asarray(1.0 / throughput(), flux.dtype)[None, :]
+    sky = jnp.asarray(sky_variance(), flux.dtype)[None, :]
+    return jnp.sqrt(PHOTON_VARIANCE * x * (flux / MEDIAN_FLUX) * inverse_throughput + SKY_VARIANCE * x**2 * sky)
+
+
+def simulate_survey(
+    key: PRNGKeyArray, n_stars: int, *, label_sampling: LabelSampling = "lattice", grid: SpectralGrid | None = None
+) -> Survey:
+    """Draws a survey: labels, noise-free spectra scaled to median 0.5, and their errors at noise level 1.
+
+    Pure and jitted, in batches of stars, so that the memory is that of the result. C_M is drawn but has no effect on the
+    spectra (the grid holds atomic lines only); the redshift is 0.
+
+    Args:
+        key: random key.
+        n_stars: N.
+        label_sampling: ``"lattice"`` (one continuous label a star) or ``"uniform"``.
+        grid: model spectra; by default those that ship with the package.
+
+    Raises:
+        InputError: for fewer than one star, another sampling, or a grid that does not span the labels.
+    """
+    source = SimulatedSpectra(key, n_stars, label_sampling=label_sampling, grid=grid)
+    flux, error = source.read(0, n_stars)
+    return Survey(source.wave, flux, error, source.labels._replace(snr=mean_snr(flux, error)))
+
+
+class SimulatedSpectra:
+    """A simulated survey whose labels are drawn at once and whose spectra are computed in parts; ``labels.snr`` is NaN.
+
+    The spectra are those of ``simulate_survey`` with the same arguments, whatever the parts.
+    """
+
+    wave: Float[jax.Array, " P"]
+    labels: Labels
+    n_stars: int
+
+    def __init__(
+        self, key: PRNGKeyArray, n_stars: int, *, label_sampling: LabelSampling = "lattice", grid: SpectralGrid | None = None
+    ) -> None:
+        if n_stars < 1:
+            raise InputError(f"n_stars is {n_stars}, expected at least 1")
+        if label_sampling not in ("lattice", "uniform"):
+            raise InputError(f"label_sampling is {label_sampling!r}, expected 'lattice' or 'uniform'")
+        grid = load_grid() if grid is None else grid
+        self._axes = tuple(tuple(map(float, np.asarray(axis))) for axis in grid[:4])
+        self._components = tuple(grid[4:])
+        for name, axis in zip(SpectralGrid._fields[:4], self._axes, strict=True):
+            low, high, _ = LABEL_LATTICE[name]
+            if axis[0] > low or axis[-1] < high:
+                raise InputError(f"the grid's {name} runs from {axis[0]:g} to {axis[-1]:g}, expected {low:g} to {high:g}")
+        drawn = _draw_labels(key, n_stars, label_sampling)
+        self.wave, self.n_stars = jnp.asarray(WAVE), n_stars
+        self.labels = Labels(**drawn, redshift=jnp.zeros(n_stars), snr=jnp.full(n_stars, jnp.nan))
+
+    def read(self, start: int, stop: int) -> tuple[Float[jax.Array, "n P"], Float[jax.Array, "n P"]]:
+        """Clean flux and error of the stars ``start`` to ``stop - 1``."""
+        stars = {name: getattr(self.labels, name)[start:stop] for name in ("T_eff", "log_g", "M_H", "a_M", "mag")}
+        return _spectra(stars, self._axes, self._components)
+
+
+@functools.partial(jax.jit, static_argnames=("axes",))
+def _spectra(
+    labels: dict[str, jax.Array], axes: tuple[tuple[float, ...], ...], components: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Flux and error of some stars, in batches, so that the memory is that of the result."""
+    grid = SpectralGrid(*map(np.array, axes), *components)
+
+    def spectrum(star: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        flux = model_flux(grid, *(star[name][None] for name in ("T_eff", "log_g", "M_H", "a_M")))
+        return flux[0], flux_error(star["mag"][None], flux)[0]
+
+    flux, error = lax.map(spectrum, labels, batch_size=min(_BATCH, len(labels["mag"])))
+    return flux, error

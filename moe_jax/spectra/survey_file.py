@@ -1,0 +1,208 @@
+"""Surveys as HDF5 files: checked when they are read, written whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.core.files import atomic_path
+from moe_jax.spectra.survey import Labels, Spectra, Survey, mean_snr
+
+WAVE_FIELD = "spectrumdataset/wave"
+
+FLUX_FIELD = "dataset/arrays/flux/value"
+
+ERROR_FIELD = "dataset/arrays/error/value"
+
+LABELS_KEY = "labels"
+
+
+def save_survey(path: Path | str, survey: Survey) -> None:
+    """Writes a survey in the HDF5 layout of this module, float32; the file appears whole or not at all."""
+    _write(Path(path), survey.wave, len(survey.flux), [(survey.flux, survey.error)], lambda _: survey.labels)
+
+
+def save_spectra(
+    path: Path | str, spectra: Spectra, chunk_stars: int = 4_096, on_written: Callable[[int], None] = lambda _: None
+) -> None:
+    """``save_survey`` for spectra that are computed or read in parts; the label snr is computed from them.
+
+    Args:
+        path: where the file goes.
+        spectra: what is written.
+        chunk_stars: stars that are in memory at a time.
+        on_written: called after each part with its number of stars, for progress.
+    """
+
+    def parts() -> Iterator[tuple[AnyArray, AnyArray]]:
+        for start in range(0, spectra.n_stars, chunk_stars):
+            stop = min(start + chunk_stars, spectra.n_stars)
+            yield spectra.read(start, stop)
+            on_written(stop - start)
+
+    _write(Path(path), spectra.wave, spectra.n_stars, parts(), lambda snr: spectra.labels._replace(snr=snr))
+
+
+def _write(
+    path: Path,
+    wave: AnyArray,
+    n_stars: int,
+    parts: Iterable[tuple[AnyArray, AnyArray]],
+    labels_of: Callable[[np.ndarray], Labels],
+) -> None:
+    """Writes a survey whose spectra come in parts, and whose labels may depend on their snr."""
+    snr, start = np.zeros(n_stars, np.float32), 0
+    with atomic_path(path) as temporary:
+        with h5py.File(temporary, "w") as file:
+            file[WAVE_FIELD] = np.asarray(wave, np.float64)
+            datasets = [file.create_dataset(field, (n_stars, len(wave)), np.float32) for field in (FLUX_FIELD, ERROR_FIELD)]
+            for flux, error in parts:
+                rows = slice(start, start + len(flux))
+                datasets[0][rows], datasets[1][rows] = np.asarray(flux, np.float32), np.asarray(error, np.float32)
+                snr[rows] = mean_snr(flux, error)
+                start = rows.stop
+        labels = labels_of(snr)._asdict()
+        table = pd.DataFrame({name: np.asarray(column, np.float32) for name, column in labels.items()})
+        table.to_hdf(temporary, key=LABELS_KEY, mode="a")
+
+
+class SurveyFile:
+    """A survey on disk: wavelengths and labels at once, spectra in parts.
+
+    Args:
+        path: HDF5 file in the layout of this module.
+        n_stars: most rows to read, from the start of the file; None for all.
+
+    Raises:
+        InputError: one sentence that names the file, the field, what was found and what is expected.
+    """
+
+    wave: Float[np.ndarray, " P"]
+    labels: Labels
+    n_stars: int
+
+    def __init__(self, path: Path | str, n_stars: int | None = None) -> None:
+        self.path = Path(path)
+        with _open(self.path, n_stars) as file:
+            wave, flux, error = (_dataset(self.path, file, f, d) for f, d in ((WAVE_FIELD, 1), (FLUX_FIELD, 2), (ERROR_FIELD, 2)))
+            n_pixels = wave.shape[0]
+            if n_pixels < 2 or flux.shape[0] < 1:
+                raise InputError(f"{path}: {FLUX_FIELD} has shape {flux.shape}, expected at least one star of 2 pixels")
+            if flux.shape[1] != n_pixels:
+                raise InputError(
+                    f"{path}: {FLUX_FIELD} has shape {flux.shape}, expected (N, {n_pixels}) as {WAVE_FIELD} has {n_pixels} pixels"
+                )
+            if error.shape != flux.shape:
+                raise InputError(f"{path}: {ERROR_FIELD} has shape {error.shape}, expected {flux.shape} like {FLUX_FIELD}")
+            self.wave = wave[()].astype(np.float64)
+            self.n_stars = flux.shape[0] if n_stars is None else min(n_stars, flux.shape[0])
+        _check_wave(self.path, self.wave)
+        self.labels = _read_labels(self.path, n_stars, self.n_stars)
+
+    def read(self, start: int, stop: int) -> tuple[Float[np.ndarray, "n P"], Float[np.ndarray, "n P"]]:
+        """Clean flux and error of the stars ``start`` to ``stop - 1``, checked, float32.
+
+        Negative flux is set to 0. A NaN error in the first or last pixel is replaced by its neighbour's; elsewhere it is an
+        error.
+
+        Raises:
+            InputError: as the constructor.
+        """
+        with _open(self.path, self.n_stars) as file:
+            flux, error = (file[field][start:stop].astype(np.float32) for field in (FLUX_FIELD, ERROR_FIELD))
+        _check_finite(self.path, FLUX_FIELD, flux, start)
+        error[:, 0] = np.where(np.isnan(error[:, 0]), error[:, 1], error[:, 0])
+        error[:, -1] = np.where(np.isnan(error[:, -1]), error[:, -2], error[:, -1])
+        _check_finite(self.path, ERROR_FIELD, error, start)
+        if (smallest := error.min()) <= 0:
+            raise InputError(f"{self.path}: {ERROR_FIELD} holds {smallest:g} {_where(error <= 0, start)}, expected positive errors")
+        return np.maximum(flux, 0), error
+
+
+def load_survey(path: Path | str, n_stars: int | None = None) -> Survey:
+    """Reads and checks a survey, float32 but for the wavelengths; arguments and errors as those of ``SurveyFile``."""
+    file = SurveyFile(path, n_stars)
+    return Survey(file.wave, *file.read(0, file.n_stars), file.labels)
+
+
+@contextmanager
+def _open(path: Path, n_stars: int | None) -> Iterator[h5py.File]:
+    if n_stars is not None and n_stars < 1:
+        raise InputError(f"{path}: {n_stars} stars were asked for, expected at least 1")
+    if not path.is_file():
+        raise InputError(f"{path}: found {'a folder' if path.is_dir() else 'no such file'}, expected an HDF5 file")
+    if not h5py.is_hdf5(path):
+        raise InputError(f"{path}: found a file that is not HDF5, expected an HDF5 file")
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except OSError as reason:
+        raise InputError(f"{path}: found an HDF5 file that cannot be read ({reason}), expected a readable one") from reason
+
+
+def _dataset(path: Path, file: h5py.File, field: str, ndim: int) -> h5py.Dataset:
+    dataset = file.get(field)
+    if not isinstance(dataset, h5py.Dataset):
+        found = "nothing" if dataset is None else "a group"
+        raise InputError(f"{path}: {field}: found {found}, expected a dataset with {ndim} dimension{'s' * (ndim > 1)}")
+    if dataset.ndim != ndim or dataset.dtype.kind not in "fiu":
+        found = f"{dataset.dtype} of shape {dataset.shape}"
+        raise InputError(f"{path}: {field}: found {found}, expected numbers in {ndim} dimension{'s' * (ndim > 1)}")
+    return dataset
+
+
+def _read_labels(path: Path, n_stars: int | None, n_expected: int) -> Labels:
+    try:
+        table = pd.read_hdf(path)
+    except Exception as reason:  # pandas and PyTables raise a dozen types for a table that is not there or not readable
+        summary = str(reason).split("\n")[0]
+        raise InputError(f"{path}: the labels: found no readable pandas table ({summary}), expected exactly one") from reason
+    if not isinstance(table, pd.DataFrame):
+        raise InputError(f"{path}: the labels: found a pandas {type(table).__name__}, expected a table (DataFrame)")
+    for name in Labels._fields:
+        if name not in table.columns:
+            found = ", ".join(map(str, table.columns))
+            raise InputError(f"{path}: label column {name}: found only {found}, expected {', '.join(Labels._fields)}")
+        if table[name].dtype.kind not in "fiu":
+            raise InputError(f"{path}: label column {name}: found {table[name].dtype}, expected numbers")
+    n_found = len(table) if n_stars is None else min(len(table), n_stars)
+    if n_found != n_expected:
+        raise InputError(f"{path}: the labels: found {len(table)} rows, expected {n_expected}, one for each spectrum")
+    labels = Labels(*(table[name].to_numpy(np.float32)[:n_expected] for name in Labels._fields))
+    for name in ("T_eff", "log_g", "M_H"):
+        _check_finite(path, f"label column {name}", getattr(labels, name))
+    return labels
+
+
+def _check_wave(path: Path, wave: np.ndarray) -> None:
+    _check_finite(path, WAVE_FIELD, wave)
+    require_increasing(path, WAVE_FIELD, wave)
+
+
+def require_increasing(path: Path, field: str, wave: np.ndarray) -> None:
+    """Raises an ``InputError`` in the name of a file's field unless its wavelengths increase."""
+    if not (steps := np.diff(wave) > 0).all():
+        i = int(np.argmin(steps))
+        raise InputError(
+            f"{path}: {field}: found {wave[i]:g} followed by {wave[i + 1]:g} at pixel {i + 1}, expected increasing wavelengths"
+        )
+
+
+def _check_finite(path: Path, field: str, values: np.ndarray, first: int = 0) -> None:
+    if not (finite := np.isfinite(values)).all():
+        value = values[~finite][0]
+        raise InputError(f"{path}: {field}: found {value} {_where(~finite, first)}, expected finite numbers")
+
+
+def _where(bad: np.ndarray, first: int = 0) -> str:
+    """Names the first bad element of an array by star and pixel, and says how many there are; ``first`` is its first row."""
+    found = np.argwhere(bad)[0]
+    place = f"star {found[0] + first}, pixel {found[1]}" if bad.ndim == 2 else f"row {found[0] + first}"
+    return f"at {place} ({bad.sum()} in all)" if bad.sum() > 1 else f"at {place}"

@@ -1,0 +1,236 @@
+"""Spectra as observed: files in, tables out."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from astropy.io import fits
+from astropy.table import Table
+from safetensors.numpy import load_file, save_file
+
+from experiments.predict import PredictConfig, main
+from moe_jax import load_model, predict_model
+from moe_jax.apply.application import MANY_MASKED, NOT_PREDICTED, UNLIKE_TRAINING, apply_model, needs_scaling, prepare_application
+from moe_jax.apply.model_file import ARRAYS, MEANING
+from moe_jax.spectra.observed import IVAR_FIELD, ObservedFile, ObservedSpectra
+from moe_jax.spectra.resample import overlaps, resample
+from moe_jax.spectra.survey_file import ERROR_FIELD, FLUX_FIELD, WAVE_FIELD
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    return load_model(trained / "model")
+
+
+@pytest.fixture(scope="module")
+def spectra(trained):
+    return ObservedFile(trained.parent / "observed.h5").read(0, 300)
+
+
+@pytest.fixture(scope="module")
+def application(model):
+    return prepare_application(model, model.wave)
+
+
+@pytest.fixture(scope="module")
+def table(application, spectra):
+    return apply_model(application, spectra)
+
+
+def predict(trained, spectra, output, **options):
+    main(PredictConfig(trained / "model", spectra, output, **options))
+    return output
+
+
+def test_what_the_run_predicted(trained, tmp_path, capsys):
+    """The table of the command is the run's own, star by star, and says all that it promises."""
+    table = pd.read_csv(predict(trained, trained.parent / "observed.h5", tmp_path / "out.csv", chunk_stars=64))
+    run = pd.read_csv(trained / "predictions.csv")
+    np.testing.assert_allclose(table["log_g"][run["star"]], run["regress_mlp_cross_fitted"], atol=2e-4)
+    weights = [f"weight_{k}" for k in range(9)]
+    widths = ["uncertainty", "half_width_90", "half_width_95"]
+    assert list(table.columns) == ["star", "log_g", *widths, *weights, "distance", "n_masked", "flags"]
+    np.testing.assert_allclose(table[weights].sum(axis=1), 1, atol=1e-5)
+    assert (np.diff(table[widths], axis=1) >= 0).all()
+    assert (table["uncertainty"] > 0).all()
+    assert list(table["star"]) == list(range(300))
+    assert "300 stars, 0 masked pixels" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
+
+
+def test_chunks_and_formats_change_nothing(trained, tmp_path, table):
+    for name in ("a.csv", "b.parquet", "c.fits"):
+        predict(trained, trained.parent / "observed.h5", tmp_path / name, chunk_stars=90)
+    read = [pd.read_csv(tmp_path / "a.csv", keep_default_na=False), pd.read_parquet(tmp_path / "b.parquet")]
+    for found in [*read, Table.read(tmp_path / "c.fits", character_as_bytes=False).to_pandas()]:
+        assert list(found.columns) == list(table.columns)
+        assert [str(flag).strip() for flag in found["flags"]] == list(table["flags"])
+        for name in table.columns[:-1]:
+            np.testing.assert_allclose(found[name], table[name], rtol=2e-5, atol=1e-6)
+
+
+def test_a_model_of_schema_2_has_factors_of_one(trained, tmp_path, spectra):
+    shutil.copytree(trained / "model", tmp_path / "model")
+    arrays = load_file(tmp_path / "model" / ARRAYS)
+    del arrays["uncertainty/part_scales"]
+    save_file(arrays, tmp_path / "model" / ARRAYS)
+    digest = hashlib.sha256((tmp_path / "model" / ARRAYS).read_bytes()).hexdigest()
+    meaning = json.loads((tmp_path / "model" / MEANING).read_text()) | {"schema_version": 2, "arrays_sha256": digest}
+    (tmp_path / "model" / MEANING).write_text(json.dumps(meaning))
+    said = predict_model(load_model(tmp_path / "model"), spectra.flux[:5], spectra.error[:5])
+    np.testing.assert_allclose(said.sigma, np.sqrt(np.sum(said.variance, axis=0)), rtol=1e-5)
+    present = load_model(trained / "model").uncertainty
+    assert not np.allclose(present.part_scales, 1)
+    own = predict_model(load_model(trained / "model"), spectra.flux[:5], spectra.error[:5])
+    np.testing.assert_allclose(own.sigma**2, np.asarray(own.variance).T @ np.asarray(present.part_scales), rtol=1e-5)
+
+
+def test_fits_in(trained, spectra, tmp_path, table):
+    wave = ObservedFile(trained.parent / "observed.h5").wave
+    ivar = np.where(spectra.good, 1 / np.where(spectra.good, spectra.error, 1) ** 2, 0)
+    images = [fits.PrimaryHDU(), fits.ImageHDU(wave, name="WAVELENGTH"), fits.ImageHDU(spectra.flux, name="FLUX")]
+    fits.HDUList([*images, fits.ImageHDU(ivar.astype("f4"), name="IVAR")]).writeto(tmp_path / "in.fits")
+    found = pd.read_csv(predict(trained, tmp_path / "in.fits", tmp_path / "out.csv"))
+    np.testing.assert_allclose(found["log_g"], table["log_g"], atol=1e-4)
+    np.testing.assert_allclose(found["uncertainty"], table["uncertainty"], rtol=1e-3)
+
+
+def test_masked_pixels_are_found_counted_and_filled(trained, spectra, tmp_path, table):
+    path = tmp_path / "masked.h5"
+    with h5py.File(trained.parent / "observed.h5") as old, h5py.File(path, "w") as new:
+        wave, flux, error = old[WAVE_FIELD][()], old[FLUX_FIELD][()], old[ERROR_FIELD][()]
+        flux[0, :3], flux[1, 5], error[2, 7], error[3, 9] = np.nan, np.inf, 0.0, np.nan
+        error[4, (wave > 8532) & (wave < 8552)] = -1.0  # a whole line
+        error[5, ::2], error[5, 1] = np.inf, np.inf  # more than half
+        flux[6] = np.nan
+        new[WAVE_FIELD], new[FLUX_FIELD], new[ERROR_FIELD] = wave, flux, error
+    found = pd.read_csv(predict(trained, path, tmp_path / "out.csv"), keep_default_na=False)
+    in_line = int(((wave > 8532) & (wave < 8552)).sum())
+    assert list(found["n_masked"][:8]) == [3, 1, 1, 1, in_line, 2049, 4096, 0]
+    assert list(found["flags"][4:7]) == [MANY_MASKED, f"{MANY_MASKED}|{NOT_PREDICTED}", f"{MANY_MASKED}|{NOT_PREDICTED}"]
+    numbers = pd.to_numeric(found["log_g"], errors="coerce")
+    assert list(np.flatnonzero(numbers.isna())) == [5, 6]
+    np.testing.assert_allclose(numbers[:4], table["log_g"][:4], atol=0.1)
+    np.testing.assert_allclose(numbers[7:], table["log_g"][7:], atol=1e-4)
+    # The same pixels by inverse variance.
+    with h5py.File(path, "a") as file:
+        with np.errstate(divide="ignore"):
+            ivar = np.where(np.isfinite(error) & (error > 0), 1 / np.square(error), 0)
+        del file[ERROR_FIELD]
+        file[IVAR_FIELD] = ivar.astype("f4")
+    again = pd.read_csv(predict(trained, path, tmp_path / "again.csv"), keep_default_na=False)
+    assert list(again["n_masked"]) == list(found["n_masked"])
+
+
+def test_another_scale_is_seen_and_undone(application, spectra, table):
+    assert not needs_scaling(application, spectra)
+    factor = np.linspace(3, 4000, 300, dtype="f4")[:, None]
+    bright = ObservedSpectra(spectra.flux * factor, spectra.error * factor, spectra.good)
+    assert needs_scaling(application, bright)
+    found = apply_model(application._replace(scale=True), bright)
+    assert np.abs(found["log_g"] - table["log_g"]).median() < 0.1 * table["uncertainty"].median()
+    assert (found["uncertainty"] > 0.95 * table["uncertainty"]).mean() > 0.9
+    negative = ObservedSpectra(-bright.flux, bright.error, bright.good)
+    assert (apply_model(application._replace(scale=True), negative)["flags"] == NOT_PREDICTED).all()
+
+
+def test_other_pixels_are_resampled(model, spectra, table):
+    wave = np.linspace(7095, 8855, 5_000)
+    other = ObservedSpectra(*resample(*spectra, overlaps(np.asarray(model.wave), wave), wave))
+    application = prepare_application(model, wave)
+    assert application.overlap is not None
+    found = apply_model(application, other)
+    assert np.abs(found["log_g"] - table["log_g"]).median() < 0.3 * table["uncertainty"].median()
+    assert (found["n_masked"] <= 2).all()
+
+
+def test_noise_of_resampled_pixels_is_that_of_the_observed_ones(model, spectra):
+    """The variance by propagation is the scatter of predictions over draws of the noise on the observed pixels."""
+    wave = np.linspace(7095, 8855, 3_000)
+    clean = resample(*spectra, overlaps(np.asarray(model.wave), wave), wave)
+    application = prepare_application(model, wave)
+    rng, error = np.random.default_rng(0), np.full((1, 3_000), 2e-3, "f4")
+    flux = clean.flux[:1] + error * rng.normal(size=(300, 3_000)).astype("f4")
+    drawn = apply_model(application, ObservedSpectra(flux, np.repeat(error, 300, axis=0), np.repeat(clean.good[:1], 300, axis=0)))
+    without = apply_model(application, ObservedSpectra(clean.flux[:1], error * 1e-3, clean.good[:1]))
+    within = apply_model(application, ObservedSpectra(clean.flux[:1], error, clean.good[:1]))
+    known = model.uncertainty
+    assert known is not None
+    cell_quantile = (within["uncertainty"] / np.sqrt(1.0)).iloc[0]
+    # uncertainty^2 is quantile^2 times (what the noise adds + the rest); the quantile follows from the two.
+    weights = within[[f"weight_{k}" for k in range(9)]].to_numpy()[0]
+    assert weights.sum() == pytest.approx(1, abs=1e-4)
+    candidates = np.asarray(known.calibration.quantiles)[:, 0] ** 2
+    added = (cell_quantile**2 - without["uncertainty"].iloc[0] ** 2) / candidates
+    assert np.abs(added / drawn["log_g"].var() - 1).min() < 0.25
+
+
+def test_what_is_no_star_is_flagged(application, spectra):
+    wave = np.asarray(application.model.wave)
+    flat, hill = np.full_like(wave, 0.5), 0.5 + 0.4 * np.sin(wave / 40)
+    noise = np.random.default_rng(0).normal(0.5, 2.0, wave.shape)
+    flux = np.stack([hill, noise, flat]).astype("f4")
+    strange = ObservedSpectra(flux, np.full_like(flux, 0.01), np.ones(flux.shape, bool))
+    found = apply_model(application, strange)
+    assert (found["flags"][:2] == UNLIKE_TRAINING).all()
+    assert (found["distance"][:2] > 1).all()
+    assert (apply_model(application, spectra)["flags"] == UNLIKE_TRAINING).mean() < 0.05
+
+
+def test_without_errors_those_of_the_training_stars_stand_in(trained, tmp_path, capsys, table):
+    with h5py.File(trained.parent / "observed.h5") as old, h5py.File(tmp_path / "in.h5", "w") as new:
+        new[WAVE_FIELD], new[FLUX_FIELD] = old[WAVE_FIELD][()], old[FLUX_FIELD][()]
+    found = pd.read_csv(predict(trained, tmp_path / "in.h5", tmp_path / "out.csv"))
+    assert "neither errors nor ivar" in capsys.readouterr().out
+    np.testing.assert_allclose(found["log_g"], table["log_g"], atol=1e-4)
+    assert 0.5 < (found["uncertainty"] / table["uncertainty"]).median() < 2
+
+
+def test_a_model_that_is_not_calibrated(trained, tmp_path, capsys, model):
+    from moe_jax import save_model
+    from moe_jax.apply.conformal import Calibration
+
+    known = model.uncertainty
+    empty = Calibration(np.zeros(0, "f4"), np.zeros((9, 0), "f4"), np.zeros(9, "f4"))
+    save_model(tmp_path / "model", model._replace(uncertainty=known._replace(calibration=empty)))
+    main(PredictConfig(tmp_path / "model", trained.parent / "observed.h5", tmp_path / "out.csv"))
+    assert "not calibrated" in capsys.readouterr().out
+    found = pd.read_csv(tmp_path / "out.csv")
+    assert (found["uncertainty"] > 0).all()
+    assert "half_width_90" not in found
+
+
+def test_the_command(trained, tmp_path):
+    command = [sys.executable, "-m", "experiments.predict", str(trained / "model"), str(trained.parent / "observed.h5")]
+    done = subprocess.run([*command, "-o", str(tmp_path / "out.csv")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(pd.read_csv(tmp_path / "out.csv")) == 300
+    wrong = subprocess.run([*command, "-o", str(tmp_path / "out.xlsx")], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert wrong.stderr == f"error: {tmp_path / 'out.xlsx'}: found the suffix '.xlsx', expected .csv, .parquet or .fits\n"
+
+
+def test_an_error_on_the_way_leaves_nothing(trained, tmp_path):
+    """The last chunk cannot be read: no table, and none of its parts."""
+    path = tmp_path / "in.h5"
+    shutil.copy(trained.parent / "observed.h5", path)
+    size = path.stat().st_size
+    with h5py.File(path) as file:
+        end = file[ERROR_FIELD].id.get_offset() + file[ERROR_FIELD].id.get_storage_size()
+    with path.open("r+b") as file:
+        file.truncate(min(end, size) - 4096 * 4)
+    output = tmp_path / "out.csv"
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.predict", str(trained / "model"), str(path), "-o", str(output), "--chunk-stars", "50"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.h5"]

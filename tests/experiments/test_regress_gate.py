@@ -1,0 +1,242 @@
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import h5py
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+import tyro
+from small_run import SMALL
+
+from experiments import make_survey, regress_gate
+from experiments.build_lte_grid import PRESETS as BUILD_PRESETS
+from experiments.measure_interpolation import PRESETS as INTERPOLATION_PRESETS
+from experiments.pipeline.config import draw_keys
+from experiments.pipeline.methods import METHODS
+from experiments.pipeline.prepare import observe
+from experiments.pipeline.surveys import load_surveys
+from experiments.runner.command_line import parse_config
+from experiments.runner.stages import Stages
+from moe_jax import InputError, load_model, load_survey, predict_model
+from moe_jax.spectra.survey_file import FLUX_FIELD, WAVE_FIELD
+
+TABLES = ("overall", "per_bin", "bootstrap", "predictions")
+FIGURES = ("r2_comparison", "per_bin_delta", "mean_weights", "bootstrap", "loss_curves", "predicted_against_true")
+
+
+@pytest.fixture(scope="module")
+def surveys(tmp_path_factory):
+    """Train and test files of the small run."""
+    folder = tmp_path_factory.mktemp("surveys")
+    make_survey.main(make_survey.MakeSurveyConfig(n_train=900, n_test=300, output_dir=folder))
+    return folder
+
+
+@pytest.fixture
+def results(trained):
+    """Results of the small run."""
+    return trained
+
+
+def read(folder):
+    return {name: (folder / f"{name}.csv").read_text() for name in TABLES}
+
+
+def test_all_files_are_written(results):
+    expected = (
+        [f"{name}.csv" for name in TABLES]
+        + [f"{name}.{kind}" for name in FIGURES for kind in ("png", "pdf")]
+        + ["model", "report.md", "run.json"]
+    )
+    assert sorted(path.name for path in results.iterdir()) == sorted(expected)
+    assert not list(results.parent.glob(".*"))
+
+
+def test_tables(results):
+    overall = pd.read_csv(results / "overall.csv", keep_default_na=False)
+    assert list(overall.columns) == ["method", "protocol", "r2", "mae", "rmse", "rho"]
+    assert list(zip(overall["method"], overall["protocol"], strict=True)) == list(METHODS)
+    predictions = pd.read_csv(results / "predictions.csv")
+    bins = pd.read_csv(results / "per_bin.csv")
+    assert len(predictions) == bins["n_test"].sum()
+    residual = predictions["log_g"] - predictions["regress_mlp_cross_fitted"]
+    r2 = 1 - (residual**2).sum() / ((predictions["log_g"] - predictions["log_g"].mean()) ** 2).sum()
+    assert overall.set_index(["method", "protocol"]).loc[("regress_mlp", "cross-fitted"), "r2"] == pytest.approx(r2, rel=1e-4)
+    assert {"comparison", "mean", "low", "high", "fraction_above_0"} <= set(pd.read_csv(results / "bootstrap.csv").columns)
+
+
+def test_run_json(results):
+    run = json.loads((results / "run.json").read_text())
+    assert run["config"]["n_train"] == 900
+    assert run["config"]["gate"]["epochs"] == 3
+    assert run["seconds"]["experts, cross-validated"] > 0
+    assert len(run["alpha"]["cells"]) == 9
+    assert set(run["gates"]) == {method.column for method in METHODS if method.protocol}
+    assert {"versions", "device", "precision", "git_commit", "peak_memory_gib"} <= set(run)
+
+
+def test_report_warns_of_gates_at_the_epoch_cap(results):
+    report = (results / "report.md").read_text()
+    assert "> **Warning.** regress_linear (cross-fitted): stopped at the epoch cap (best epoch 3 of 3)" in report
+    assert "0.9213" in report  # the published baseline stands beside ours
+    for name in FIGURES:
+        assert f"({name}.png)" in report
+
+
+def test_the_model_predicts_what_the_run_predicted(results, surveys):
+    """The saved mixture, applied to the noisy test spectra, gives the column of the cross-fitted MLP gate."""
+    model = load_model(results / "model")
+    test = observe(draw_keys(SMALL.seed).test_noise, load_survey(surveys / "test.h5"), SMALL.data)
+    table = pd.read_csv(results / "predictions.csv")
+    ours = predict_model(model, test.flux)
+    np.testing.assert_allclose(np.asarray(ours.log_g)[table["star"]], table["regress_mlp_cross_fitted"], atol=1e-4)
+    overall = pd.read_csv(results / "overall.csv")
+    cross_fitted = overall[(overall["method"] == "regress_mlp") & (overall["protocol"] == "cross-fitted")]
+    assert model.provenance["test_r2"] == pytest.approx(cross_fitted["r2"].iloc[0], rel=1e-6)
+
+
+def test_same_seed_same_tables_and_the_cache_changes_nothing(results, tmp_path):
+    regress_gate.main(dataclasses.replace(SMALL, output_dir=tmp_path / "second", cache_dir=results.parent / "cache"))
+    assert read(tmp_path / "second") == read(results)
+    assert "experts, cross-validated" not in json.loads((tmp_path / "second" / "run.json").read_text())["seconds"]
+
+
+def test_another_seed_draws_all_anew():
+    """Its keys are others, each of them; so are stars and noise."""
+    first, other = (jax.random.key_data(jnp.stack(list(draw_keys(seed)))) for seed in (0, 1))
+    assert len(np.unique(np.concatenate([first, other]), axis=0)) == 2 * len(first)
+    few = dataclasses.replace(SMALL.data, n_train=20, n_test=20)
+    for ours, theirs in zip(load_surveys(few), load_surveys(dataclasses.replace(few, seed=1)), strict=True):
+        assert not np.isin(ours.flux[:, 0], theirs.flux[:, 0]).any()
+
+
+def test_files_give_the_same_tables_without_a_cache(results, surveys, tmp_path):
+    files = {"train_file": surveys / "train.h5", "test_file": surveys / "test.h5"}
+    regress_gate.main(dataclasses.replace(SMALL, **files, output_dir=tmp_path / "files", use_cache=False))
+    assert read(tmp_path / "files") == read(results)
+
+
+def edit(path, change):
+    with h5py.File(path, "r+") as file:
+        change(file)
+
+
+def cut_pixels(survey_path, keep):
+    def change(file):
+        for field in (WAVE_FIELD, FLUX_FIELD, "dataset/arrays/error/value"):
+            values = file[field][()]
+            del file[field]
+            file[field] = values[..., keep]
+
+    edit(survey_path, change)
+
+
+def relabel(path, **labels):
+    table = pd.read_hdf(path).assign(**labels)
+    edit(path, lambda file: file.__delitem__("labels"))
+    table.to_hdf(path, key="labels", mode="a")
+
+
+BAD = {
+    "no file": (lambda train, test: train.unlink(), "train.h5: found no such file"),
+    "no test file": (lambda train, test: test.unlink(), "test.h5: found no such file"),
+    "no window": (lambda train, test: cut_pixels(train, slice(0, 3600)), "expected at least two pixels in the window of line 8662"),
+    "few pixels": (lambda train, test: cut_pixels(train, slice(0, 4096, 400)), "found 11 pixels, expected at least 13"),
+    "other pixels": (lambda train, test: cut_pixels(test, slice(0, 4090)), "found 4090 pixels"),
+    "empty cell": (lambda train, test: relabel(train, M_H=-0.5), "found 0 stars in cell 0, expected at least 10"),
+    "few in a cell": (lambda train, test: relabel(train, M_H=lambda t: t["M_H"].where(t.index < 90, -0.5)), "expected at least 10"),
+    "nobody covered": (lambda train, test: relabel(test, M_H=-2.5), "found 0 stars in the nine cells"),
+    "NaN flux": (lambda train, test: edit(test, lambda file: file[FLUX_FIELD].__setitem__((0, 0), np.nan)), "found nan at star 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files_end_in_one_sentence_and_write_nothing(surveys, tmp_path, case):
+    change, message = BAD[case]
+    train, test = (shutil.copy(surveys / f"{name}.h5", tmp_path) for name in ("train", "test"))
+    change(*(tmp_path / name for name in ("train.h5", "test.h5")))
+    with pytest.raises(InputError, match=message) as caught:
+        config = dataclasses.replace(
+            SMALL, use_cache=False, n_folds=5, train_file=train, test_file=test, output_dir=tmp_path / "out"
+        )
+        regress_gate.main(config)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == []
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.regress_gate", *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
+
+
+def test_command_ends_with_code_2_and_no_traceback(tmp_path):
+    arguments = ("--train-file", tmp_path / "a.h5", "--test-file", tmp_path / "b.h5", "--output-dir", tmp_path / "out")
+    done = command("--preset", "smoke", *arguments)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path / 'a.h5'}: found no such file, expected an HDF5 file\n"
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="--train-file was given without --test-file"):
+        regress_gate.main(dataclasses.replace(SMALL, train_file=tmp_path / "a.h5", output_dir=tmp_path / "out", use_cache=False))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_folds": 1}, "n_folds is 1"),
+        ({"alphas": (1.0, -1.0)}, "alphas is"),
+        ({"noise_level": -0.1}, "noise_level is -0.1"),
+        ({"confidence_level": 95.0}, "confidence_level is 95.0"),
+        ({"in_sample_fraction": 0.0}, "in_sample_fraction is 0.0"),
+    ],
+)
+def test_bad_config(change, message):
+    with pytest.raises(InputError, match=message):
+        regress_gate.RegressGateConfig(**change)
+
+
+@pytest.mark.parametrize("presets", [regress_gate.PRESETS, make_survey.PRESETS, BUILD_PRESETS, INTERPOLATION_PRESETS])
+def test_every_preset_loads_from_the_command_line(presets):
+    for name, config in presets.items():
+        assert config.preset == name
+        assert parse_config(presets, None, ["--preset", name]) == config
+        assert parse_config(presets, None, [f"--preset={name}"]) == config
+
+
+def test_options_change_what_the_preset_says():
+    config = parse_config(regress_gate.PRESETS, None, ["--preset", "smoke", "--seed", "3", "--gate.epochs", "7"])
+    assert (config.n_train, config.seed, config.gate.epochs) == (1_200, 3, 7)
+    with pytest.raises(SystemExit):
+        parse_config(regress_gate.PRESETS, None, ["--preset", "huge"])
+    assert tyro.cli(regress_gate.RegressGateConfig, args=[]) == regress_gate.PRESETS["default"]
+
+
+def test_the_defaults_are_the_experiment():
+    config = regress_gate.PRESETS["default"]
+    assert (config.n_train, config.n_test, config.noise_level, config.hidden) == (32_000, 1_000, 0.2, 64)
+    assert (config.gate.epochs, config.gate.learning_rate, config.gate.patience) == (100, 1e-3, 10)
+    assert (config.n_resamples, config.confidence_level, config.in_sample_fraction) == (1_000, 0.95, 0.2)
+    assert regress_gate.PRESETS["large_test"].n_test == 10_000
+
+
+def test_survey_files_hold_what_is_simulated(surveys):
+    assert load_survey(surveys / "train.h5").flux.shape == (900, 4096)
+    simulated, _ = load_surveys(SMALL.data)
+    np.testing.assert_array_equal(load_survey(surveys / "train.h5").flux, simulated.flux)
+
+
+def test_stages_measure():
+    stages = Stages()
+    with stages("a"):
+        time.sleep(0.02)
+    with stages.steps("b", 2) as advance:
+        advance()
+    assert stages.seconds["a"] >= 0.02
+    assert "b" in stages.seconds

@@ -1,0 +1,223 @@
+"""Every study runs on a few stars, from one cache, and writes what its report names."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.datasets import load_diabetes
+from sklearn.ensemble import HistGradientBoostingRegressor
+from sklearn.metrics import r2_score
+from sklearn.model_selection import KFold, cross_val_predict
+from small_run import SMALL
+
+from experiments import (
+    ablate_gate,
+    calibrate_bootstrap,
+    calibrate_uncertainty,
+    compare_tabular,
+    control_gate,
+    converge_gate,
+    cover_all,
+    findings,
+    measure_leakage,
+    replicate,
+    scale,
+    train_jointly,
+)
+from experiments.runner.command_line import parse_config
+from moe_jax import GateConfig, InputError
+from moe_jax.evaluate.intervals import METHODS
+
+QUICK = GateConfig(epochs=3)
+TINY = {
+    "n_train": 900,
+    "n_test": 300,
+    "n_resamples": 40,
+    "alphas": (1.0,),
+    "global_alphas": (10.0,),
+    "C_grid": (10.0,),
+    "n_folds": 2,
+}
+STUDIES = {
+    "converge_gate": (converge_gate, {"n_seeds": 2, "gate": QUICK, "max_iterations": 20, "hidden": 26}),
+    "measure_leakage": (measure_leakage, {"n_seeds": 2, "gate": QUICK}),
+    "control_gate": (control_gate, {"n_seeds": 2, "network": QUICK}),
+    "ablate_gate": (ablate_gate, {"n_seeds": 2, "gate": QUICK, "widths": (8,), "fractions": (0.5,)}),
+    "cover_all": (cover_all, {"n_seeds": 2, "gate": QUICK}),
+    "calibrate_bootstrap": (calibrate_bootstrap, {"n_population": 600, "n_sets": 60, "set_size": 200, "gate": QUICK}),
+    "replicate": (replicate, {"n_surveys": 2, "n_draws": 2, "n_seeds": 2, "n_sets": 2, "gate": QUICK, "global_alphas": ()}),
+    "train_jointly": (train_jointly, {"joint_alphas": (1.0,), "n_rounds": 1, "max_sweeps": 1, "gradient_epochs": 2, "gate": QUICK}),
+    "calibrate_uncertainty": (
+        calibrate_uncertainty,
+        {"gate": QUICK, "calibration": SMALL.calibration, "n_floor": 100},
+    ),
+    "scale": (scale, {"n_trains": (900,), "noise_levels": (0.2, 1.0), "gate": QUICK}),
+}
+ALL = [module for module, _ in STUDIES.values()] + [findings]
+
+
+@pytest.fixture(scope="session")
+def folder(common):
+    (common / "studies").mkdir(exist_ok=True)
+    return common / "studies"
+
+
+def config_of(name, folder):
+    module, own = STUDIES[name]
+    places = {"output_dir": folder / name, "cache_dir": folder / "cache"}
+    return dataclasses.replace(module.PRESETS["smoke"], **(TINY | own | places))
+
+
+@pytest.fixture(scope="session", params=STUDIES)
+def study(request, run_study):
+    return run_study(request.param)
+
+
+@pytest.fixture(scope="session")
+def run_study(folder, once):
+    def run(name):
+        once(folder / name, lambda _: STUDIES[name][0].main(config_of(name, folder)))
+        return folder / name
+
+    return run
+
+
+def test_report_and_files(study):
+    report = (study / "report.md").read_text()
+    assert report.startswith("# ")
+    assert "Made by `python -m experiments." in report
+    assert "nan" not in report
+    for name in re.findall(r"\]\((\w+\.png)\)", report):
+        assert (study / name).stat().st_size > 5_000
+    run = json.loads((study / "run.json").read_text())
+    assert run["config"]["n_train"] == 900
+    for path in study.glob("*.csv"):
+        assert len(pd.read_csv(path)) > 0
+
+
+def test_variants_are_consistent(study):
+    if not (study / "variants.csv").exists():
+        pytest.skip("no table of variants")
+    table = pd.read_csv(study / "variants.csv")
+    assert (table["low"] <= table["high"]).all()
+    # Differences from one baseline are differences of the mean R2.
+    offset = table["r2"] - table["delta_r2"]
+    np.testing.assert_allclose(offset, offset.iloc[0], atol=2e-5)
+
+
+def test_the_inequality_is_reported(run_study):
+    results = run_study("converge_gate")
+    assert json.loads((results / "run.json").read_text())["inequality_holds"] is True
+    table = pd.read_csv(results / "variants.csv")
+    warm = table[table["variant"].str.contains("linear.*L-BFGS, warm")]
+    assert len(warm) == 2
+    assert (warm["training_loss"] <= warm["classification_gate_training_loss"]).all()
+
+
+def test_coverage_table(folder, tmp_path):
+    config = dataclasses.replace(config_of("calibrate_bootstrap", folder), output_dir=tmp_path / "out")
+    tables = calibrate_bootstrap.main(config)
+    assert set(tables["coverage"]["method"]) == set(METHODS)
+    overall = tables["coverage"][tables["coverage"]["stars"] == "all stars"]
+    total = overall["coverage"] + overall["truth_below"] + overall["truth_above"]
+    np.testing.assert_allclose(total, 1.0)
+    assert overall["coverage"].mean() > 0.8
+    wider = overall.pivot_table(index=["comparison", "method"], columns="level", values="mean_width")
+    assert (np.diff(wider.to_numpy(), axis=1) > 0).all()
+
+
+def test_intervals_and_floor_of_the_uncertainties(run_study):
+    results = run_study("calibrate_uncertainty")
+    coverage = pd.read_csv(results / "coverage.csv")
+    overall = coverage[coverage["by"] == "all"]
+    np.testing.assert_allclose(overall["coverage"], overall["level"], atol=0.1)
+    assert set(coverage["by"]) == {"all", "cell", "mag"}
+    for name in ("cell", "mag"):
+        own = coverage[coverage["by"] == name]
+        assert own["n"].sum() == overall["n"].sum()
+    floor = pd.read_csv(results / "floor.csv").set_index("mag")
+    assert (floor["floor_with_prior"] <= floor["floor"]).all()
+    assert floor.loc["all", "floor"] < floor.loc["all", "MLP gate"]
+    faint_to_bright = floor["floor"].drop("all").to_numpy()
+    assert (np.diff(faint_to_bright) > 0).all()
+    assert (pd.read_csv(results / "leverage.csv")["rank_correlation"] > 0.9).all()
+
+
+def test_tabular_data(tmp_path):
+    config = compare_tabular.TabularConfig(n_repeats=1, n_folds=2, n_experts=2, n_resamples=50, output_dir=tmp_path / "out")
+    compare_tabular.main(config)
+    table = pd.read_csv(tmp_path / "out" / "variants.csv").set_index("variant")
+    assert table.loc["global ridge", "delta_r2"] == 0
+    x, y = load_diabetes(return_X_y=True)
+    folds = KFold(2, shuffle=True, random_state=0)
+    oracle = cross_val_predict(HistGradientBoostingRegressor(random_state=0), x, y, cv=folds)
+    assert table.loc["HistGradientBoosting", "r2"] == pytest.approx(r2_score(y, oracle), abs=1e-6)
+    assert 0.4 < table.loc["ridge mixture, MLP gate", "r2"] < 0.55
+    assert "python -m experiments.compare_tabular" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_second_run_refits_nothing(folder, tmp_path, monkeypatch):
+    config = dataclasses.replace(config_of("measure_leakage", folder), output_dir=tmp_path / "out")
+    first = measure_leakage.main(config)
+    monkeypatch.setattr("experiments.pipeline.gates.train_gates", None)
+    monkeypatch.setattr("experiments.pipeline.prepare.fit_stages", None)
+    pd.testing.assert_frame_equal(measure_leakage.main(config), first)
+
+
+def test_delta_r2_of_parts_by_hand(rng):
+    y = rng.normal(size=20)
+    prediction, baseline = y + rng.normal(size=(3, 20)), y + rng.normal(size=20)
+    found = replicate.delta_r2(y, prediction, baseline, 2)
+    part = slice(10, 20)
+    own = 1 - ((y[part] - prediction[1, part]) ** 2).sum() / ((y[part] - y[part].mean()) ** 2).sum()
+    theirs = 1 - ((y[part] - baseline[part]) ** 2).sum() / ((y[part] - y[part].mean()) ** 2).sum()
+    assert found.shape == (3, 2)
+    assert found[1, 1] == pytest.approx(own - theirs)
+
+
+@pytest.mark.parametrize("module", ALL, ids=[module.__name__ for module in ALL])
+def test_presets_load_from_the_command_line(module):
+    for name, config in module.PRESETS.items():
+        assert config.preset == name
+        assert parse_config(module.PRESETS, None, ["--preset", name]) == config
+    assert "python -m " + module.__name__ in module.__doc__
+
+
+def test_the_replication_is_as_large_as_it_says():
+    config = replicate.PRESETS["default"]
+    assert (config.n_surveys, config.n_draws, config.n_seeds, config.n_train) == (4, 8, 32, 32_000)
+    calibration = calibrate_bootstrap.PRESETS["default"]
+    assert calibration.n_sets >= 2_000
+    assert calibration.set_size == 816
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: replicate.ReplicateConfig(n_seeds=1), "n_seeds is 1, expected at least 2"),
+        (lambda: scale.ScaleConfig(n_trains=()), "n_trains is empty"),
+        (lambda: calibrate_bootstrap.CalibrateConfig(set_size=1), "set_size is 1"),
+        (lambda: converge_gate.ConvergeConfig(hidden=0), "hidden is 0"),
+    ],
+)
+def test_bad_config(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_findings_need_the_other_results(tmp_path):
+    with pytest.raises(InputError, match=r"variants.csv: found no such file, expected the result of `python -m experiments\."):
+        findings.read(findings.FindingsConfig(results_dir=tmp_path), "converge_gate", "variants")
+
+
+def test_verdicts():
+    assert findings.judge(0.1, 0.2) == "**holds**"
+    assert findings.judge(-0.2, -0.1) == "**does not hold**"
+    assert findings.judge(-0.1, 0.1, 1234.5) == "**cannot tell** (about 1,234 test stars would be needed)"
+    rivals = pd.DataFrame({"low": [0.1, 0.2], "high": [0.3, 0.4]})
+    assert findings.judge_lead(rivals) == "**holds**"
+    assert findings.judge_lead(rivals.assign(low=[-0.1, 0.2])) == "**cannot tell**"
+    assert findings.judge_lead(rivals.assign(low=-1.0, high=[-0.5, 0.4])) == "**does not hold**"

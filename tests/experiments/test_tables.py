@@ -1,0 +1,79 @@
+import jax
+import numpy as np
+import pytest
+from sklearn.metrics import r2_score
+
+from experiments.pipeline.methods import CLASSIFY, GLOBAL, METHODS, ORACLE, PAIRS, Method, Pair
+from experiments.report.tables import bin_table, bootstrap_table, compare, overall_table, verdict
+from moe_jax import bootstrap_delta_r2
+from moe_jax.evaluate.variants import compare_variants
+
+
+@pytest.fixture
+def run(rng):
+    y = rng.uniform(1, 5, 300).astype(np.float32)
+    cell = np.concatenate([np.arange(9), rng.integers(0, 8, 291)])  # cell 8 holds one star
+    predictions = {m: (y + rng.normal(0, 0.2 + 0.02 * i, 300)).astype(np.float32) for i, m in enumerate(METHODS)}
+    return y, cell, predictions, compare(jax.random.key(0), y, predictions, cell, n_resamples=100)
+
+
+def test_overall(run):
+    y, _, predictions, _ = run
+    table = overall_table(y, predictions)
+    assert list(table.columns) == ["method", "protocol", "r2", "mae", "rmse", "rho"]
+    assert list(zip(table["method"], table["protocol"], strict=True)) == list(METHODS)
+    rho = dict(zip(METHODS, table["rho"], strict=True))
+    assert (rho[GLOBAL], rho[ORACLE]) == (0, 1)
+    np.testing.assert_allclose(table["r2"], [r2_score(y, p) for p in predictions.values()], rtol=1e-5)
+
+
+def test_bins_flag_a_cell_of_one_star(run):
+    y, cell, predictions, comparisons = run
+    table = bin_table(y, predictions, cell, comparisons)
+    assert table["n_test"].tolist() == np.bincount(cell, minlength=9).tolist()
+    assert table["defined"].tolist() == [True] * 8 + [False]
+    assert table.loc[8, "r2_classify"] != table.loc[8, "r2_classify"]
+    third = cell == 3
+    assert table.loc[3, "r2_global"] == pytest.approx(r2_score(y[third], predictions[GLOBAL][third]), rel=1e-4)
+    method = Method("regress_mlp", "in-sample")
+    difference = table["r2_regress_mlp_in_sample"] - table["r2_classify"]
+    np.testing.assert_allclose(table["delta_r2_regress_mlp_in_sample"], difference, atol=1e-5)
+    assert (table["delta_r2_regress_mlp_in_sample_low"][:8] < table["delta_r2_regress_mlp_in_sample_high"][:8]).all()
+    assert Pair(method, CLASSIFY) in comparisons
+
+
+def test_bootstrap(run):
+    *_, comparisons = run
+    table = bootstrap_table(comparisons)
+    assert table["comparison"].is_unique
+    assert len(table) == len(PAIRS)
+    assert table["comparison"][0] == "regress_mlp - classify (in-sample)"
+    row = table.set_index("comparison").loc["oracle - classify"]
+    assert row["low"] < row["mean"] < row["high"]
+    assert row["fraction_above_0"] > 0.5  # the oracle was given less noise
+
+
+@pytest.mark.parametrize(
+    ("r2", "low", "expected"),
+    [(0.94, 0.01, "passed, significant"), (0.932, -0.01, "partial, not significant"), (0.93, -0.1, "failed, not significant")],
+)
+def test_verdict(r2, low, expected):
+    assert verdict(r2, 0.93, low) == expected
+
+
+def test_variants_of_several_seeds(rng):
+    """The mean over seeds of R2 by scikit-learn, and the bootstrap of the mean gain."""
+    y = rng.uniform(1, 5, 200)
+    variants = {"a": y + rng.normal(0, 0.3, (3, 200)), "b": y + rng.normal(0, 0.5, (1, 200))}
+    baseline = y + rng.normal(0, 0.4, (2, 200))
+    table = compare_variants(jax.random.key(0), y, variants, baseline, n_resamples=50, method="percentile").set_index("variant")
+    reference = np.mean([r2_score(y, p) for p in baseline])
+    for name, predictions in variants.items():
+        r2 = [r2_score(y, p) for p in predictions]
+        assert table.loc[name, "r2"] == pytest.approx(np.mean(r2), abs=1e-5)
+        assert table.loc[name, "delta_r2"] == pytest.approx(np.mean(r2) - reference, abs=1e-5)
+    assert table.loc["a", "r2_sd_over_seeds"] == pytest.approx(np.std([r2_score(y, p) for p in variants["a"]], ddof=1), abs=1e-5)
+    assert np.isnan(table.loc["b", "r2_sd_over_seeds"])
+    one = bootstrap_delta_r2(jax.random.key(0), y, variants["b"][0], baseline[0], n_resamples=50, method="percentile")
+    same = compare_variants(jax.random.key(0), y, {"b": variants["b"]}, baseline[:1], n_resamples=50, method="percentile")
+    np.testing.assert_allclose([same["low"][0], same["high"][0]], [one.low, one.high], atol=1e-5)

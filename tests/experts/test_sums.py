@@ -1,0 +1,21 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+from sklearn.linear_model import Ridge
+
+from moe_jax.experts.sums import moments, solve_moments, sum_stars
+
+
+def test_sums_of_parts_add_up_and_give_the_ridge(x64, rng):
+    """A part is held out by subtraction: the fit is that of scikit-learn to the rest."""
+    x, y = rng.normal(size=(80, 12)) + 0.3, rng.normal(size=80)
+    x[70:], y[70:] = 0.0, 0.0
+    mask = (np.arange(80) < 70).astype(float)
+    part = np.arange(80) < 25
+    total, own = sum_stars(x, y, mask), sum_stars(x[part], y[part], mask[part])
+    train = moments(jax.tree.map(jnp.subtract, total, own))
+    coef = solve_moments(train, jnp.asarray(0.7))
+    oracle = Ridge(alpha=0.7, solver="svd").fit(x[25:70], y[25:70])
+    np.testing.assert_allclose(coef, oracle.coef_, atol=1e-12)
+    np.testing.assert_allclose(train.y_mean - train.x_mean @ coef, oracle.intercept_, atol=1e-12)
+    np.testing.assert_allclose(total.yy, np.sum(y**2))
