@@ -102,7 +102,7 @@ def predict_ridges(ridges: Ridge, x: Float[AnyArray, "N P"]) -> Float[jax.Array,
     return matmul(x, ridges.coef.T) + ridges.intercept[None, :]
 
 
-# What follows is shared with moe_jax.experts.cross_validation, which calls it on cells padded to a common size: `mask` is 1 for a star and
+# What follows is shared with moe_jax.experts.cross_validation, which pads cells to a common size: `mask` is 1 for a star and
 # 0 for padding (the root of the weight in a weighted fit), and padded rows of x and y are 0 once they are centred.
 
 

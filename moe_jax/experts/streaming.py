@@ -4,8 +4,8 @@ The stars of a block belong to one group (a cell's fold), so a block adds one Gr
 device adds up its own part of every block; ``collect`` brings the parts of all devices, and of all processes, together. The
 fits need nothing but the sums: their time and memory do not depend on the number of stars.
 
-Without the spectra a solution cannot be refined against them as ``moe_jax.experts.ridge`` does: in float32, a group with fewer stars
-than pixels wants an alpha above the rounding error of its Gram matrix (1e-7 times the largest eigenvalue).
+Without the spectra a solution cannot be refined against them as ``moe_jax.experts.ridge`` does: in float32, a group with fewer
+stars than pixels wants an alpha above the rounding error of its Gram matrix (1e-7 times the largest eigenvalue).
 """
 
 from __future__ import annotations

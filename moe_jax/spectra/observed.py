@@ -1,8 +1,8 @@
 """Observed spectra in files, HDF5 or FITS: read in parts, with the pixels that cannot be used marked.
 
 HDF5: ``spectrumdataset/wave`` (P,), ``dataset/arrays/flux/value`` (N, P), and optionally ``dataset/arrays/error/value`` or
-``dataset/arrays/ivar/value`` (N, P): the layout of ``moe_jax.spectra.survey_file``, without labels. FITS (needs astropy): image extensions
-WAVELENGTH (or WAVE), FLUX, and optionally ERROR or IVAR, of the same shapes. Wavelengths are in vacuum, in Angstrom.
+``dataset/arrays/ivar/value`` (N, P): the layout of ``moe_jax.spectra.survey_file``, without labels. FITS (needs astropy): image
+extensions WAVELENGTH (or WAVE), FLUX, and optionally ERROR or IVAR, of the same shapes. Wavelengths are in vacuum, in Angstrom.
 
 A pixel is masked where its flux or error is not finite, its error is not positive, or its inverse variance is not positive.
 """

@@ -35,7 +35,7 @@ def test_a_killed_process_leaves_the_old_file(tmp_path):
     target.write_text("old")
     program = f"""
 import time
-from moe_jax.files import atomic_path
+from moe_jax.core.files import atomic_path
 with atomic_path({str(target)!r}) as temporary, open(temporary, "w") as file:
     file.write("half" * 1000)
     file.flush()

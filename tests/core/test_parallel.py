@@ -45,7 +45,7 @@ def test_on_several_devices():
     code = """
 import sys, jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 3)
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/core")
 from test_parallel import gates_and_single_runs
 losses, single, many, _ = gates_and_single_runs(3)
 assert losses.shape == (7, 5) and len(many.best_epoch.sharding.device_set) == 1

@@ -50,7 +50,7 @@ def test_components_from_the_scatter_matrix(noisy_flux):
     x = noisy_flux[:500, ::8].astype(float)
     theirs = PCA(4, svd_solver="full").fit(x)
     scatter = (x - x.mean(axis=0)).T @ (x - x.mean(axis=0))
-    ours = fit_pca_scatter(jax.random.key(0), jnp.asarray(x.mean(axis=0)), jnp.asarray(scatter))
+    ours = fit_pca_scatter(jax.random.key(0), jnp.asarray(x.mean(axis=0)), jnp.asarray(scatter), 4)
     cosines = np.abs(np.sum(np.asarray(ours.components) * theirs.components_, axis=1))
     np.testing.assert_allclose(cosines, 1, atol=1e-4)
 
