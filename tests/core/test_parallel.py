@@ -50,8 +50,8 @@ from test_parallel import gates_and_single_runs
 losses, single, many, _ = gates_and_single_runs(3)
 assert losses.shape == (7, 5) and len(many.best_epoch.sharding.device_set) == 1
 np.testing.assert_allclose(losses, single, rtol=1e-4)
-from experiments.gate_sweep import train_gates
-from experiments.prepared import Stars
+from experiments.pipeline.gates import train_gates
+from experiments.pipeline.stars import Stars
 import jax.numpy as jnp
 from moe_jax import GateConfig, LinearGate
 first = jax.local_devices()[0]
