@@ -200,7 +200,7 @@ def _backfit(
         def hold_out(include: jax.Array) -> _Blocks:
             own_s = jnp.maximum(jnp.sum(include * s), jnp.finfo(s.dtype).tiny)
             own_sx = jnp.sum(include[:, None] * sx, axis=0)
-            own_xx = jnp.einsum("f,fpq->pq", include, xx) - jnp.outer(own_sx, own_sx) / own_s
+            own_xx = jnp.einsum("f,fpq->pq", include, xx, precision=lax.Precision.HIGHEST) - jnp.outer(own_sx, own_sx) / own_s
             jitter = JITTER_ULPS * jnp.finfo(x.dtype).eps * jnp.trace(own_xx) / p
             factor = lax.linalg.cholesky(own_xx.at[diagonal, diagonal].add(alpha + jitter), symmetrize_input=False)
             return _Blocks(factor, own_sx, own_s)

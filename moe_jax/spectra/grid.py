@@ -141,7 +141,7 @@ def interpolate_grid(grid: SpectralGrid, labels: Float[AnyArray, "N 4"]) -> Grid
         (N, P) normalised flux and log continuum.
     """
     axis_weights = [spline_weights(np.asarray(axis, np.float64), labels[:, i]) for i, axis in enumerate(grid[:4])]
-    weights = jnp.einsum("nt,ng,nz,nm->ntgzm", *axis_weights).reshape(len(labels), -1)
+    weights = jnp.einsum("nt,ng,nz,nm->ntgzm", *axis_weights, precision=lax.Precision.HIGHEST).reshape(len(labels), -1)
 
     def interpolate(coef: AnyArray) -> jax.Array:
         return jnp.matmul(weights, coef.reshape(weights.shape[1], -1), precision=lax.Precision.HIGHEST)
