@@ -5,8 +5,8 @@ import sys
 
 PROGRAM = """
 from jaxtyping import install_import_hook
-with install_import_hook("moe_jax", "beartype.beartype"):
-    import moe_jax
+install_import_hook("moe_jax", "beartype.beartype")  # for good: modules are imported when they are first used
+import moe_jax
 import jax, numpy as np
 jax.config.update("jax_numpy_rank_promotion", "raise")
 keys = jax.random.split(jax.random.key(0), 9)
@@ -53,7 +53,7 @@ moe_jax.calibrate(np.linspace(0, 1, 50), np.arange(50) % 2, 2)
 config = moe_jax.GateConfig(epochs=2)
 mixture = moe_jax.fit_moe(keys[6], features, y, np.arange(len(y)) % 2, alphas=(1.0,), n_folds=2, config=config)
 moe_jax.predict_moe(mixture, features)
-from moe_jax.streaming import Blocks, add_block, collect, device_mesh, empty_sums, fit_sums
+from moe_jax.experts.streaming import Blocks, add_block, collect, device_mesh, empty_sums, fit_sums
 mesh, blocks, thin = device_mesh(), Blocks(2, 64, 40), np.asarray(flux)[:, :40]
 sums = empty_sums(2, 40, mesh)
 for block in [*blocks.add(thin, np.asarray(survey.labels.log_g), folds), *blocks.flush()]:

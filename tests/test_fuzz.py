@@ -17,7 +17,7 @@ import sys, pathlib, warnings
 warnings.simplefilter("ignore")
 import numpy as np
 from moe_jax import InputError, load_survey
-from moe_jax.observed import ObservedFile
+from moe_jax.spectra.observed import ObservedFile
 
 def observed(path):
     file = ObservedFile(path)

@@ -83,7 +83,7 @@ def describe_run(command: str, config: Run, seconds: Mapping[str, float], **foun
 def describe_machine() -> dict[str, Any]:
     """Code, versions, device, and what this process has taken so far."""
     device = jax.devices()[0]
-    packages = ("moe_jax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "scikit-learn", "pandas", "h5py", "tables")
+    packages = ("moe_jax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "scikit-learn", "pandas", "h5py")
     return {
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},

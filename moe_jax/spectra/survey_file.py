@@ -8,11 +8,11 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import pandas as pd
 from jaxtyping import Float
 
 from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.core.files import atomic_path
+from moe_jax.spectra.label_table import TableError, read_table, write_table
 from moe_jax.spectra.survey import Labels, Spectra, Survey, mean_snr
 
 WAVE_FIELD = "spectrumdataset/wave"
@@ -59,18 +59,16 @@ def _write(
 ) -> None:
     """Writes a survey whose spectra come in parts, and whose labels may depend on their snr."""
     snr, start = np.zeros(n_stars, np.float32), 0
-    with atomic_path(path) as temporary:
-        with h5py.File(temporary, "w") as file:
-            file[WAVE_FIELD] = np.asarray(wave, np.float64)
-            datasets = [file.create_dataset(field, (n_stars, len(wave)), np.float32) for field in (FLUX_FIELD, ERROR_FIELD)]
-            for flux, error in parts:
-                rows = slice(start, start + len(flux))
-                datasets[0][rows], datasets[1][rows] = np.asarray(flux, np.float32), np.asarray(error, np.float32)
-                snr[rows] = mean_snr(flux, error)
-                start = rows.stop
+    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+        file[WAVE_FIELD] = np.asarray(wave, np.float64)
+        datasets = [file.create_dataset(field, (n_stars, len(wave)), np.float32) for field in (FLUX_FIELD, ERROR_FIELD)]
+        for flux, error in parts:
+            rows = slice(start, start + len(flux))
+            datasets[0][rows], datasets[1][rows] = np.asarray(flux, np.float32), np.asarray(error, np.float32)
+            snr[rows] = mean_snr(flux, error)
+            start = rows.stop
         labels = labels_of(snr)._asdict()
-        table = pd.DataFrame({name: np.asarray(column, np.float32) for name, column in labels.items()})
-        table.to_hdf(temporary, key=LABELS_KEY, mode="a")
+        write_table(file, LABELS_KEY, {name: np.asarray(column, np.float32) for name, column in labels.items()})
 
 
 class SurveyFile:
@@ -160,22 +158,21 @@ def _dataset(path: Path, file: h5py.File, field: str, ndim: int) -> h5py.Dataset
 
 def _read_labels(path: Path, n_stars: int | None, n_expected: int) -> Labels:
     try:
-        table = pd.read_hdf(path)
-    except Exception as reason:  # pandas and PyTables raise a dozen types for a table that is not there or not readable
-        summary = str(reason).split("\n")[0]
-        raise InputError(f"{path}: the labels: found no readable pandas table ({summary}), expected exactly one") from reason
-    if not isinstance(table, pd.DataFrame):
-        raise InputError(f"{path}: the labels: found a pandas {type(table).__name__}, expected a table (DataFrame)")
+        with _open(path, n_stars) as file:
+            table = read_table(file)
+    except TableError as reason:
+        raise InputError(f"{path}: the labels: found no readable pandas table ({reason}), expected exactly one") from reason
     for name in Labels._fields:
-        if name not in table.columns:
-            found = ", ".join(map(str, table.columns))
+        if name not in table:
+            found = ", ".join(table)
             raise InputError(f"{path}: label column {name}: found only {found}, expected {', '.join(Labels._fields)}")
         if table[name].dtype.kind not in "fiu":
             raise InputError(f"{path}: label column {name}: found {table[name].dtype}, expected numbers")
-    n_found = len(table) if n_stars is None else min(len(table), n_stars)
+    n_rows = len(table[Labels._fields[0]])
+    n_found = n_rows if n_stars is None else min(n_rows, n_stars)
     if n_found != n_expected:
-        raise InputError(f"{path}: the labels: found {len(table)} rows, expected {n_expected}, one for each spectrum")
-    labels = Labels(*(table[name].to_numpy(np.float32)[:n_expected] for name in Labels._fields))
+        raise InputError(f"{path}: the labels: found {n_rows} rows, expected {n_expected}, one for each spectrum")
+    labels = Labels(*(table[name].astype(np.float32)[:n_expected] for name in Labels._fields))
     for name in ("T_eff", "log_g", "M_H"):
         _check_finite(path, f"label column {name}", getattr(labels, name))
     return labels

@@ -93,7 +93,7 @@ import sys
 import numpy as np, jax
 sys.path.insert(0, {tests!r})
 from test_streaming import add_up, draw, group_of
-from moe_jax.streaming import collect, device_mesh
+from moe_jax.experts.streaming import collect, device_mesh
 n_processes, rank, address, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 jax.config.update("jax_enable_x64", True)
 if n_processes > 1:
