@@ -27,8 +27,9 @@ from experiments.report.results import output_folder
 from experiments.report.variants import compare_by, write_variants
 from experiments.runner.command_line import run_command
 from experiments.runner.stages import Stages
+from moe_jax.experts.alphas import select_alpha
 from moe_jax.experts.cells import CELL_NAMES
-from moe_jax.experts.cross_validation import cross_validate_ridge, select_alpha
+from moe_jax.experts.cross_validation import cross_validate_ridge
 from moe_jax.experts.ridge import fit_ridge, predict_ridge
 from moe_jax.gates.controls import fit_mlp_regressor, fit_temperature, predict_mlp_regressor, simplex_weights
 from moe_jax.gates.networks import LinearGate, MLPGate

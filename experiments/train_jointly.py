@@ -29,9 +29,10 @@ from experiments.report.results import output_folder
 from experiments.report.variants import compare_by, write_variants
 from experiments.runner.command_line import run_command
 from experiments.runner.stages import Stages, console
-from moe_jax.core.arrays import AnyArray, matmul
+from moe_jax.core.arrays import AnyArray
 from moe_jax.experts.fit import assign_folds
-from moe_jax.experts.joint import Backfit, MixtureExperts, backfit_mixture_experts, predict_mixture_experts
+from moe_jax.experts.joint import Backfit, backfit_mixture_experts
+from moe_jax.experts.ridge import Ridge, predict_ridge
 from moe_jax.gates.networks import MLPGate
 from moe_jax.gates.optimize import GateConfig, GateFit, Params, minimize
 from moe_jax.gates.routing import route_soft
@@ -102,7 +103,7 @@ GATE_FIT = GateFit(
     *[_LEAF] * 6,
 )
 ROUND = Round(
-    Backfit(MixtureExperts(_LEAF, _LEAF), MixtureExperts(_LEAF, _LEAF), *[_LEAF] * 4),
+    Backfit(Ridge(_LEAF, _LEAF), Ridge(_LEAF, _LEAF), *[_LEAF] * 4),
     GATE_FIT,
 )
 
@@ -118,11 +119,10 @@ class JointObjective:
     def __call__(self, params: Params, entropy_penalty: ArrayLike, data: tuple[jax.Array, ...]) -> jax.Array:
         """(N,) losses of spectra, features and target."""
         x, features, y = data
-        experts = params["experts"]
-        predictions = matmul(x, experts["coef"].T) + experts["intercept"][None, :]
+        experts = Ridge(**params["experts"])
         gate = {name: leaf for name, leaf in params.items() if name != "experts"}
-        penalty = self.alpha / self.n_stars * jnp.sum(experts["coef"] ** 2)
-        return (y - route_soft(self.gate.apply(gate, features), predictions)) ** 2 + penalty
+        penalty = self.alpha / self.n_stars * jnp.sum(experts.coef**2)
+        return (y - route_soft(self.gate.apply(gate, features), predict_ridge(experts, x))) ** 2 + penalty
 
 
 def load_data(config: JointConfig, prepared: Prepared) -> Data:
@@ -167,19 +167,18 @@ def train_by_gradient(
     key = draw_keys(config.seed).gates
     train, held = np.flatnonzero(data.folds != 0), np.flatnonzero(data.folds == 0)
 
-    def params_of(experts: MixtureExperts, gate_params: Params) -> Params:
-        return {"experts": {"coef": jnp.asarray(experts.coef), "intercept": jnp.asarray(experts.intercept)}} | gate_params
+    def params_of(experts: Ridge, gate_params: Params) -> Params:
+        return {"experts": jax.tree.map(jnp.asarray, experts._asdict())} | gate_params
 
     def part(rows: np.ndarray) -> tuple[jax.Array, ...]:
         return data.flux[rows], data.features[rows], data.y[rows]
 
     with stages("gradient: choosing rate and epochs"):
-        by_fold = best.backfit.by_fold
-        own = MixtureExperts(jnp.asarray(by_fold.coef)[0], jnp.asarray(by_fold.intercept)[0])
+        own = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], best.backfit.by_fold)
         out_of_fold = jnp.asarray(best.backfit.out_of_fold)
         blind = fit_gate(key, gate, data.features[train], out_of_fold[train], data.y[train], config.gate)
         start = params_of(own, blind.params)
-        mixture = route_soft(gate.apply(blind.params, data.features[held]), predict_mixture_experts(own, data.flux[held]))
+        mixture = route_soft(gate.apply(blind.params, data.features[held]), predict_ridge(own, data.flux[held]))
         before = float(jnp.mean((data.y[held] - mixture) ** 2))
         tried = []
         penalty = alpha / len(train) * float(jnp.sum(own.coef**2))
@@ -198,17 +197,18 @@ def train_by_gradient(
         everything = params_of(best.backfit.experts, jax.tree.map(jnp.asarray, best.gate.params))
         rows = np.arange(len(data.y))
         fit = minimize(key, JointObjective(gate, alpha, len(rows)), everything, part(rows), settings)
-        experts = MixtureExperts(fit.params["experts"]["coef"], fit.params["experts"]["intercept"])
         gate_params = {name: leaf for name, leaf in fit.params.items() if name != "experts"}
-        prediction = route_soft(gate.apply(gate_params, data.test_features), predict_mixture_experts(experts, data.test_flux))
+        prediction = route_soft(
+            gate.apply(gate_params, data.test_features), predict_ridge(Ridge(**fit.params["experts"]), data.test_flux)
+        )
     return np.asarray(prediction)[None, :], tried
 
 
 def predict_round(config: JointConfig, data: Data, found: Round) -> np.ndarray:
     """(1, N) predictions of a round's mixture for the test stars."""
     weights = MLPGate(config.hidden).apply(jax.tree.map(jnp.asarray, found.gate.params), data.test_features)
-    experts = MixtureExperts(*map(jnp.asarray, found.backfit.experts))
-    return np.asarray(route_soft(weights, predict_mixture_experts(experts, data.test_flux)))[None, :]
+    experts = jax.tree.map(jnp.asarray, found.backfit.experts)
+    return np.asarray(route_soft(weights, predict_ridge(experts, data.test_flux)))[None, :]
 
 
 def main(config: JointConfig) -> pd.DataFrame:
@@ -326,7 +326,7 @@ def _mixture(gate: MLPGate, fit: GateFit, prepared: Prepared) -> np.ndarray:
 def training_mse(data: Data, found: Round, gate: MLPGate) -> float:
     """Mean squared error of a round's mixture on the stars that its experts were fitted to."""
     weights = gate.apply(jax.tree.map(jnp.asarray, found.gate.params), data.features)
-    experts: AnyArray = predict_mixture_experts(MixtureExperts(*map(jnp.asarray, found.backfit.experts)), data.flux)
+    experts: AnyArray = predict_ridge(jax.tree.map(jnp.asarray, found.backfit.experts), data.flux)
     return float(jnp.mean((data.y - route_soft(weights, experts)) ** 2))
 
 

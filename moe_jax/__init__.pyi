@@ -21,15 +21,14 @@ from .evaluate.metrics import retention as retention
 from .evaluate.metrics import rmse as rmse
 from .evaluate.variance import required_stars as required_stars
 from .evaluate.variance import variance_components as variance_components
+from .experts.alphas import AlphaChoice as AlphaChoice
+from .experts.alphas import select_alpha as select_alpha
 from .experts.cells import CELL_NAMES as CELL_NAMES
 from .experts.cells import assign_cells as assign_cells
 from .experts.cells import nearest_cells as nearest_cells
-from .experts.cross_validation import AlphaChoice as AlphaChoice
 from .experts.cross_validation import CrossValidatedRidge as CrossValidatedRidge
 from .experts.cross_validation import RidgeCV as RidgeCV
 from .experts.cross_validation import cross_validate_ridge as cross_validate_ridge
-from .experts.cross_validation import select_alpha as select_alpha
-from .experts.fit import Experts as Experts
 from .experts.fit import assign_folds as assign_folds
 from .experts.fit import cross_fitted_predictions as cross_fitted_predictions
 from .experts.fit import fit_experts as fit_experts

@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from moe_jax.core.arrays import AnyArray, InputError, mean_and_scale, require_same_length, scale_columns, take_rows
+from moe_jax.experts.alphas import require_positive
 from moe_jax.experts.fit import assign_folds, cross_fitted_predictions, fit_experts
-from moe_jax.experts.ridge import Ridge, predict_ridges, require_positive
+from moe_jax.experts.ridge import Ridge, predict_ridge
 from moe_jax.gates.networks import Gate, MLPGate
 from moe_jax.gates.optimize import GateConfig, Params
 from moe_jax.gates.routing import route_soft
@@ -88,13 +89,12 @@ def fit_moe(
     x, y, features, cell = jnp.asarray(x), jnp.asarray(y), jnp.asarray(features), np.asarray(cell)
     folds = assign_folds(key_folds, cell, n_folds)
     experts = fit_experts(x, y, cell, jnp.asarray(alphas, x.dtype), folds, n_experts=int(cell.max()) + 1)
-    ridges = Ridge(experts.coef, experts.intercept)
     rows = np.flatnonzero(cell >= 0)
-    predictions = cross_fitted_predictions(predict_ridges(ridges, x), experts.out_of_fold, cell)
+    predictions = cross_fitted_predictions(predict_ridge(experts.ridge, x), experts.out_of_fold, cell)
     features, predictions, y = take_rows((features, predictions, y), rows)
     mean, scale = mean_and_scale(features)
     fit = fit_gate(key_gate, gate, scale_columns(features, mean, scale), predictions, y, config)
-    return MixtureOfExperts(ridges, experts.alpha, experts.at_edge, gate, fit.params, mean, scale)
+    return MixtureOfExperts(experts.ridge, experts.alpha, experts.at_edge, gate, fit.params, mean, scale)
 
 
 def predict_moe(
@@ -121,5 +121,5 @@ def predict_moe(
     weights = mixture.gate.apply(
         mixture.gate_params, scale_columns(jnp.asarray(features), mixture.feature_mean, mixture.feature_scale)
     )
-    predictions = predict_ridges(mixture.experts, jnp.asarray(x))
+    predictions = predict_ridge(mixture.experts, jnp.asarray(x))
     return MoEPrediction(route_soft(weights, predictions), weights, predictions)

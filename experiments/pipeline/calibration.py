@@ -30,7 +30,6 @@ from moe_jax.apply.uncertainty import (
 )
 from moe_jax.core.arrays import InputError
 from moe_jax.core.pca import fit_pca
-from moe_jax.experts.ridge import Ridge
 from moe_jax.gates.networks import Gate
 from moe_jax.gates.optimize import Params
 from moe_jax.spectra.simulate import SimulatedSpectra
@@ -64,7 +63,7 @@ def model_of(prepared: Prepared, gate: Gate, gate_params: Params) -> Model:
     """The mixture of the prepared experts with a gate; its uncertainty and provenance are still to come."""
     return Model(
         wave=np.asarray(prepared.wave),
-        experts=Ridge(prepared.experts.coef, prepared.experts.intercept),
+        experts=prepared.experts.ridge,
         global_ridge=prepared.global_ridge.ridge,
         features=prepared.model,
         gate=gate,
@@ -136,18 +135,18 @@ def fit_uncertainty(config: DataConfig, settings: CalibrationConfig, prepared: P
     if (smallest := float(sums.n.min())) < 2:
         raise InputError(f"calibration.n_training is {settings.n_training}: a cell has {smallest:g} stars among them, expected 2")
     noise = sums.noise / sums.n[:, None]
-    leverage = fit_leverage(sums, center, basis, experts.alpha, jnp.asarray(n_stars, experts.coef.dtype))
+    leverage = fit_leverage(sums, center, basis, experts.alpha, jnp.asarray(n_stars, experts.ridge.coef.dtype))
     residual = residual_variance(
-        jnp.min(experts.mse, axis=1), approximate_leverage(leverage, first), jnp.asarray(cell[: len(first)])
+        jnp.nanmin(experts.mse, axis=1), approximate_leverage(leverage, first), jnp.asarray(cell[: len(first)])
     )
     median = np.concatenate(medians)
     scaled = median.std() < SCALED * abs(median.mean())
     covered = prepared.train.covered()
-    dtype = jnp.asarray(experts.coef).dtype
+    dtype = jnp.asarray(experts.ridge.coef).dtype
     return Uncertainty(
         leverage=leverage,
         residual_variance=residual,
-        misfit=misfit_variance(residual, experts.coef, noise),
+        misfit=misfit_variance(residual, experts.ridge.coef, noise),
         noise_variance=jnp.sum(sums.noise, axis=0) / jnp.sum(sums.n),
         center=center,
         rest_variance=sums.rest / jnp.sum(sums.n),

@@ -46,6 +46,8 @@ class DataConfig:
     """Ridge penalties of the experts to choose from."""
     global_alphas: tuple[float, ...] = (1.0, 10.0, 100.0)
     """Ridge penalties of the global ridge to choose from (the report does not name its grid); none: no global ridge."""
+    extend_decades: int = 4
+    """Most powers of ten by which either grid of penalties is extended where the best penalty lies at an end of it."""
     n_folds: int = 5
     """Folds of every cross-validation."""
     C_grid: tuple[float, ...] = C_GRID
@@ -70,6 +72,7 @@ class DataConfig:
             "n_folds": (self.n_folds >= 2, "at least 2"),
             "alphas": (len(self.alphas) > 0 and all(0 < a < np.inf for a in self.alphas), "positive numbers"),
             "global_alphas": (all(0 < a < np.inf for a in self.global_alphas), "positive numbers"),
+            "extend_decades": (self.extend_decades >= 0, "at least 0"),
             "C_grid": (len(self.C_grid) > 0 and all(0 < c < np.inf for c in self.C_grid), "positive numbers"),
             "noise_draw": (self.noise_draw >= 0, "at least 0"),
             "chunk_stars": (self.chunk_stars >= 0, "at least 0"),

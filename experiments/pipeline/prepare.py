@@ -86,11 +86,14 @@ def fit_stages(config: DataConfig, train: Observed, test: Observed, wave: np.nda
             jnp.array(config.alphas),
             folds,
             n_experts=config.n_experts,
+            extend_decades=config.extend_decades,
             on_fitted=advance,
         )
     if config.global_alphas:
         with stages("global ridge, cross-validated"):
-            global_ridge = jax.block_until_ready(fit_global(train.flux, train.log_g, jnp.array(config.global_alphas), folds))
+            alphas = jnp.array(config.global_alphas)
+            global_ridge = fit_global(train.flux, train.log_g, alphas, folds, extend_decades=config.extend_decades)
+            jax.block_until_ready(global_ridge)
     else:
         global_ridge = no_ridge(*train.flux.shape)
     with stages("features"):

@@ -12,7 +12,7 @@ from experiments.runner.stages import Stages
 from moe_jax.core.arrays import AnyArray, take_rows
 from moe_jax.core.pca import PCA
 from moe_jax.experts.cross_validation import CrossValidatedRidge
-from moe_jax.experts.fit import Experts, cross_fitted_predictions
+from moe_jax.experts.fit import cross_fitted_predictions
 from moe_jax.experts.ridge import Ridge
 from moe_jax.gates.classifier import ClassifierFit, fit_classifier
 from moe_jax.gates.features import FeatureModel
@@ -51,7 +51,8 @@ class Stars(NamedTuple):
 def no_ridge(n_stars: int, n_pixels: int) -> CrossValidatedRidge:
     """Stands for the global ridge where none was asked for: all that it predicts is NaN."""
     nan, none = jnp.full((), jnp.nan), jnp.zeros((), bool)
-    return CrossValidatedRidge(Ridge(jnp.full(n_pixels, jnp.nan), nan), nan, none, jnp.zeros(0), jnp.full(n_stars, jnp.nan))
+    ridge, nothing = Ridge(jnp.full(n_pixels, jnp.nan), nan), jnp.zeros(0)
+    return CrossValidatedRidge(ridge, nan, none, nothing, nothing, jnp.full(n_stars, jnp.nan))
 
 
 class Prepared(NamedTuple):
@@ -59,7 +60,7 @@ class Prepared(NamedTuple):
 
     train: Stars
     test: Stars
-    experts: Experts
+    experts: CrossValidatedRidge
     global_ridge: CrossValidatedRidge
     model: FeatureModel
     wave: AnyArray  #: (P,) vacuum wavelength, Angstrom
@@ -78,11 +79,12 @@ class Prepared(NamedTuple):
 
 
 _LEAF = np.zeros(0)
+_FIT = CrossValidatedRidge(Ridge(*[_LEAF] * 2), *[_LEAF] * 5)  # type: ignore[arg-type]
 SKELETON = Prepared(
     train=Stars(*[_LEAF] * 7),
     test=Stars(*[_LEAF] * 7),
-    experts=Experts(*[_LEAF] * 6),  # type: ignore[arg-type]
-    global_ridge=CrossValidatedRidge(Ridge(*[_LEAF] * 2), *[_LEAF] * 4),  # type: ignore[arg-type]
+    experts=_FIT,
+    global_ridge=_FIT,
     model=FeatureModel(PCA(*[_LEAF] * 2), _LEAF, _LEAF),  # type: ignore[arg-type]
     wave=_LEAF,
     classifier=ClassifierFit({"head": {"bias": _LEAF, "kernel": _LEAF}}, 0.0, 0.0, False, False),  # type: ignore[dict-item]

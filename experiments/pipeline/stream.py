@@ -26,9 +26,9 @@ from moe_jax.core.arrays import AnyArray
 from moe_jax.core.files import temporary_beside
 from moe_jax.core.pca import PCA, fit_pca_scatter
 from moe_jax.experts.cross_validation import CrossValidatedRidge
-from moe_jax.experts.fit import Experts, assign_folds
-from moe_jax.experts.ridge import Ridge, predict_ridges
-from moe_jax.experts.streaming import Blocks, SumsFit, add_block, collect, device_mesh, empty_sums, fit_sums, sum_processes
+from moe_jax.experts.fit import assign_folds
+from moe_jax.experts.ridge import Ridge, predict_ridge
+from moe_jax.experts.streaming import Blocks, add_block, collect, device_mesh, empty_sums, fit_sums, sum_processes
 from moe_jax.experts.sums import Sums, moments
 from moe_jax.gates.features import N_COMPONENTS, N_FEATURES, raw_features, scale_features, standardize
 
@@ -38,14 +38,17 @@ BLOCK_ROWS = 512
 class StreamedExperts(NamedTuple):
     """All that the first pass gives."""
 
-    cells: SumsFit  #: stacked over the K experts
-    whole: SumsFit  #: the global ridge; NaN where none was asked for
+    cells: CrossValidatedRidge  #: the K experts
+    cells_by_fold: Ridge  #: (K, folds, P) fitted without each fold
+    whole: CrossValidatedRidge  #: the global ridge; NaN where none was asked for
+    whole_by_fold: Ridge  #: (folds, P)
     pca: PCA
 
 
 _LEAF = np.zeros(0)
-_FIT = SumsFit(*[_LEAF] * 7)  # type: ignore[arg-type]
-_SKELETON = StreamedExperts(_FIT, _FIT, PCA(_LEAF, _LEAF))  # type: ignore[arg-type]
+_RIDGE = Ridge(_LEAF, _LEAF)  # type: ignore[arg-type]
+_FIT = CrossValidatedRidge(_RIDGE, *[_LEAF] * 5)  # type: ignore[arg-type]
+_SKELETON = StreamedExperts(_FIT, _RIDGE, _FIT, _RIDGE, PCA(_LEAF, _LEAF))  # type: ignore[arg-type]
 
 
 def stream_stages(config: DataConfig, stages: Stages, cache: Cache) -> Prepared:
@@ -83,12 +86,9 @@ def stream_stages(config: DataConfig, stages: Stages, cache: Cache) -> Prepared:
         T_eff, M_H, log_g = (jnp.asarray(getattr(source.labels, name)) for name in ("T_eff", "M_H", "log_g"))
         stars.append(Stars(x, seen.predictions, seen.global_prediction, T_eff, M_H, log_g, cell))
     own = jnp.where(cells[0] >= 0, seen_train.held_out(jnp.asarray(group)), jnp.nan)
-    fits = fitted.cells
-    experts = Experts(fits.coef, fits.intercept, fits.alpha, fits.at_edge, fits.mse, own)
+    experts = fitted.cells._replace(out_of_fold=own)
     if config.global_alphas:
-        whole = fitted.whole
-        held_out = seen_train.global_held_out(folds)
-        global_ridge = CrossValidatedRidge(Ridge(whole.coef, whole.intercept), whole.alpha, whole.at_edge, whole.mse, held_out)
+        global_ridge = fitted.whole._replace(out_of_fold=seen_train.global_held_out(folds))
     else:
         global_ridge = no_ridge(train.spectra.n_stars, len(np.asarray(train.spectra.wave)))
     wave = np.asarray(train.spectra.wave)
@@ -173,15 +173,17 @@ def fit_experts_from_sums(config: DataConfig, sums: Sums, offsets: Offsets) -> S
     """Experts, global ridge and principal components from the sums of the groups."""
     n_folds, n_cells = config.n_folds, config.n_experts
     group = np.arange((n_cells + 1) * n_folds).reshape(n_cells + 1, n_folds)
-    cells = [fit_sums(collect(sums, group[k][:, None]), jnp.array(config.alphas), *offsets) for k in range(n_cells)]
+    fit = functools.partial(fit_sums, x_offset=offsets.x, y_offset=offsets.y, extend_decades=config.extend_decades)
+    fits = [fit(collect(sums, group[k][:, None]), jnp.array(config.alphas)) for k in range(n_cells)]
     everyone = collect(sums, group.T)
     if config.global_alphas:
-        whole = fit_sums(everyone, jnp.array(config.global_alphas), *offsets)
+        whole = fit(everyone, jnp.array(config.global_alphas))
     else:
-        whole = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan) if leaf.dtype != bool else leaf, cells[0])
+        whole = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan) if leaf.dtype != bool else leaf, fits[0])
     total = moments(jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), everyone))
     pca = fit_pca_scatter(draw_keys(config.seed).pca, total.x_mean, total.xx, N_COMPONENTS)
-    return StreamedExperts(jax.tree.map(lambda *leaves: jnp.stack(leaves), *cells), whole, pca._replace(mean=pca.mean + offsets.x))
+    cells, cells_by_fold = jax.tree.map(lambda *leaves: jnp.stack(leaves), *fits)
+    return StreamedExperts(cells, cells_by_fold, *whole, pca._replace(mean=pca.mean + offsets.x))
 
 
 class Seen(NamedTuple):
@@ -222,15 +224,13 @@ def see(
 ) -> Seen:
     """Raw features and all predictions of a survey's stars."""
     wave = np.asarray(observation.spectra.wave)
-    fits = (fitted.cells.coef, fitted.whole.coef[None, :], fitted.cells.fold_coef.reshape(-1, len(wave)), fitted.whole.fold_coef)
-    coef = jnp.concatenate(fits)
-    intercepts = (fitted.cells.intercept, fitted.whole.intercept[None], fitted.cells.fold_intercept, fitted.whole.fold_intercept)
-    intercept = jnp.concatenate([part.reshape(-1) for part in intercepts])
-    ridges, n_stars = Ridge(coef, intercept), observation.spectra.n_stars
+    fits = (fitted.cells.ridge, fitted.whole.ridge, fitted.cells_by_fold, fitted.whole_by_fold)
+    coef = jnp.concatenate([fit.coef.reshape(-1, len(wave)) for fit in fits])
+    ridges, n_stars = Ridge(coef, jnp.concatenate([fit.intercept.reshape(-1) for fit in fits])), observation.spectra.n_stars
     raw, outputs = np.zeros((n_stars, N_FEATURES), np.float32), np.zeros((n_stars, len(coef)), np.float32)
 
     def see_chunk(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        seen = [(raw_features(flux, wave, fitted.pca), predict_ridges(ridges, flux)) for _, flux in observation.slices(start, stop)]
+        seen = [(raw_features(flux, wave, fitted.pca), predict_ridge(ridges, flux)) for _, flux in observation.slices(start, stop)]
         features, predictions = zip(*seen, strict=True)
         return np.concatenate(features), np.concatenate(predictions)
 

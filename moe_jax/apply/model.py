@@ -17,7 +17,7 @@ from moe_jax.apply.conformal import Calibration, half_widths
 from moe_jax.apply.novelty import FeatureRange, feature_distance
 from moe_jax.apply.uncertainty import Leverage, PredictiveVariance, approximate_leverage, predictive_variance
 from moe_jax.core.arrays import AnyArray, InputError
-from moe_jax.experts.ridge import Ridge, predict_ridge, predict_ridges
+from moe_jax.experts.ridge import Ridge, predict_ridge
 from moe_jax.gates.features import FeatureModel, LinePixels, features_of_pixels, line_pixels
 from moe_jax.gates.networks import Gate, LinearGate
 from moe_jax.gates.optimize import Params
@@ -148,7 +148,7 @@ def _mix(
 
     def mixture(flux: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
         features = features_of_pixels(feature_model, flux, pixels)
-        weights, predictions = gate.apply(params, features), predict_ridges(experts, flux)
+        weights, predictions = gate.apply(params, features), predict_ridge(experts, flux)
         return route_soft(weights, predictions), (weights, features, predictions)
 
     if not differentiate:

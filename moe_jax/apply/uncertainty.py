@@ -31,7 +31,9 @@ from jaxtyping import Float, Int
 from scipy import optimize
 
 from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_length
-from moe_jax.experts.ridge import center, cho_solve, cholesky, is_dual, kernel, require_positive
+from moe_jax.core.cholesky import cho_solve, shifted_cholesky
+from moe_jax.experts.alphas import require_positive
+from moe_jax.experts.ridge import center, is_dual, kernel
 
 N_DIRECTIONS = 16
 
@@ -95,8 +97,8 @@ def _ridge_leverage(x_train: jax.Array, alpha: jax.Array, x: jax.Array) -> jax.A
     n = len(x_train)
     data = center(x_train, jnp.zeros(n, x_train.dtype), jnp.ones(n, x_train.dtype))
     new = x - data.x_mean[None, :]
-    matrix, mean_eigenvalue = kernel(data)
-    factor = cholesky(matrix, alpha, mean_eigenvalue)
+    matrix, jitter = kernel(data)
+    factor = shifted_cholesky(matrix, alpha + jitter)
     if is_dual(data.x):
         a = cho_solve(factor, matmul(data.x, new.T))
         left = new - matmul(a.T, data.x)

@@ -1,21 +1,22 @@
-"""Inverse Cholesky factors: by LAPACK on a CPU, by XLA elsewhere and under ``jit`` or ``vmap``.
+"""Cholesky factors and their inverses: the inverses by LAPACK on a CPU, by XLA elsewhere and under ``jit`` or ``vmap``.
 
-Of LAPACK, XLA on a CPU has the Cholesky factor (with two more copies of the matrix) but not the inverse of a triangle, which
-it gets from a solve with three times the operations; SciPy's ``potrf`` and ``trtri`` work in place. Both paths give the same
-up to rounding.
+On a CPU, XLA calls LAPACK for the Cholesky factor, with two more copies of the matrix. It does not call LAPACK to invert a
+triangle, but solves with the identity, which takes three times the operations. SciPy's ``potrf`` and ``trtri`` work in place.
+Both ways give the same result up to rounding.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import jax.scipy.linalg as jsl
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 from scipy.linalg import lapack
 
-ALIGNMENT = 64  # bytes
+ALIGNMENT = 64  # bytes; JAX copies an array whose memory starts elsewhere
 LAPACK = {"float32": (lapack.spotrf, lapack.strtri), "float64": (lapack.dpotrf, lapack.dtrtri)}
 
 
@@ -25,16 +26,16 @@ def inverse_cholesky(matrix: Float[jax.Array, "M M"], shift: ArrayLike, n_used: 
     Args:
         matrix: symmetric; only its lower triangle is read.
         shift: added to the diagonal.
-        n_used: leading rows and columns that hold something; the others are 0, and their part of W may be 0 or not.
+        n_used: number of leading rows and columns that are not padding. The padding is 0; its part of W is unspecified.
 
     Returns:
-        W, a lower triangle. NaN where the matrix is not positive definite.
+        W, a lower triangle. It holds NaN where the matrix is not positive definite.
     """
     if isinstance(matrix, jax.core.Tracer) or isinstance(shift, jax.core.Tracer) or _platform(matrix) != "cpu":
         return _by_xla(matrix, shift)
     size = len(matrix)
     n = size if n_used is None else n_used
-    # LAPACK counts columns first, so the lower triangle of these rows is its upper one.
+    # LAPACK stores a matrix column by column: it sees our rows as columns, and our lower triangle as its upper one.
     work = _aligned(n, matrix.dtype)
     work[:] = np.asarray(matrix)[:n, :n]
     work.flat[:: n + 1] += np.asarray(shift)
@@ -53,7 +54,7 @@ def inverse_cholesky(matrix: Float[jax.Array, "M M"], shift: ArrayLike, n_used: 
 
 
 def _aligned(size: int, dtype: np.dtype) -> np.ndarray:
-    """A square matrix that JAX takes over without a copy."""
+    """An uninitialised square matrix that JAX takes over without a copy."""
     n_bytes = size**2 * dtype.itemsize
     memory = np.empty(n_bytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
@@ -70,6 +71,12 @@ def shifted_cholesky(matrix: Float[jax.Array, "M M"], shift: ArrayLike) -> Float
     diagonal = jnp.arange(len(matrix))
     factor: jax.Array = lax.linalg.cholesky(matrix.at[diagonal, diagonal].add(shift), symmetrize_input=False)
     return factor
+
+
+def cho_solve(factor: Float[jax.Array, "M M"], b: Float[jax.Array, "M ..."]) -> Float[jax.Array, "M ..."]:
+    """Solution of the equations whose Cholesky factor is given."""
+    solution: jax.Array = jsl.cho_solve((factor, True), b)
+    return solution
 
 
 @jax.jit

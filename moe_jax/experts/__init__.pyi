@@ -1,12 +1,11 @@
+from .alphas import AlphaChoice as AlphaChoice
+from .alphas import select_alpha as select_alpha
 from .cells import CELL_NAMES as CELL_NAMES
 from .cells import assign_cells as assign_cells
 from .cells import nearest_cells as nearest_cells
-from .cross_validation import AlphaChoice as AlphaChoice
 from .cross_validation import CrossValidatedRidge as CrossValidatedRidge
 from .cross_validation import RidgeCV as RidgeCV
 from .cross_validation import cross_validate_ridge as cross_validate_ridge
-from .cross_validation import select_alpha as select_alpha
-from .fit import Experts as Experts
 from .fit import assign_folds as assign_folds
 from .fit import cross_fitted_predictions as cross_fitted_predictions
 from .fit import fit_experts as fit_experts

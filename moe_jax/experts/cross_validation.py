@@ -1,15 +1,20 @@
-"""Exact cross-validation of ridge regressions: every fold and every alpha from one Gram matrix and one factor per alpha.
+"""Exact cross-validation of ridge regressions: the residuals of every fold, for every alpha, without refitting.
 
-Held-out residuals follow from the fit to all stars. Dual form (N < P), with K the kernel, C the upper left block of the
-inverse of the bordered matrix [[K + alpha I, 1], [1', 0]] and a = C y: those of the fold S are C_SS^-1 a_S (Cawley & Talbot
-2004, eq. 11; An, Liu & Venkatesh 2007, eq. 15). Primal form, with H the hat matrix and r the residuals: (I - H_SS)^-1 r_S; or,
-where folds are few, a fit to the sums of all stars less those of the fold. So leave-one-out costs what five folds cost.
+There are three forms; ``choose_solver`` takes the cheapest. S are the rows of a fold.
+
+- ``Dual``, for fewer stars than pixels. K is the kernel, C the upper left block of the inverse of the bordered matrix
+  [[K + alpha I, 1], [1', 0]], and a = C y. The held-out residuals are C_SS^-1 a_S (Cawley & Talbot 2004, eq. 11; An, Liu &
+  Venkatesh 2007, eq. 15).
+- ``Primal``, for many small folds. H is the hat matrix and r are the residuals of the fit to all stars. The held-out residuals
+  are (I - H_SS)^-1 r_S.
+- ``ByFold``, for few large folds: a fit to the sums of all stars less those of the fold.
+
+The first two take one factorisation for each alpha, however many folds there are: leave-one-out costs what five folds cost.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -21,14 +26,16 @@ from jaxtyping import Bool, Float, Int
 from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_length
 from moe_jax.core.cholesky import inverse_cholesky
 from moe_jax.experts import ridge
-from moe_jax.experts.ridge import Centred, Ridge, center, is_dual, jitter, kernel, require_positive
-from moe_jax.experts.sums import Moments, Sums, moments, solve_moments, sum_stars
+from moe_jax.experts.alphas import require_positive, search_alphas
+from moe_jax.experts.ridge import Centred, Ridge, center, is_dual, jitter, kernel
+from moe_jax.experts.sums import Sums, hold_out_each, moments, solve_moments, sum_stars
 
-BLOCK_BATCH = 16  # folds whose held-out blocks are formed at a time, where they are small
-LARGEST_IN_BATCH = 32  # rows
-LEAST_TO_SKIP = 1_024  # rows
-ROW_STEPS = 6  # equal folds of data sets that differ by a few per cent start within the same step
-# Costs in units of n^3 operations, as measured against products on two CPU cores; they choose between exact forms.
+# Measured on two CPU cores. These numbers set the speed and the memory, not the results.
+SMALL_FOLD = 32  # rows; blocks up to this size do not keep a processor busy one by one
+FOLDS_AT_A_TIME = 16  # so many small blocks are formed together
+ROWS_WORTH_SKIPPING = 1_024  # below, the zeros of a triangular factor cost less than a program of their own
+ROW_STEPS = 6  # the rows to skip are rounded down to this fraction of all rows, so that similar data sets share programs
+# Factorisations of an (n, n) matrix, in units of n^3 operations of a matrix product.
 CHOLESKY_COST = 1.0
 INVERSE_CHOLESKY_COST = 1.5
 
@@ -40,34 +47,27 @@ class RidgeCV(NamedTuple):
     predictions: Float[jax.Array, "A N"]  #: prediction of each star by the model fitted without the star's fold
 
 
-class AlphaChoice(NamedTuple):
-    """The alpha of the smallest cross-validated error."""
-
-    alpha: Float[jax.Array, ""]
-    position: Int[jax.Array, ""]  #: its place among the alphas
-    at_edge: jax.Array  #: bool: it is the smallest or the largest of several, so the best may lie outside the grid
-
-
 class CrossValidatedRidge(NamedTuple):
-    """One ridge regression with its alpha by cross-validation."""
+    """A ridge regression whose alpha was chosen by cross-validation, or K of them, stacked: the experts."""
 
-    ridge: Ridge
-    alpha: Float[jax.Array, ""]
-    at_edge: Bool[jax.Array, ""]
-    mse: Float[jax.Array, " A"]
-    out_of_fold: Float[jax.Array, " N"]
+    ridge: Ridge  #: coef (P,) and intercept (), or (K, P) and (K,)
+    alpha: Float[jax.Array, "*k"]  #: the chosen alpha
+    at_edge: Bool[jax.Array, "*k"]  #: whether it is the smallest or the largest that was tried
+    alphas: Float[jax.Array, "*k A"]  #: the alphas tried: those of the grid, then those that extend it (NaN where there is none)
+    mse: Float[jax.Array, "*k A"]  #: cross-validated mean squared error at each of ``alphas``
+    out_of_fold: Float[jax.Array, " N"]  #: each star predicted without its fold, by its own cell's expert; NaN without a cell
 
 
 def cross_validate_ridge(
     x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alphas: Float[AnyArray, " A"], folds: Int[AnyArray, " N"]
 ) -> RidgeCV:
-    """Out-of-fold predictions of ridge regressions: exactly those of refitting without each fold, for every alpha.
+    """Out-of-fold predictions of ridge regressions for every alpha; they equal those of a refit without each fold.
 
     Args:
         x: features.
         y: target.
         alphas: penalties, > 0.
-        folds: fold of each star, any integers; concrete, since their sizes set the shapes. At least two folds.
+        folds: fold of each star, any integers, at least two different ones. Concrete: the sizes of the folds set the shapes.
 
     Returns:
         Mean squared error by alpha, and the predictions.
@@ -76,43 +76,39 @@ def cross_validate_ridge(
         InputError: shapes that disagree, alphas that are not positive, fewer than two folds.
     """
     require_same_length(x=x, y=y, folds=folds)
-    x, y = jnp.asarray(x), jnp.asarray(y)
-    alphas = jnp.asarray(alphas, x.dtype)
     require_positive(alphas)
+    x, y, folds = jnp.asarray(x), jnp.asarray(y), np.asarray(folds)
+    alphas, mask = jnp.asarray(alphas, x.dtype), jnp.ones(len(x), x.dtype)
     if not is_dual(x):
-        return _cross_validate(x, y, jnp.ones(len(x), x.dtype), alphas, held_rows(folds), len(x)).cv
-    order = np.argsort(np.asarray(folds), kind="stable")
-    held = held_rows(np.asarray(folds)[order])
-    cv = _cross_validate(x[order], y[order], jnp.ones(len(x), x.dtype), alphas, held, len(x)).cv
+        return choose_solver(x, y, mask, held_rows(folds), len(x)).cross_validate(alphas)
+    order = np.argsort(folds, kind="stable")
+    cv = choose_solver(x[order], y[order], mask, held_rows(folds[order]), len(x)).cross_validate(alphas)
     return cv._replace(predictions=cv.predictions[:, np.argsort(order)])
 
 
 def fit_cross_validated(
-    x: jax.Array, y: jax.Array, mask: jax.Array, alphas: jax.Array, held: Int[np.ndarray, "folds n_held"], n_stars: int
+    x: jax.Array,
+    y: jax.Array,
+    mask: jax.Array,
+    alphas: jax.Array,
+    held: Int[np.ndarray, "folds n_held"],
+    n_stars: int,
+    extend_decades: int = 0,
 ) -> CrossValidatedRidge:
-    """Cross-validates over the alphas and fits with the best, all from one Gram matrix.
+    """Cross-validates over the alphas and fits with the best; the Gram matrix is formed once.
 
     Args:
         x: features; the rows after the first ``n_stars`` are padding, and 0.
-        y: target, likewise.
+        y: target, padded likewise.
         mask: 1 for a star, 0 for padding.
         alphas: penalties.
         held: ``held_rows``; in the dual form (fewer rows than columns) the rows of a fold must follow one another.
-        n_stars: rows that are stars.
+        n_stars: number of rows that are stars.
+        extend_decades: see ``search_alphas``.
     """
-    found = _cross_validate(x, y, mask, alphas, held, n_stars)
-    fit = _solve(found.data, found.choice.alpha, found.inverse_factor(found.choice))
-    return CrossValidatedRidge(fit, found.choice.alpha, found.choice.at_edge, found.cv.mse, found.out_of_fold)
-
-
-@jax.jit
-def select_alpha(alphas: Float[AnyArray, " A"], mse: Float[AnyArray, " A"]) -> AlphaChoice:
-    """The alpha with the smallest error; a tie goes to the larger alpha."""
-    alphas, mse = jnp.asarray(alphas), jnp.asarray(mse)
-    position = jnp.argmax(jnp.where(mse == jnp.min(mse), alphas, -jnp.inf))
-    alpha = alphas[position]
-    at_edge = ((alpha == jnp.min(alphas)) | (alpha == jnp.max(alphas))) & (len(alphas) > 1)
-    return AlphaChoice(alpha, position, at_edge)
+    solver = choose_solver(x, y, mask, held, n_stars)
+    choice, tried, mse, out_of_fold = search_alphas(alphas, solver.cross_validate, extend_decades)
+    return CrossValidatedRidge(solver.solve(choice.alpha), choice.alpha, choice.at_edge, tried, mse, out_of_fold)
 
 
 def held_rows(folds: AnyArray, n_padded: int | None = None, slack: int = 0) -> Int[np.ndarray, "folds n_held"]:
@@ -120,12 +116,12 @@ def held_rows(folds: AnyArray, n_padded: int | None = None, slack: int = 0) -> I
 
     Args:
         folds: fold of each star, any integers, at least two different ones.
-        n_padded: number of rows of the padded arrays that the rows index; N by default. It is also the mark of padding.
-        slack: with it, the length is that of equal folds of the padded rows plus this, where that is enough, so that data
-            sets of one padded size share their shapes.
+        n_padded: number of rows of the padded arrays that are indexed, N by default. The same number marks padding.
+        slack: if not 0, the length is at least that of equal folds of the padded rows plus this, so that data sets of one
+            padded size share their shapes.
 
     Raises:
-        InputError: for fewer than two folds.
+        InputError: fewer than two folds.
     """
     folds = np.asarray(folds)
     n_padded = len(folds) if n_padded is None else n_padded
@@ -141,23 +137,94 @@ def held_rows(folds: AnyArray, n_padded: int | None = None, slack: int = 0) -> I
     return rows
 
 
-class _CrossValidated(NamedTuple):
+def choose_solver(
+    x: jax.Array, y: jax.Array, mask: jax.Array, held: Int[np.ndarray, "folds n_held"], n_stars: int
+) -> Dual | Primal | ByFold:
+    """The cheapest form for the numbers of stars, pixels and folds; arguments as those of ``fit_cross_validated``."""
+    (n, p), (n_folds, n_held) = x.shape, held.shape
+    if is_dual(x):
+        return Dual(x, y, mask, held, n_stars)
+    by_fold = n_folds * CHOLESKY_COST * p**3
+    at_once = INVERSE_CHOLESKY_COST * p**3 + n * p**2 + n_folds * (n_held**2 * p + n_held**3)
+    return ByFold(x, y, mask, held) if by_fold < at_once else Primal(x, y, mask, held)
+
+
+class _Solver:
+    """What the three forms share: the inverse Cholesky factor of the Gram matrix for each alpha, and the fit to all stars."""
+
     data: Centred
-    cv: RidgeCV
-    choice: AlphaChoice
-    out_of_fold: jax.Array  # at the chosen alpha
-    inverse_factor: Callable[[AlphaChoice], jax.Array]
+    matrix: jax.Array  # the Gram matrix, X X' or X'X
+    jitter: jax.Array
+    n_used: int | None = None  # rows of the matrix that are not padding, if not all
+
+    def __init__(self, x: jax.Array, y: jax.Array, mask: jax.Array, held: np.ndarray) -> None:
+        self.held = held
+        self._factors: dict[float, jax.Array] = {}
+        self.prepare(x, y, mask)
+
+    def prepare(self, x: jax.Array, y: jax.Array, mask: jax.Array) -> None:
+        """Sets what does not depend on alpha."""
+        self.data, self.matrix, self.jitter = _center_and_multiply(x, y, mask)
+
+    def inverse_factor(self, alpha: jax.Array | np.floating) -> jax.Array:
+        """W with (matrix + alpha I)^-1 = W' W, computed once for each alpha."""
+        if isinstance(alpha, jax.core.Tracer):  # under jit
+            return inverse_cholesky(self.matrix, alpha + self.jitter, self.n_used)
+        if float(alpha) not in self._factors:
+            self._factors[float(alpha)] = inverse_cholesky(self.matrix, alpha + self.jitter, self.n_used)
+        return self._factors[float(alpha)]
+
+    def residuals(self, alpha: jax.Array | np.floating) -> Float[jax.Array, " N"]:
+        """Target less out-of-fold prediction."""
+        raise NotImplementedError
+
+    def cross_validate(self, alphas: jax.Array) -> RidgeCV:
+        """Errors and out-of-fold predictions."""
+        each = alphas if isinstance(alphas, jax.core.Tracer) else np.asarray(alphas)
+        return _cross_validation_of(self.data, [self.residuals(alpha) for alpha in each])
+
+    def solve(self, alpha: jax.Array) -> Ridge:
+        """The ridge of all stars."""
+        return _solve(self.data, alpha, self.inverse_factor(alpha))
+
+
+class Dual(_Solver):
+    """One factor of the kernel for each alpha; the rows of a fold follow one another."""
+
+    def __init__(self, x: jax.Array, y: jax.Array, mask: jax.Array, held: np.ndarray, n_stars: int) -> None:
+        super().__init__(x, y, mask, held)
+        self.n_used, self.first_rows = n_stars, _first_rows(held, len(y))
+
+    def residuals(self, alpha: jax.Array | np.floating) -> Float[jax.Array, " N"]:
+        return _dual_residuals(self.data, self.inverse_factor(alpha), self.held, self.first_rows)
+
+
+class Primal(_Solver):
+    """One factor of the scatter matrix for each alpha."""
+
+    def residuals(self, alpha: jax.Array | np.floating) -> Float[jax.Array, " N"]:
+        return _primal_residuals(self.data, self.inverse_factor(alpha), self.held)
+
+
+class ByFold(_Solver):
+    """One factor of the scatter matrix for each alpha and fold."""
+
+    def prepare(self, x: jax.Array, y: jax.Array, mask: jax.Array) -> None:
+        self.data = _center(x, y, mask)
+        self.by_fold = _sum_by_fold(self.data, self.held)
+        self.matrix, self.jitter = _sum_folds(self.by_fold.xx)
+
+    def residuals(self, alpha: jax.Array | np.floating) -> Float[jax.Array, " N"]:
+        return _residuals_by_fold(self.data, self.by_fold, alpha, self.held)
 
 
 _center = jax.jit(center)
 
 
 @jax.jit
-def _prepare(x: jax.Array, y: jax.Array, mask: jax.Array, alphas: jax.Array) -> tuple[Centred, jax.Array, jax.Array]:
-    """Centred data, the kernel, and what is added to its diagonal for each alpha."""
+def _center_and_multiply(x: jax.Array, y: jax.Array, mask: jax.Array) -> tuple[Centred, jax.Array, jax.Array]:
     data = center(x, y, mask)
-    matrix, mean_eigenvalue = kernel(data)
-    return data, matrix, alphas + jitter(mean_eigenvalue)
+    return data, *kernel(data)
 
 
 @jax.jit
@@ -165,66 +232,23 @@ def _solve(data: Centred, alpha: jax.Array, inverse_factor: jax.Array) -> Ridge:
     return ridge.solve(data, alpha, lambda b: matmul(inverse_factor.T, matmul(inverse_factor, b)))
 
 
-def _cross_validate(
-    x: jax.Array, y: jax.Array, mask: jax.Array, alphas: jax.Array, held: Int[np.ndarray, "folds n_held"], n_stars: int
-) -> _CrossValidated:
-    """The cross-validation, with a function that gives the inverse Cholesky factor at the chosen alpha."""
-    dual = is_dual(x)
-    if not dual and _is_cheaper_by_fold(x, held):
-        data = _center(x, y, mask)
-        by_fold = _sum_by_fold(data, held)
-        cv, choice, out_of_fold = _finish(data, _residuals_by_fold(data, by_fold, alphas, held), alphas)
-        matrix, shift = _sum_folds(by_fold.xx)
-        return _CrossValidated(data, cv, choice, out_of_fold, lambda choice: inverse_cholesky(matrix, choice.alpha + shift))
-    data, matrix, shifts = _prepare(x, y, mask, alphas)
-    on_host = shifts if isinstance(shifts, jax.core.Tracer) else np.asarray(shifts)
-    factors = [inverse_cholesky(matrix, on_host[i], n_stars if dual else None) for i in range(len(alphas))]
-    if dual:
-        residuals = [_dual_residuals(data, factor, held, _first_rows(held, len(y))) for factor in factors]
-    else:
-        residuals = [_primal_residuals(data, factor, held) for factor in factors]
-    cv, choice, out_of_fold = _finish(data, residuals, alphas)
-    return _CrossValidated(data, cv, choice, out_of_fold, lambda choice: factors[int(choice.position)])
-
-
-def _finish(data: Centred, residuals: jax.Array | list[jax.Array], alphas: jax.Array) -> tuple[RidgeCV, AlphaChoice, jax.Array]:
-    """Errors, the alpha of the smallest, and the out-of-fold predictions of all alphas and of that one."""
-    cv = _errors(data, residuals)
-    choice = select_alpha(alphas, cv.mse)
-    return cv, choice, _take_row(cv.predictions, choice.position)
-
-
 @jax.jit
-def _errors(data: Centred, residuals: jax.Array | list[jax.Array]) -> RidgeCV:
-    stacked = jnp.stack(residuals) if isinstance(residuals, list) else residuals
+def _cross_validation_of(data: Centred, residuals: list[jax.Array]) -> RidgeCV:
+    stacked = jnp.stack(residuals)
     mse = jnp.sum((stacked * data.mask[None, :]) ** 2, axis=1) / jnp.sum(data.mask)
     return RidgeCV(mse, (data.y + data.y_mean)[None, :] - stacked)
-
-
-@jax.jit
-def _take_row(array: jax.Array, row: jax.Array) -> jax.Array:
-    taken: jax.Array = lax.dynamic_index_in_dim(array, row, keepdims=False)
-    return taken
 
 
 @jax.jit
 def _sum_folds(by_fold: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The Gram matrix from those of the folds, and its jitter."""
     matrix = jnp.sum(by_fold, axis=0)
-    return matrix, jitter(jnp.trace(matrix) / len(matrix))
-
-
-def _is_cheaper_by_fold(x: jax.Array, held: AnyArray) -> bool:
-    """Whether a primal fit for each fold costs less than one for all folds."""
-    (n, p), (n_folds, n_held) = x.shape, held.shape
-    by_fold = n_folds * CHOLESKY_COST * p**3
-    at_once = INVERSE_CHOLESKY_COST * p**3 + n * p**2 + n_folds * (n_held**2 * p + n_held**3)
-    return by_fold < at_once
+    return matrix, jitter(matrix)
 
 
 def _batch(held: AnyArray) -> int | None:
-    """Folds at a time: several where their blocks are small; large ones keep the processor busy by themselves."""
-    return min(BLOCK_BATCH, len(held)) if held.shape[1] <= LARGEST_IN_BATCH else None
+    """How many folds are worked on at a time; None for one."""
+    return min(FOLDS_AT_A_TIME, len(held)) if held.shape[1] <= SMALL_FOLD else None
 
 
 def _gather(array: jax.Array, rows: jax.Array) -> jax.Array:
@@ -246,10 +270,13 @@ def _solve_block(block: jax.Array, residual: jax.Array, padding: jax.Array) -> j
 
 
 def _first_rows(held: np.ndarray, n: int) -> tuple[int, ...]:
-    """For a few large folds, a row before which a fold's columns of a lower triangle are 0; in steps that data sets share."""
-    if len(held) > BLOCK_BATCH:
+    """First possibly non-zero row of each fold's columns of a lower triangle, rounded down so that data sets share shapes.
+
+    Empty where folds are many: they share one program that reads all rows.
+    """
+    if len(held) > FOLDS_AT_A_TIME:
         return ()
-    if n < LEAST_TO_SKIP:
+    if n < ROWS_WORTH_SKIPPING:
         return (0,) * len(held)
     return tuple(int(ROW_STEPS * start // n * n // ROW_STEPS) for start in held[:, 0])
 
@@ -266,18 +293,18 @@ def _dual_residuals(data: Centred, inverse_factor: jax.Array, held: jax.Array, f
     a = solution[:, 0] - ones * jnp.sum(data.mask * solution[:, 0]) / total
 
     def product(rows: jax.Array, first_row: int = 0) -> jax.Array:
-        """Of the fold's columns of W with each other."""
+        """W_S' W_S of the columns of W that belong to the fold."""
         columns = lax.dynamic_slice_in_dim(inverse_factor[first_row:], jnp.minimum(rows[0], n - n_held), n_held, 1)
         return matmul(columns.T, columns)
 
     def hold_out(fold: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         rows, block = fold
-        start = jnp.minimum(rows[0], n - n_held)  # the slice may reach over the fold's ends
+        start = jnp.minimum(rows[0], n - n_held)  # the slice may reach over the ends of the fold
         window = start + jnp.arange(n_held)
-        own = (window >= rows[0]) & (window < rows[0] + jnp.sum(rows < n))
-        column, right = (jnp.where(own, lax.dynamic_slice_in_dim(values, start, n_held), 0.0) for values in (ones, a))
-        block = jnp.where(own[:, None] & own[None, :], block, 0.0) - jnp.outer(column, column) / total
-        return _solve_block(block, right, ~own), jnp.where(own, window, n)
+        in_fold = (window >= rows[0]) & (window < rows[0] + jnp.sum(rows < n))
+        column, right = (jnp.where(in_fold, lax.dynamic_slice_in_dim(values, start, n_held), 0.0) for values in (ones, a))
+        block = jnp.where(in_fold[:, None] & in_fold[None, :], block, 0.0) - jnp.outer(column, column) / total
+        return _solve_block(block, right, ~in_fold), jnp.where(in_fold, window, n)
 
     if first_rows:
         products = jnp.stack([product(held[i], first) for i, first in enumerate(first_rows)])
@@ -305,22 +332,16 @@ def _primal_residuals(data: Centred, inverse_factor: jax.Array, held: jax.Array)
 
 @jax.jit
 def _sum_by_fold(data: Centred, held: jax.Array) -> Sums:
-    def sums(rows: jax.Array) -> Sums:
-        return sum_stars(*(_gather(array, rows) for array in (data.x, data.y, data.mask)))
-
-    return lax.map(sums, held)
+    return lax.map(lambda rows: sum_stars(*(_gather(array, rows) for array in (data.x, data.y, data.mask))), held)
 
 
 @jax.jit
-def _residuals_by_fold(data: Centred, by_fold: Sums, alphas: jax.Array, held: jax.Array) -> jax.Array:
-    """(A, N) held-out residuals: a fold is held out by subtracting its sums from those of all."""
-    total = jax.tree.map(lambda sums: jnp.sum(sums, axis=0), by_fold)
+def _residuals_by_fold(data: Centred, by_fold: Sums, alpha: jax.Array, held: jax.Array) -> jax.Array:
+    """(N,) held-out residuals from the sums of each fold."""
 
-    def hold_out(fold: tuple[Sums, jax.Array]) -> jax.Array:
-        own, rows = fold
-        train: Moments = moments(jax.tree.map(jnp.subtract, total, own))
+    def residuals(_: Sums, rest: Sums, rows: jax.Array) -> jax.Array:
+        train = moments(rest)
         x_held, y_held = _gather(data.x, rows) - train.x_mean[None, :], _gather(data.y, rows) - train.y_mean
-        return lax.map(lambda alpha: y_held - matmul(x_held, solve_moments(train, alpha)[:, None])[:, 0], alphas)
+        return y_held - matmul(x_held, solve_moments(train, alpha).coef[:, None])[:, 0]
 
-    by_alpha = jnp.moveaxis(lax.map(hold_out, (by_fold, held)), 1, 0)
-    return jax.vmap(lambda values: _scatter(values, held, len(data.y)))(by_alpha)
+    return _scatter(hold_out_each(residuals, by_fold, held), held, len(data.y))

@@ -2,16 +2,16 @@ r"""Ridge regression in closed form, with an unpenalised intercept.
 
 The fit minimises |y - X w - b|^2 + alpha |w|^2. X and y are centred first, which is the same as leaving b unpenalised. For
 N < P the dual form is solved, (X X' + alpha I) a = y and w = X' a; otherwise the primal form, (X'X + alpha I) w = X' y. Both
-by Cholesky.
+are solved by Cholesky.
 
-What keeps a small alpha stable in float32:
+Three measures keep a small alpha stable in float32:
 
-- All products are computed with ``Precision.HIGHEST`` (a GPU's default would be TF32, with 10 bits).
-- The centred kernel X X' has the eigenvalue 0 along the vector of ones. As a has no part along it, a constant may be added
-  to all of the kernel: it moves that eigenvalue into the middle of the spectrum and changes nothing else.
-- The matrix that is factorised carries a jitter of a few units in the last place of its mean eigenvalue, so that the
-  factorisation succeeds however small alpha is. It only preconditions: the solution is refined against X itself, not
-  against the rounded X X', until the residual of the equations is at rounding level.
+- All products are computed with ``Precision.HIGHEST``. A GPU's default would be TF32, with 10 bits.
+- The centred kernel X X' has the eigenvalue 0 along the vector of ones. The solution a has no part along that vector, so a
+  constant may be added to the whole kernel: it moves this eigenvalue into the middle of the spectrum and changes nothing else.
+- A jitter of a few rounding errors of the mean eigenvalue is added to the diagonal of the matrix that is factorised, so that
+  the factorisation succeeds however small alpha is. The factor only preconditions: the solution is refined against X itself,
+  not against the rounded X X', until the residual of the equations is at rounding level.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jax.scipy.linalg as jsl
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_length
-from moe_jax.core.cholesky import shifted_cholesky
+from moe_jax.core.cholesky import cho_solve, shifted_cholesky
+from moe_jax.experts.alphas import require_positive
 
-REFINEMENT_STEPS = 3
-JITTER_ULPS = 4.0
+REFINEMENT_STEPS = 3  # each gains about as many digits as the factor has; after three, float32 has no more
+JITTER_ULPS = 4.0  # units in the last place of the mean eigenvalue
 
 
 class Ridge(NamedTuple):
-    """A fitted linear model, y = x @ coef + intercept."""
+    """A fitted linear model, y = x @ coef + intercept, or several that are stacked in the leading dimensions."""
 
-    coef: Float[jax.Array, " P"]
-    intercept: Float[jax.Array, ""]
+    coef: Float[jax.Array, "*k P"]
+    intercept: Float[jax.Array, "*k"]
 
 
 def fit_ridge(x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alpha: ArrayLike) -> Ridge:
@@ -62,9 +62,8 @@ def fit_ridge(x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alpha: ArrayL
 def _fit(x: jax.Array, y: jax.Array, alpha: ArrayLike, root: jax.Array) -> Ridge:
     data = center(x, y, root.astype(x.dtype))
     alpha = jnp.asarray(alpha, x.dtype)
-    matrix, mean_eigenvalue = kernel(data)
-    factor = cholesky(matrix, alpha, mean_eigenvalue)
-    return solve(data, alpha, functools.partial(cho_solve, factor))
+    matrix, added = kernel(data)
+    return solve(data, alpha, functools.partial(cho_solve, shifted_cholesky(matrix, alpha + added)))
 
 
 def fit_weighted_ridge(
@@ -91,19 +90,14 @@ def fit_weighted_ridge(
 
 
 @jax.jit
-def predict_ridge(ridge: Ridge, x: Float[AnyArray, "N P"]) -> Float[jax.Array, " N"]:
-    """Predictions x @ coef + intercept."""
-    return matmul(x, ridge.coef[:, None])[:, 0] + ridge.intercept
+def predict_ridge(ridge: Ridge, x: Float[AnyArray, "N P"]) -> Float[jax.Array, "N ..."]:
+    """Predictions x @ coef + intercept: (N,) of one ridge, (N, K) of K stacked ridges; one matmul in either case."""
+    *stack, p = ridge.coef.shape
+    return matmul(x, ridge.coef.reshape(-1, p).T).reshape(len(x), *stack) + ridge.intercept[None]
 
 
-@jax.jit
-def predict_ridges(ridges: Ridge, x: Float[AnyArray, "N P"]) -> Float[jax.Array, "N K"]:
-    """Predictions of K stacked ridges, coef (K, P) and intercept (K,), for all stars: one matmul."""
-    return matmul(x, ridges.coef.T) + ridges.intercept[None, :]
-
-
-# What follows is shared with moe_jax.experts.cross_validation, which pads cells to a common size: `mask` is 1 for a star and
-# 0 for padding (the root of the weight in a weighted fit), and padded rows of x and y are 0 once they are centred.
+# What follows is shared with moe_jax.experts.cross_validation, which pads cells to a common size. There `mask` is 1 for a star
+# and 0 for padding; in a weighted fit it is the root of the weight. Padded rows of x and y are 0 once they are centred.
 
 
 class Centred(NamedTuple):
@@ -117,20 +111,20 @@ class Centred(NamedTuple):
 
 
 def is_dual(x: AnyArray) -> bool:
-    """Whether the dual form is the cheaper one."""
+    """Whether the dual form is the cheaper one: fewer rows than columns."""
     return x.shape[0] < x.shape[1]
 
 
 def center(x: jax.Array, y: jax.Array, mask: jax.Array) -> Centred:
-    """Removes the weighted means, and scales each row by ``mask``: the root of its weight, 1 for a star and 0 for padding.
+    """Removes the weighted means and scales each row by ``mask``, the root s^1/2 of its weight.
 
-    With (x - mean) sqrt(s) and (y - mean) sqrt(s) for x and y, a weighted ridge is an unweighted one.
+    The weighted ridge of x and y is the unweighted ridge of (x - mean) s^1/2 and (y - mean) s^1/2.
     """
     weight = mask**2
     n = jnp.sum(weight)
     y = y.astype(x.dtype)
     x_mean = matmul(weight[None, :], x)[0] / n
-    # The mean is removed twice: what float32 left of it in the first pass is gone after the second.
+    # In float32 the first pass leaves a small mean, which the second pass removes.
     x_centred = x - x_mean[None, :]
     rest = matmul(weight[None, :], x_centred)[0] / n
     y_mean = jnp.sum(y * weight) / n
@@ -138,30 +132,19 @@ def center(x: jax.Array, y: jax.Array, mask: jax.Array) -> Centred:
 
 
 def kernel(data: Centred) -> tuple[jax.Array, jax.Array]:
-    """The smaller of X X', with its zero eigenvalue moved, and X'X; and its mean eigenvalue."""
+    """The smaller of X X' (with its zero eigenvalue moved) and X'X, and the jitter of its diagonal."""
     x, mask = data.x, data.mask
     if not is_dual(x):
         matrix = matmul(x.T, x)
-        return matrix, jnp.trace(matrix) / len(matrix)
+        return matrix, jitter(matrix)
     matrix = matmul(x, x.T)
+    return matrix + jnp.trace(matrix) / len(matrix) * jnp.outer(mask, mask), jitter(matrix)
+
+
+def jitter(matrix: jax.Array) -> jax.Array:
+    """What is added to the diagonal of a Gram matrix so that its factorisation succeeds."""
     mean_eigenvalue = jnp.trace(matrix) / len(matrix)
-    return matrix + mean_eigenvalue * jnp.outer(mask, mask), mean_eigenvalue
-
-
-def jitter(mean_eigenvalue: jax.Array) -> jax.Array:
-    """What is added to the diagonal so that the factorisation succeeds."""
-    return JITTER_ULPS * jnp.finfo(mean_eigenvalue.dtype).eps * mean_eigenvalue
-
-
-def cholesky(matrix: jax.Array, alpha: jax.Array, mean_eigenvalue: jax.Array) -> jax.Array:
-    """Factor of matrix + alpha I, with jitter."""
-    return shifted_cholesky(matrix, alpha + jitter(mean_eigenvalue))
-
-
-def cho_solve(factor: jax.Array, b: jax.Array) -> jax.Array:
-    """Solution of the equations whose Cholesky factor is given."""
-    solution: jax.Array = jsl.cho_solve((factor, True), b)
-    return solution
+    return JITTER_ULPS * jnp.finfo(matrix.dtype).eps * mean_eigenvalue
 
 
 def solve(data: Centred, alpha: jax.Array, apply_inverse: Callable[[jax.Array], jax.Array]) -> Ridge:
@@ -191,12 +174,3 @@ def solve(data: Centred, alpha: jax.Array, apply_inverse: Callable[[jax.Array], 
     else:
         coef = lax.fori_loop(0, REFINEMENT_STEPS, refine_primal, zero)
     return Ridge(coef, data.y_mean - jnp.sum(data.x_mean * coef))
-
-
-def require_positive(alpha: ArrayLike) -> None:
-    """Raises unless all penalties are positive; a tracer is not looked at."""
-    if isinstance(alpha, jax.core.Tracer):
-        return
-    values = np.asarray(alpha)
-    if not (np.isfinite(values) & (values > 0)).all():
-        raise InputError(f"alpha is {alpha}, expected positive numbers")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Float
 
 from moe_jax.core.arrays import matmul
-from moe_jax.experts.ridge import cho_solve, cholesky
+from moe_jax.core.cholesky import cho_solve, shifted_cholesky
+from moe_jax.experts.ridge import Ridge, jitter
+
+Tree = TypeVar("Tree")
 
 
 class Sums(NamedTuple):
@@ -24,20 +29,25 @@ class Sums(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What a ridge regression needs of its stars."""
+    """Means of the stars, and their sums of products about the means."""
 
     x_mean: Float[jax.Array, " P"]
     y_mean: Float[jax.Array, ""]
-    xx: Float[jax.Array, "P P"]  #: scatter matrix about the mean
+    xx: Float[jax.Array, "P P"]
     xy: Float[jax.Array, " P"]
 
 
 def sum_stars(x: jax.Array, y: jax.Array, mask: jax.Array) -> Sums:
     """Sums of stars; rows of mask 0 must be 0 in x and y.
 
-    Sums of squares lose what the square of the mean exceeds them by, so x and y should have a mean near 0.
+    Uncentred sums of squares cancel digits; pass roughly centred x and y.
     """
     return Sums(jnp.sum(mask), jnp.sum(x, axis=0), jnp.sum(y), matmul(x.T, x), matmul(x.T, y[:, None])[:, 0], jnp.sum(y**2))
+
+
+def sum_parts(by_part: Sums) -> Sums:
+    """Sums of all parts together; the first dimension counts the parts."""
+    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), by_part)
 
 
 def moments(sums: Sums) -> Moments:
@@ -47,7 +57,28 @@ def moments(sums: Sums) -> Moments:
     return Moments(x_mean, y_mean, sums.xx - n * jnp.outer(x_mean, x_mean), sums.xy - n * y_mean * x_mean)
 
 
-def solve_moments(train: Moments, alpha: jax.Array) -> jax.Array:
-    """(P,) coefficients of the ridge regression."""
-    mean_eigenvalue = jnp.trace(train.xx) / len(train.xx)
-    return cho_solve(cholesky(train.xx, alpha, mean_eigenvalue), train.xy[:, None])[:, 0]
+def solve_moments(train: Moments, alpha: jax.Array) -> Ridge:
+    """The ridge regression of the stars."""
+    coef = cho_solve(shifted_cholesky(train.xx, alpha + jitter(train.xx)), train.xy[:, None])[:, 0]
+    return Ridge(coef, train.y_mean - jnp.sum(train.x_mean * coef))
+
+
+def hold_out_each(evaluate: Callable[..., Tree], by_part: Sums, *more: jax.Array) -> Tree:
+    """Holds out each part in turn, by subtraction from the sums of all parts.
+
+    Args:
+        evaluate: takes the sums of one part, those of all other parts, and the part's row of each of ``more``.
+        by_part: sums of each part.
+        *more: arrays whose first dimension counts the parts.
+
+    Returns:
+        What ``evaluate`` gives, stacked over the parts.
+    """
+    total = sum_parts(by_part)
+
+    def hold_out(arguments: tuple[Sums, *tuple[jax.Array, ...]]) -> Tree:
+        part, *rows = arguments
+        return evaluate(part, jax.tree.map(jnp.subtract, total, part), *rows)
+
+    results: Tree = lax.map(hold_out, (by_part, *more))
+    return results

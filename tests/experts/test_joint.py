@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
-from moe_jax import InputError, fit_weighted_ridge
-from moe_jax.experts.joint import backfit_mixture_experts, fit_mixture_experts, mixture_objective, predict_mixture_experts
+from moe_jax import InputError, fit_weighted_ridge, predict_ridge
+from moe_jax.experts.joint import backfit_mixture_experts, fit_mixture_experts, mixture_objective
 
 
 @pytest.fixture(params=[(60, 12), (40, 90)], ids=["N > P", "N < P"])
@@ -64,7 +64,7 @@ def test_folds_are_held_out(problem, x64, rng):
         train, held = folds != fold, folds == fold
         oracle = fit_mixture_experts(x[train], y[train], weights[train], 2.0)
         np.testing.assert_allclose(fitted.by_fold.coef[fold], oracle.coef, atol=1e-6)
-        np.testing.assert_allclose(fitted.out_of_fold[held], predict_mixture_experts(oracle, x[held]), atol=1e-5)
+        np.testing.assert_allclose(fitted.out_of_fold[held], predict_ridge(oracle, x[held]), atol=1e-5)
 
 
 def test_one_expert_is_a_ridge_and_hard_weights_are_one_ridge_each(problem, x64):
