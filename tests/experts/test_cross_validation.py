@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
-from moe_jax import InputError, cross_validate_ridge, select_alpha
+from moe_jax import InputError, cross_validate_ridge
 from moe_jax.experts import cross_validation
 
 
@@ -75,13 +75,11 @@ def test_out_of_fold_predictions_in_float32(spectra, rng):
     assert relative_error(cv.predictions[1:], expected[1:]) < 1e-4
 
 
-def test_ties_go_to_the_larger_alpha_and_edges_are_reported():
-    choice = select_alpha(np.array([0.1, 10.0, 1.0]), np.array([0.5, 0.5, 0.7]))
-    assert (float(choice.alpha), int(choice.position), bool(choice.at_edge)) == (10.0, 1, True)
-    assert not bool(select_alpha(np.array([0.1, 1.0, 10.0]), np.array([0.5, 0.4, 0.7])).at_edge)
-    assert not bool(select_alpha(np.array([1.0]), np.array([0.5])).at_edge)
-
-
 def test_one_fold_is_no_cross_validation():
     with pytest.raises(InputError, match="1 different values, expected at least 2"):
         cross_validate_ridge(np.zeros((5, 3)), np.zeros(5), np.ones(1), np.zeros(5, int))
+
+
+def test_no_alphas():
+    with pytest.raises(InputError, match="alpha is .*expected positive numbers"):
+        cross_validate_ridge(np.zeros((5, 3)), np.zeros(5), np.zeros(0), np.arange(5))

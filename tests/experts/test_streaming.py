@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.linear_model import Ridge
 
 import moe_jax
 from moe_jax.experts.streaming import Blocks, add_block, collect, device_mesh, empty_sums, fit_sums
@@ -66,15 +67,29 @@ def test_experts_are_those_of_the_fit_in_memory(offset, dtype):
     for k in range(N_CELLS):
         ours, by_fold = fit_sums(collect(sums, np.arange(3)[:, None] + 3 * k), jnp.asarray(ALPHAS, dtype), x_offset, y_offset)
         assert ours.ridge.coef.dtype == dtype
-        for field, leaf in ours._replace(out_of_fold=None)._asdict().items():
-            theirs = jax.tree.map(lambda stacked: stacked[k], getattr(memory, field)) if leaf is not None else None
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), leaf, theirs)
+        theirs = jax.tree.map(lambda leaf, k=k: leaf[k], memory._replace(out_of_fold=None))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), ours._replace(out_of_fold=None), theirs)
         held = np.sum(x * np.asarray(by_fold.coef)[folds], axis=1) + np.asarray(by_fold.intercept)[folds]
         np.testing.assert_allclose(held[cell == k], memory.out_of_fold[cell == k], **tolerance)
     whole, _ = fit_sums(collect(sums, np.arange(9).reshape(3, 3).T), jnp.asarray(ALPHAS, dtype), x_offset, y_offset)
     expected = moe_jax.fit_global(x, y, ALPHAS, folds)
     np.testing.assert_allclose(whole.ridge.coef, expected.ridge.coef, **tolerance)
     np.testing.assert_allclose(whole.mse, expected.mse, **tolerance)
+
+
+def test_a_grid_is_extended_as_in_memory(x64):
+    """The best alpha lies above a grid of small ones; extending finds that of a grid that holds it."""
+    x, y, _, folds = draw()
+    y = np.random.default_rng(1).normal(size=len(y))
+    sums = collect(add_up(x, y, folds, device_mesh()), np.arange(3)[:, None])
+    ours, by_fold = fit_sums(sums, np.array([1.0, 10.0]), np.zeros(24), np.zeros(()), extend_decades=5)
+    memory = moe_jax.fit_global(x, y, np.array([1.0, 10.0]), folds, extend_decades=5)
+    assert float(ours.alpha) > 10.0
+    without_stars = [fit._replace(out_of_fold=None) for fit in (ours, memory)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8), *without_stars)
+    for fold in range(3):
+        oracle = Ridge(alpha=float(ours.alpha)).fit(x[folds != fold], y[folds != fold])
+        np.testing.assert_allclose(by_fold.coef[fold], oracle.coef_, atol=1e-9)
 
 
 def test_blocks_lose_no_star_and_never_mix_groups(rng):

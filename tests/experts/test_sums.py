@@ -19,3 +19,20 @@ def test_sums_of_parts_add_up_and_give_the_ridge(x64, rng):
     np.testing.assert_allclose(fit.coef, oracle.coef_, atol=1e-12)
     np.testing.assert_allclose(fit.intercept, oracle.intercept_, atol=1e-12)
     np.testing.assert_allclose(total.yy, np.sum(y**2))
+
+
+def test_each_part_is_held_out_by_subtraction(x64, rng):
+    """Against the sums of the other parts, added up star by star."""
+    x, y, part = rng.normal(size=(30, 4)), rng.normal(size=30), np.arange(30) % 3
+    by_part = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(sum_stars(x[i], y[i], np.ones(10)) for i in part_rows(part)))
+    parts, rest, names = hold_out_each(lambda own, rest, name: (own, rest, name), by_part, jnp.arange(3))
+    assert names.tolist() == [0, 1, 2]
+    for i, rows in enumerate(part_rows(part)):
+        others = np.setdiff1d(np.arange(30), rows)
+        expected = sum_stars(x[others], y[others], np.ones(20))
+        jax.tree.map(lambda ours, theirs, i=i: np.testing.assert_allclose(ours[i], theirs, atol=1e-12), rest, expected)
+    jax.tree.map(np.testing.assert_array_equal, parts, by_part)
+
+
+def part_rows(part):
+    return [np.flatnonzero(part == i) for i in range(3)]
