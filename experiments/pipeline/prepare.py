@@ -62,9 +62,22 @@ def prepare_each(configs: Sequence[DataConfig], stages: Stages, cache: Cache) ->
         )
         if found:
             stages.note("data, experts, features, classification gate: found in the cache")
+        note_extended_grids(config, prepared, stages)
         params, C, accuracy, at_edge, converged = prepared.classifier
         classifier = ClassifierFit(jax.tree.map(jnp.asarray, params), float(C), float(accuracy), bool(at_edge), bool(converged))
         yield prepared._replace(classifier=classifier)
+
+
+def note_extended_grids(config: DataConfig, prepared: Prepared, stages: Stages) -> None:
+    """Says which penalties were tried beyond a grid because the best lay at an end of it."""
+    tried = {
+        "experts": np.asarray(prepared.experts.alphas)[:, len(config.alphas) :],
+        "global ridge": np.asarray(prepared.global_ridge.alphas)[len(config.global_alphas) :],
+    }
+    for name, beyond in tried.items():
+        if np.isfinite(beyond).any():
+            listed = ", ".join(f"{alpha:g}" for alpha in np.unique(beyond[np.isfinite(beyond)]))
+            stages.note(f"{name}: the best penalty lay at an end of its grid, so these were tried too: {listed}")
 
 
 def _stars_of(config: DataConfig) -> DataConfig:
