@@ -60,6 +60,8 @@ class ScaleConfig(StudyConfig):
     """Ridge penalties of the experts to choose from."""
     global_alphas: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
     """Ridge penalties of the global ridge to choose from."""
+    extend_decades: int = 0
+    """Powers of ten by which these grids are extended; 0, so that all sizes choose from the same penalties."""
     n_seeds: int = 2
     """MLP gates."""
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
