@@ -30,12 +30,12 @@ from moe_jax.experts.alphas import require_positive, search_alphas
 from moe_jax.experts.ridge import Centred, Ridge, center, is_dual, jitter, kernel
 from moe_jax.experts.sums import Sums, hold_out_each, moments, solve_moments, sum_stars
 
-# Measured on two CPU cores. These numbers set the speed and the memory, not the results.
+# These numbers set the speed and the memory. The results do not depend on them, except for rounding.
 SMALL_FOLD = 32  # rows; blocks up to this size do not keep a processor busy one by one
 FOLDS_AT_A_TIME = 16  # so many small blocks are formed together
 ROWS_WORTH_SKIPPING = 1_024  # below, the zeros of a triangular factor cost less than a program of their own
 ROW_STEPS = 6  # the rows to skip are rounded down to this fraction of all rows, so that similar data sets share programs
-# Factorisations of an (n, n) matrix, in units of n^3 operations of a matrix product.
+# Time of factorising an (n, n) matrix, in units of n^3 operations of a matrix product; measured on two CPU cores.
 CHOLESKY_COST = 1.0
 INVERSE_CHOLESKY_COST = 1.5
 
@@ -239,13 +239,6 @@ def _cross_validation_of(data: Centred, residuals: list[jax.Array]) -> RidgeCV:
     return RidgeCV(mse, (data.y + data.y_mean)[None, :] - stacked)
 
 
-@jax.jit
-def _sum_folds(by_fold: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The Gram matrix from those of the folds, and its jitter."""
-    matrix = jnp.sum(by_fold, axis=0)
-    return matrix, jitter(matrix)
-
-
 def _batch(held: AnyArray) -> int | None:
     """How many folds are worked on at a time; None for one."""
     return min(FOLDS_AT_A_TIME, len(held)) if held.shape[1] <= SMALL_FOLD else None
@@ -333,6 +326,13 @@ def _primal_residuals(data: Centred, inverse_factor: jax.Array, held: jax.Array)
 @jax.jit
 def _sum_by_fold(data: Centred, held: jax.Array) -> Sums:
     return lax.map(lambda rows: sum_stars(*(_gather(array, rows) for array in (data.x, data.y, data.mask))), held)
+
+
+@jax.jit
+def _sum_folds(by_fold: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The Gram matrix from those of the folds, and its jitter."""
+    matrix = jnp.sum(by_fold, axis=0)
+    return matrix, jitter(matrix)
 
 
 @jax.jit

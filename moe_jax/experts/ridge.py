@@ -31,7 +31,7 @@ from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_lengt
 from moe_jax.core.cholesky import cho_solve, shifted_cholesky
 from moe_jax.experts.alphas import require_positive
 
-REFINEMENT_STEPS = 3  # each gains about as many digits as the factor has; after three, float32 has no more
+REFINEMENT_STEPS = 3
 JITTER_ULPS = 4.0  # units in the last place of the mean eigenvalue
 
 

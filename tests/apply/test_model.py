@@ -20,8 +20,7 @@ def model(request, survey, noisy_flux):
     params = request.param.init(jax.random.key(1), 13, 9)
     classification = LinearGate().init(jax.random.key(2), 13, 9)
     whole = moe_jax.fit_global(flux, log_g, np.array([10.0]), folds).ridge
-    stacked = experts.ridge
-    return Model(np.asarray(survey.wave), stacked, whole, features, request.param, params, classification, {"seed": 3})
+    return Model(np.asarray(survey.wave), experts.ridge, whole, features, request.param, params, classification, {"seed": 3})
 
 
 def test_round_trip_is_bit_exact(model, tmp_path):
