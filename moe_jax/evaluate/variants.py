@@ -27,16 +27,20 @@ def compare_variants(
 ) -> pd.DataFrame:
     """R2 of variants that were trained with several seeds, and the mean difference from a baseline with its interval.
 
-    The interval is the paired bootstrap over stars of the mean over seeds; all variants see the same resamples.
+    The difference is the mean over seeds; its interval is by a paired bootstrap over stars. All variants see the same resamples.
 
     Args:
         key: random key.
         y: target.
-        variants: predictions by seed and star, by name.
-        baseline: likewise; its number of seeds may be another.
+        variants: name of each variant -> its predictions by seed and star.
+        baseline: predictions of the baseline; it may have another number of seeds.
         n_resamples: B.
         confidence_level: of the intervals.
         method: of the intervals.
+
+    Returns:
+        One row for each variant: its R2 (mean and standard deviation over seeds), and ``delta_r2`` with its interval ``low`` to
+        ``high`` and ``standard_error``.
     """
     y64 = np.asarray(y, np.float64)
 
@@ -47,8 +51,10 @@ def compare_variants(
     reference, rows = squared_error(baseline), []
     for name, predictions in variants.items():
         gain = (reference - squared_error(predictions)).astype(np.asarray(y).dtype)
-        own = jax.random.clone(key)  # the same resamples on purpose
-        bootstrap = bootstrap_gain(own, y, gain, n_resamples=n_resamples, confidence_level=confidence_level, method=method)
+        same_key = jax.random.clone(key)
+        difference = bootstrap_gain(
+            same_key, y, gain, n_resamples=n_resamples, confidence_level=confidence_level, method=method
+        ).overall
         r2 = [float(r2_score(y, prediction)) for prediction in np.asarray(predictions)]
         rows.append(
             {
@@ -56,10 +62,10 @@ def compare_variants(
                 "n_seeds": len(r2),
                 "r2": np.mean(r2),
                 "r2_sd_over_seeds": np.std(r2, ddof=1) if len(r2) > 1 else np.nan,
-                "delta_r2": float(bootstrap.estimate),
-                "low": float(bootstrap.low),
-                "high": float(bootstrap.high),
-                "standard_error": float(bootstrap.standard_error),
+                "delta_r2": float(difference.estimate),
+                "low": float(difference.low),
+                "high": float(difference.high),
+                "standard_error": float(difference.standard_error),
             }
         )
     return pd.DataFrame(rows)
