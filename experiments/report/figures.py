@@ -256,7 +256,7 @@ def error_against_uncertainty(uncertainty: Float[AnyArray, " N"], error: Float[A
     ax.set_ylim(0, np.quantile(error, 0.998))
     ax.set_xlabel("uncertainty of log g (half-width of the 68 % interval)")
     ax.set_ylabel("|error| of log g")
-    ax.legend(fontsize=8, loc="upper left")
+    fig.legend(fontsize=8, ncols=3, loc="outside upper center")
     return fig
 
 

@@ -122,8 +122,9 @@ def pairs_markdown(bootstrap: pd.DataFrame) -> str:
 
 def weights_markdown(weights: Mapping[Method, Any]) -> str:
     """Mean weight of each expert by each gate."""
-    means = {method.title: [float(weight[:, k].mean()) for k in range(len(CELL_NAMES))] for method, weight in weights.items()}
-    return table_markdown(pd.DataFrame({"cell": CELL_NAMES} | means), dict.fromkeys(means, ".3f"))
+    means = {method.title: np.asarray(weight).mean(axis=0) for method, weight in weights.items()}
+    rows = [{"gate": title} | dict(zip(CELL_NAMES, mean, strict=True)) for title, mean in means.items()]
+    return table_markdown(pd.DataFrame(rows), dict.fromkeys(CELL_NAMES, ".3f"))
 
 
 def warnings(fits: Mapping[Method, GateFit], at_edge: list[str], n_undefined: int) -> list[str]:
