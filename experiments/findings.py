@@ -111,7 +111,13 @@ def gather(config: FindingsConfig, prepared: Prepared) -> Evidence:
     numbers = {"estimate": float(hard.estimate), "low": float(hard.low), "high": float(hard.high)}
     numbers["stars"] = required_stars(numbers["estimate"], len(y) * float(hard.standard_error) ** 2)
     weights = uniformity(config, prepared, classify, key)
-    return Evidence(pd.concat(cells), pd.concat(rivals)[["protocol", "cell", "lead", "low", "high"]], weights, numbers, len(y))
+    return Evidence(
+        pd.concat(cells, ignore_index=True),
+        pd.concat(rivals, ignore_index=True)[["protocol", "cell", "lead", "low", "high"]],
+        weights,
+        numbers,
+        len(y),
+    )
 
 
 def lead(cells: Resampled) -> pd.DataFrame:
@@ -328,8 +334,8 @@ def about_gates(converge: pd.DataFrame, leaks: pd.DataFrame, control: pd.DataFra
     no_pca = row_of(ablate, changed="features", value="no PCA")
     width = ablate[ablate["changed"] == "hidden units"].nlargest(1, "r2").iloc[0].to_dict()
     return [
-        "**Leakage.** Both gates gain if they are trained on stars that the experts had not seen, and not on the same stars "
-        f"in-sample: the MLP {shown(leak_mlp)}, the converged linear gate {shown(leak_linear)}. {link('measure_leakage')}",
+        "**Leakage.** A gate can be trained with predictions of experts that had not seen its stars, or that had. The first minus "
+        f"the second: MLP {shown(leak_mlp)}, converged linear gate {shown(leak_linear)}. {link('measure_leakage')}",
         f"**The linear gate had not converged.** At its optimum it has {linear['delta_r2'] / mlp['delta_r2']:.0%} of the MLP's gain "
         f"over the classification gate (cross-fitted). Non-linearity adds the rest. {link('converge_gate')}",
         f"**{title}.** A network of the same size that regresses log g on features and expert predictions differs from the mixture "
@@ -401,8 +407,9 @@ def write_findings(config: FindingsConfig, evidence: Evidence, command: str) -> 
         table_markdown(pd.DataFrame(claims).rename(columns={"claim": "claim of the report"})),
         "A claim *holds* if the interval lies on its side of 0, it *does not hold* if the interval lies on the other side, and we "
         "*cannot tell* if the interval contains 0.",
-        f"The intervals of claims 2, 3, 5, 6 and 7 cover the sampling of test stars only ({evidence.n_test:,} covered test stars, one "
-        "training survey). The interval of claim 1 also covers new training stars, noise and gate seeds. The intervals of claim 3 "
+        "The intervals of claims 2 to 6 cover the sampling of test stars only, for one training survey "
+        f"({evidence.n_test:,} covered test stars in claims 2 to 5). The interval of claim 1 also covers new training stars, noise "
+        "and gate seeds. The intervals of claim 3 "
         f"hold for all cells at once. {repetitions(intervals, components, set_size)}",
         "## What we find beside them",
         "\n".join(f"- {text}" for text in others),
