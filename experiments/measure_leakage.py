@@ -16,7 +16,7 @@ import pandas as pd
 
 from experiments.pipeline.config import SMALL, StudyConfig
 from experiments.pipeline.gates import CONVERGED, GateRun, mix_by_class, run_gates
-from experiments.pipeline.methods import PROTOCOLS
+from experiments.pipeline.methods import CROSS_FITTED, IN_SAMPLE, PROTOCOLS
 from experiments.pipeline.prepare import prepare
 from experiments.report.markdown import interval, table_markdown
 from experiments.report.results import output_folder
@@ -76,15 +76,14 @@ def main(config: LeakageConfig) -> pd.DataFrame:
     named = {f"{kind}: {protocol} {part}": value for (kind, protocol, part), value in predictions.items()}
     table = compare_by(config, test.log_g, named, baseline)
     table[["form", "protocol", "stars"]] = [(kind.split(",")[0], protocol, part) for kind, protocol, part in runs]
-    in_sample, cross_fitted = PROTOCOLS
     pairs = []
     for kind in kinds:
         for better, worse in (
-            ((in_sample, "all"), (in_sample, "20 %")),
-            ((cross_fitted, "20 %"), (in_sample, "20 %")),
-            ((cross_fitted, "all"), (in_sample, "all")),
-            ((cross_fitted, "all"), (cross_fitted, "20 %")),
-            ((cross_fitted, "all"), (in_sample, "20 %")),
+            ((IN_SAMPLE, "all"), (IN_SAMPLE, "20 %")),
+            ((CROSS_FITTED, "20 %"), (IN_SAMPLE, "20 %")),
+            ((CROSS_FITTED, "all"), (IN_SAMPLE, "all")),
+            ((CROSS_FITTED, "all"), (CROSS_FITTED, "20 %")),
+            ((CROSS_FITTED, "all"), (IN_SAMPLE, "20 %")),
         ):
             ours, theirs = predictions[kind, *better], predictions[kind, *worse]
             row = compare_by(config, test.log_g, {" ".join(better): ours}, theirs).iloc[0]

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.methods import CLASSIFY, PROTOCOLS, REGRESSION_GATES, Method, Pair
+from experiments.pipeline.methods import CLASSIFY, CROSS_FITTED, IN_SAMPLE, PROTOCOLS, REGRESSION_GATES, Method, Pair
 from experiments.report.tables import published_verdict, verdict
 from moe_jax.evaluate.bootstrap import Bootstrap
 from moe_jax.experts.cells import CELL_NAMES
 from moe_jax.gates.optimize import GateFit
 
 PUBLISHED_FILE = Path(__file__).with_name("published.json")
-IN_SAMPLE, CROSS_FITTED = PROTOCOLS
 
 
 def load_published() -> dict[str, Any]:

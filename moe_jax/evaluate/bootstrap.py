@@ -117,8 +117,8 @@ def bootstrap_delta_r2(
         y: target.
         prediction: of the method.
         baseline: predictions of the method it is compared with, for the same stars.
-        options: keyword arguments of ``bootstrap_gain``: ``n_resamples``, ``confidence_level``, ``method``, ``groups``,
-            ``n_groups`` and ``block_size``.
+        options: keyword arguments of ``bootstrap_gain``: ``n_resamples``, ``confidence_level``, ``method``, ``groups``
+            and ``n_groups``.
 
     Raises:
         InputError: if shapes disagree, a value is not finite, or an option is out of range.
@@ -146,7 +146,6 @@ def bootstrap_gain(
     method: IntervalMethod = DEFAULT_METHOD,
     groups: Int[AnyArray, " N"] | None = None,
     n_groups: int | None = None,
-    block_size: int | None = None,
 ) -> Bootstrap:
     """As ``bootstrap_delta_r2``, from the gain in squared error of each star.
 
@@ -162,16 +161,12 @@ def bootstrap_gain(
         groups: group of each star, from 0. The differences within groups come from the same resamples as the overall one. A
             star with a negative group counts in the overall difference only.
         n_groups: G; by default the highest group plus one.
-        block_size: resamples in one call of the compiled program, rounded up to whole tiles; all by default. The result does
-            not depend on it, to the last bit.
 
     Raises:
         InputError: as ``bootstrap_delta_r2``.
     """
     require_vectors(y=y, gain=gain)
     _require_resamples(n_resamples)
-    if block_size is not None and block_size < 1:
-        raise InputError(f"block_size is {block_size}, expected at least 1, or None")
     require_interval(method, confidence_level)
     if groups is None:
         groups, n_groups = jnp.zeros(len(y), jnp.int32), 0
@@ -180,7 +175,7 @@ def bootstrap_gain(
         n_groups = int(np.max(np.asarray(groups))) + 1
     _require_finite(y=y, gain=gain)
     y, gain, groups = map(jnp.asarray, (y, gain, groups))
-    return summarize(resample_gain(key, y, gain, groups, n_resamples, n_groups, block_size), confidence_level, method)
+    return summarize(resample_gain(key, y, gain, groups, n_resamples, n_groups), confidence_level, method)
 
 
 @functools.partial(jax.jit, static_argnames=("method",))
@@ -204,7 +199,6 @@ def resample_gain(
     groups: Int[jax.Array, " N"],
     n_resamples: int,
     n_groups: int,
-    block_size: int | None = None,
 ) -> Resampled:
     """Delta R2 of all stars (column 0) and of each group, on the stars and on each resample, with standard errors.
 
@@ -218,22 +212,11 @@ def resample_gain(
     """
     tile = min(max(COUNTS_IN_TILE // len(y), 1), RESAMPLES_IN_TILE)
     at_once = max(COUNTS_AT_ONCE // (tile * len(y)), 1)
-
-    def tiles_for(resamples: int) -> int:
-        n = -(-resamples // tile)
-        return n if n <= at_once else -(-n // at_once) * at_once
-
+    n_tiles = -(-n_resamples // tile)
+    if n_tiles > at_once:
+        n_tiles = -(-n_tiles // at_once) * at_once
     columns, estimate, error, acceleration = _columns(y, gain, groups, n_groups)
-    n_tiles = tiles_for(n_resamples)
-    step = n_tiles if block_size is None else tiles_for(block_size)
-    keys = jax.random.split(key, n_tiles * tile).reshape(n_tiles, tile)
-    if step >= n_tiles:
-        samples, errors = _resample(keys, y, columns)
-    else:
-        n_filled = -(-n_tiles // step) * step  # the last block is filled with copies of a tile, so that all have one shape
-        keys = keys[jnp.minimum(jnp.arange(n_filled), n_tiles - 1)]
-        blocks = [jax.device_get(_resample(keys[i : i + step], y, columns)) for i in range(0, n_filled, step)]
-        samples, errors = (jnp.asarray(np.concatenate(part)) for part in zip(*blocks, strict=True))
+    samples, errors = _resample(jax.random.split(key, n_tiles * tile).reshape(n_tiles, tile), y, columns)
     return Resampled(estimate, error, acceleration, samples[:n_resamples], errors[:n_resamples])
 
 

@@ -9,12 +9,11 @@ import pandas as pd
 import pytest
 
 from experiments import findings, replicate
-from experiments.pipeline.methods import PROTOCOLS
+from experiments.pipeline.methods import CROSS_FITTED, IN_SAMPLE, PROTOCOLS
 from moe_jax import InputError
 from moe_jax.evaluate.bootstrap import resample_gain
 from moe_jax.experts.cells import CELL_NAMES, N_CELLS
 
-IN_SAMPLE, CROSS_FITTED = PROTOCOLS
 HOLDS, FAILS, UNKNOWN = "**holds**", "**does not hold**", "**cannot tell**"
 #: Intervals of a difference, and the verdict on the claim that it is positive.
 OUTCOMES = [((0.01, 0.03), HOLDS), ((-0.03, -0.01), FAILS), ((-0.01, 0.02), UNKNOWN), ((0.0, 0.01), UNKNOWN)]
