@@ -434,9 +434,7 @@ def main(config: FindingsConfig) -> Evidence:
     cells, rivals = evidence.cells, evidence.rivals
     figure = interval_plot(
         [f"{row['cell']}, {row['protocol']}" for row in cells.to_dict("records")],
-        cells["delta_r2"].to_numpy(),
-        cells["low"].to_numpy(),
-        cells["high"].to_numpy(),
+        cells,
         "$\\Delta R^2$ of the MLP gate against the classification gate;\n95 % intervals that hold for all nine cells at once",
         groups=list(cells["protocol"]),
     )

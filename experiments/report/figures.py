@@ -1,6 +1,6 @@
 """The figures of an experiment, each a function from tables or arrays to a Matplotlib figure.
 
-The colours are those of Okabe & Ito (2008), which colour-blind readers can tell apart. Markers tell the same.
+The colours are those of Okabe & Ito (2008), which colour-blind readers can tell apart. Markers differ as well.
 """
 
 from __future__ import annotations
@@ -95,26 +95,17 @@ def r2_comparison(overall: pd.DataFrame, published: Mapping[str, Any]) -> Figure
     return fig
 
 
-def interval_plot(
-    names: Sequence[str],
-    estimate: Float[AnyArray, " V"],
-    low: Float[AnyArray, " V"],
-    high: Float[AnyArray, " V"],
-    xlabel: str,
-    *,
-    reference: float = 0.0,
-    groups: Sequence[str] | None = None,
-) -> Figure:
-    """Estimates with intervals, one line each from top to bottom. Names of one group share colour and marker."""
+def interval_plot(names: Sequence[str], table: pd.DataFrame, xlabel: str, *, groups: Sequence[str] | None = None) -> Figure:
+    """The differences ``delta_r2`` of a table with their intervals, one line each. Names of one group share colour and marker."""
     groups = [""] * len(names) if groups is None else groups
     kinds = list(dict.fromkeys(groups))
     fig, ax = new_figure(figsize=(8.0, 1.4 + 0.27 * len(names)))
-    estimate, low, high = (np.asarray(array, float) for array in (estimate, low, high))
+    estimate, low, high = (table[column].to_numpy(float) for column in ("delta_r2", "low", "high"))
     for kind, color, marker in zip(kinds, _KIND_COLORS * 3, _KIND_MARKERS * 3, strict=False):
         rows = np.array([i for i, group in enumerate(groups) if group == kind])
         bars = _errors(estimate[rows], low[rows], high[rows])
         ax.errorbar(estimate[rows], rows, xerr=bars, fmt=marker, color=color, capsize=3, ms=5, label=kind or None)
-    ax.axvline(reference, color=BLACK, lw=0.8, ls="--")
+    ax.axvline(0.0, color=BLACK, lw=0.8, ls="--")
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xlabel(xlabel)

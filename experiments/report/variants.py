@@ -67,8 +67,7 @@ def write_variants(
     """
     command = command_of(experiment, config, presets)
     label = f"$\\Delta R^2$ against {against}, {100 * config.confidence_level:g} % intervals"
-    estimate, low, high = (table[column].to_numpy() for column in ("delta_r2", "low", "high"))
-    figure = interval_plot(list(table["variant"]), estimate, low, high, label, groups=groups)
+    figure = interval_plot(list(table["variant"]), table, label, groups=groups)
     shown = table.drop(columns=["standard_error", "low", "high", *table.columns.intersection(_KEYS)]).rename(
         columns={"delta_r2": f"delta R2 against {against}"}
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,8 +11,7 @@ import pandas as pd
 from jaxtyping import Float, PRNGKeyArray
 
 from moe_jax.core.arrays import AnyArray
-from moe_jax.evaluate.bootstrap import DEFAULT_METHOD, bootstrap_gain
-from moe_jax.evaluate.intervals import IntervalMethod
+from moe_jax.evaluate.bootstrap import bootstrap_gain
 from moe_jax.evaluate.metrics import r2_score
 
 
@@ -20,10 +20,7 @@ def compare_variants(
     y: Float[AnyArray, " N"],
     variants: Mapping[str, Float[AnyArray, "S N"]],
     baseline: Float[AnyArray, "S N"],
-    *,
-    n_resamples: int = 1000,
-    confidence_level: float = 0.95,
-    method: IntervalMethod = DEFAULT_METHOD,
+    **options: Any,
 ) -> pd.DataFrame:
     """R2 of variants that were trained with several seeds, and the mean difference from a baseline with its interval.
 
@@ -34,9 +31,7 @@ def compare_variants(
         y: target.
         variants: name of each variant -> its predictions by seed and star.
         baseline: predictions of the baseline; it may have another number of seeds.
-        n_resamples: B.
-        confidence_level: of the intervals.
-        method: of the intervals.
+        options: keyword arguments of ``bootstrap_gain``: ``n_resamples``, ``confidence_level`` and ``method``.
 
     Returns:
         One row for each variant: its R2 (mean and standard deviation over seeds), and ``delta_r2`` with its interval ``low`` to
@@ -51,10 +46,7 @@ def compare_variants(
     reference, rows = squared_error(baseline), []
     for name, predictions in variants.items():
         gain = (reference - squared_error(predictions)).astype(np.asarray(y).dtype)
-        same_key = jax.random.clone(key)
-        difference = bootstrap_gain(
-            same_key, y, gain, n_resamples=n_resamples, confidence_level=confidence_level, method=method
-        ).overall
+        difference = bootstrap_gain(jax.random.clone(key), y, gain, **options).overall
         r2 = [float(r2_score(y, prediction)) for prediction in np.asarray(predictions)]
         rows.append(
             {
