@@ -41,6 +41,19 @@ FEATURE_GROUPS = {
 }
 
 
+#: A variant: its name, what was changed, and to what.
+Variant = tuple[str, str, str]
+#: Kind of each change, for colours.
+KINDS = {
+    "features": "features",
+    "weight decay": "penalties",
+    "entropy penalty": "penalties",
+    "temperature": "penalties",
+    "hidden units": "size",
+    "gate stars": "size",
+}
+
+
 @dataclass(frozen=True)
 class AblateConfig(StudyConfig):
     """The baseline, and what is changed."""
@@ -74,21 +87,24 @@ PRESETS = {
 }
 
 
-def train_variants(config: AblateConfig, prepared: Prepared) -> dict[str, np.ndarray]:
+def train_variants(config: AblateConfig, prepared: Prepared) -> dict[Variant, np.ndarray]:
     """Predictions by seed of all variants whose arrays have the baseline's shapes: one vectorised call."""
     stars, test = prepared.gate_stars(), prepared.test.covered()
     n_features, n_seeds = len(FEATURE_NAMES), config.n_seeds
-    own = Hyper.of(config.gate)
-    variants: list[tuple[str, Hyper, np.ndarray, float]] = []
+    default = Hyper.of(config.gate)
+    variants: list[tuple[Variant, Hyper, np.ndarray, float]] = []
     everything = np.ones(n_features, np.float32)
     for name, kept in FEATURE_GROUPS.items():
-        variants.append((f"features: {name}", own, np.isin(FEATURE_NAMES, kept).astype(np.float32), 1.0))
+        mask = np.isin(FEATURE_NAMES, kept).astype(np.float32)
+        variants.append(((f"features: {name}", "features", name), default, mask, 1.0))
     for value in config.weight_decays:
-        variants.append((f"weight decay {value:g}", own._replace(weight_decay=value), everything, 1.0))
+        variant = (f"weight decay {value:g}", "weight decay", f"{value:g}")
+        variants.append((variant, default._replace(weight_decay=value), everything, 1.0))
     for value in config.entropy_penalties:
-        variants.append((f"entropy penalty {value:g}", own._replace(entropy_penalty=value), everything, 1.0))
+        variant = (f"entropy penalty {value:g}", "entropy penalty", f"{value:g}")
+        variants.append((variant, default._replace(entropy_penalty=value), everything, 1.0))
     for value in config.temperatures:
-        variants.append((f"temperature {value:g} after training", own, everything, value))
+        variants.append(((f"temperature {value:g} after training", "temperature", f"{value:g}"), default, everything, value))
     hyper = Hyper(*(jnp.repeat(jnp.array(column), n_seeds) for column in zip(*(v[1] for v in variants), strict=True)))
     sweep = train_gates(
         jnp.tile(gate_keys(config, n_seeds), len(variants)),
@@ -102,7 +118,7 @@ def train_variants(config: AblateConfig, prepared: Prepared) -> dict[str, np.nda
         temperature=np.repeat(np.array([v[3] for v in variants], np.float32), n_seeds),
     )
     by_variant = np.asarray(sweep.predictions).reshape(len(variants), n_seeds, -1)
-    return {variant[0]: predictions for variant, predictions in zip(variants, by_variant, strict=True)}
+    return {variant: predictions for (variant, *_), predictions in zip(variants, by_variant, strict=True)}
 
 
 def main(config: AblateConfig) -> pd.DataFrame:
@@ -111,40 +127,43 @@ def main(config: AblateConfig) -> pd.DataFrame:
     output_folder(config, "ablate_gate")
     prepared = prepare(config.data, stages, config.cache)
     baseline_run = GateRun(MLPGate(config.hidden), config.gate, n_seeds=config.n_seeds)
-    found: dict[str, np.ndarray] = {}
+    variants: dict[Variant, np.ndarray] = {}
 
-    def keep(name: str, sweep: Sweep) -> None:
-        found[name] = np.asarray(sweep.predictions)
+    def keep(name: str, changed: str, value: object, sweep: Sweep) -> None:
+        variants[name, changed, str(value)] = np.asarray(sweep.predictions)
 
     with stages("baseline"):
-        keep("baseline", run_gates(config, prepared, baseline_run))
-        keep("linear gate, converged", run_gates(config, prepared, CONVERGED_LINEAR))
+        keep("baseline", "", "", run_gates(config, prepared, baseline_run))
+        keep("linear gate, converged", "form", "linear", run_gates(config, prepared, CONVERGED_LINEAR))
     with stages("features, penalties and temperatures"):
-        found |= train_variants(config, prepared)
+        variants |= train_variants(config, prepared)
     with stages("widths"):
         for width in config.widths:
             run = dataclasses.replace(baseline_run, gate=MLPGate(width))
-            keep(f"{width} hidden units", run_gates(config, prepared, run))
+            keep(f"{width} hidden units", "hidden units", width, run_gates(config, prepared, run))
     with stages("numbers of stars"):
         for fraction in config.fractions:
             run = dataclasses.replace(baseline_run, fraction=fraction)
-            keep(f"{round(fraction * prepared.n_covered):,} gate stars", run_gates(config, prepared, run))
+            n_stars = round(fraction * prepared.n_covered)
+            keep(f"{n_stars:,} gate stars", "gate stars", n_stars, run_gates(config, prepared, run))
     # Trained on stars with uniform labels, and judged on the same test stars.
     if config.train_file is None:
         other = dataclasses.replace(config, label_sampling="uniform", test_sampling=config.test_sampling or config.label_sampling)
         uniform = prepare(other.data, stages, config.cache)
         with stages("gates of uniform labels"):
-            keep("trained on uniform labels", run_gates(other, uniform, baseline_run))
-            found["classification gate, uniform labels"] = mix_by_class(uniform, uniform.test.covered())
+            keep("trained on uniform labels", "labels", "uniform", run_gates(other, uniform, baseline_run))
+            classified = mix_by_class(uniform, uniform.test.covered())
+            variants["classification gate, uniform labels", "form and labels", "classification, uniform"] = classified
     test = prepared.test.covered()
-    found["classification gate"] = mix_by_class(prepared, test)
+    variants["classification gate", "form", "classification"] = mix_by_class(prepared, test)
     with stages("bootstrap"):
         table = compare_by(
             config,
             test.log_g,
-            found,
-            found["baseline"],
+            {name: predictions for (name, _, _), predictions in variants.items()},
+            variants["baseline", "", ""],
         )
+    table[["changed", "value"]] = [(changed, value) for _, changed, value in variants]
     write_variants(
         "ablate_gate",
         "One change at a time",
@@ -156,16 +175,9 @@ def main(config: AblateConfig) -> pd.DataFrame:
         f"of {prepared.n_covered:,} stars, Adam for {config.gate.epochs} epochs. {len(test.log_g):,} covered test stars, the same "
         "for all. A positive entropy penalty asks for sharper weights.",
         against="the baseline",
-        groups=[_group(name) for name in found],
+        groups=[KINDS.get(changed, "gates and labels") for _, changed, _ in variants],
     )
     return table
-
-
-def _group(name: str) -> str:
-    for start in ("features", "weight decay", "entropy", "temperature"):
-        if name.startswith(start):
-            return "penalties" if start in ("weight decay", "entropy", "temperature") else "features"
-    return "size" if name.endswith(("units", "stars")) else "gates and labels"
 
 
 if __name__ == "__main__":

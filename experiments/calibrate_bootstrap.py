@@ -34,7 +34,7 @@ from experiments.runner.provenance import command_of, describe_run
 from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.evaluate.bootstrap import resample_gain, squared_error_gain
-from moe_jax.evaluate.intervals import METHODS, Resampled, confidence_interval, simultaneous_interval
+from moe_jax.evaluate.intervals import METHODS, confidence_interval, simultaneous_interval
 from moe_jax.experts.cells import CELL_NAMES, N_CELLS, assign_cells
 from moe_jax.experts.fit import predict_experts
 from moe_jax.gates.features import compute_features
@@ -152,7 +152,7 @@ def intervals_of_sets(keys: jax.Array, y: jax.Array, gain: jax.Array, cell: jax.
         key_stars, key_resamples = jax.random.split(key)
         rows = jax.random.randint(key_stars, (set_size,), 0, len(y))
         resampled = resample_gain(key_resamples, y[rows], gain[rows], cell[rows], n_resamples, N_CELLS)
-        by_cell = Resampled(*(column[..., 1:] for column in resampled))
+        by_cell = resampled.columns(slice(1, None))
         own = [[confidence_interval(resampled, method, level) for method in METHODS] for level in LEVELS]
         at_once = [simultaneous_interval(by_cell, level) for level in LEVELS]
         return Ends(

@@ -106,9 +106,8 @@ def main(config: TabularConfig) -> None:
     for row in table.to_dict("records"):
         difference = interval(row["delta_r2"], row["low"], row["high"])
         console.print(f"{row['variant']:<40} R2 {row['r2']:.4f}  {difference}", highlight=False)
-    estimate, low, high = (table[column].to_numpy() for column in ("delta_r2", "low", "high"))
     label = f"$\\Delta R^2$ against the {BASELINE}, {100 * config.confidence_level:g} % intervals"
-    figure = interval_plot(list(table["variant"]), estimate, low, high, label)
+    figure = interval_plot(list(table["variant"]), table, label)
     command = command_of("compare_tabular", config, PRESETS)
     shown = table.drop(columns=["standard_error", "low", "high"]).rename(columns={"n_seeds": "repeats", "delta_r2": "delta R2"})
     shown["delta R2"] = [interval(row["delta_r2"], row["low"], row["high"]) for row in table.to_dict("records")]

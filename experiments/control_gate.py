@@ -65,22 +65,24 @@ PRESETS = {
 }
 
 
-def fit_controls(config: ControlConfig, prepared: Prepared, stages: Stages) -> dict[str, np.ndarray]:
-    """Predictions of each control for the covered test stars, by seed."""
+def fit_controls(config: ControlConfig, prepared: Prepared, stages: Stages) -> dict[tuple[str, str, str], np.ndarray]:
+    """Predictions of each control for the covered test stars, by seed; named by variant, form and inputs."""
     train, test = prepared.gate_stars(), prepared.test.covered()
     y = jnp.asarray(train.log_g)
     keys = gate_keys(config, config.n_seeds)
-    found: dict[str, np.ndarray] = {}
+    controls: dict[tuple[str, str, str], np.ndarray] = {}
 
-    def keep(name: str, prediction: object) -> None:
-        found[name] = np.atleast_2d(np.asarray(prediction))
+    def keep(name: str, form: str, inputs: str, prediction: object) -> None:
+        controls[name, form, inputs] = np.atleast_2d(np.asarray(prediction))
 
     constant = simplex_weights(train.predictions, train.log_g)
-    keep("constant weights (simplex least squares)", np.asarray(test.predictions) @ constant.astype(np.float32))
+    weighted = np.asarray(test.predictions) @ constant.astype(np.float32)
+    keep("constant weights (simplex least squares)", "constant weights", "expert predictions", weighted)
     params = prepared.classifier.params
     temperature = fit_temperature(LinearGate().apply(params, train.features), train.predictions, train.log_g)
     sharpened = sharpen(LinearGate().apply(params, test.features), temperature)
-    keep(f"classification gate at temperature {temperature:.2f}", route_soft(sharpened, test.predictions))
+    name = f"classification gate at temperature {temperature:.2f}"
+    keep(name, "classification gate", "features + expert predictions", route_soft(sharpened, test.predictions))
     inputs = {"features": ("features",), "features + expert predictions": ("features", "predictions")}
     folds = np.arange(len(y)) % config.n_folds  # the stars are in random order
     for name, columns in inputs.items():
@@ -88,18 +90,20 @@ def fit_controls(config: ControlConfig, prepared: Prepared, stages: Stages) -> d
         with stages(f"controls from {name}"):
             alphas = jnp.array(config.stack_alphas)
             alpha = select_alpha(alphas, cross_validate_ridge(x, y, alphas, folds).mse).alpha
-            keep(f"ridge on {name}", predict_ridge(fit_ridge(x, y, alpha), x_test))
+            keep(f"ridge on {name}", "ridge", name, predict_ridge(fit_ridge(x, y, alpha), x_test))
 
             networks = jax.vmap(lambda key, x=x: fit_mlp_regressor(key, x, y, hidden=config.hidden, config=config.network)[0])
-            keep(f"MLP on {name}", jax.vmap(lambda model, x=x_test: predict_mlp_regressor(model, x))(networks(keys)))
+            predicted = jax.vmap(lambda model, x=x_test: predict_mlp_regressor(model, x))(networks(keys))
+            keep(f"MLP on {name}", "MLP", name, predicted)
             boosted = HistGradientBoostingRegressor(random_state=config.seed).fit(np.asarray(x), np.asarray(y))
-            keep(f"gradient boosting on {name}", boosted.predict(np.asarray(x_test)).astype(np.float32))
+            predicted = boosted.predict(np.asarray(x_test)).astype(np.float32)
+            keep(f"gradient boosting on {name}", "gradient boosting", name, predicted)
     with stages("gate on permuted features"):
         key_train, key_test = jax.random.split(draw_keys(config.seed).in_sample)
         mixed_train, mixed_test = _permute(key_train, train), _permute(key_test, test)
         sweep = train_gates(keys, params, mixed_train, mixed_test, MLPGate(config.hidden), config.network)
-        keep("MLP gate on permuted features", sweep.predictions)
-    return found
+        keep("MLP gate on permuted features", "MLP gate", "permuted features + expert predictions", sweep.predictions)
+    return controls
 
 
 def _permute(key: jax.Array, stars: Stars) -> Stars:
@@ -117,10 +121,11 @@ def main(config: ControlConfig) -> pd.DataFrame:
     with stages("gates"):
         mlp = run_gates(config, prepared, GateRun(MLPGate(config.hidden), config.network, n_seeds=config.n_seeds))
         linear = run_gates(config, prepared, CONVERGED_LINEAR)
+    inputs = "features + expert predictions"
     variants = {
-        "mixture, classification gate": mix_by_class(prepared, test),
-        "mixture, linear regression gate": linear.predictions,
-        "mixture, MLP regression gate": mlp.predictions,
+        ("mixture, classification gate", "classification gate", inputs): mix_by_class(prepared, test),
+        ("mixture, linear regression gate", "linear gate", inputs): linear.predictions,
+        ("mixture, MLP regression gate", "MLP gate", inputs): mlp.predictions,
     }
     n_mixtures = len(variants)
     variants |= fit_controls(config, prepared, stages)
@@ -128,9 +133,10 @@ def main(config: ControlConfig) -> pd.DataFrame:
         table = compare_by(
             config,
             test.log_g,
-            variants,
-            variants["mixture, MLP regression gate"],
+            {name: predictions for (name, _, _), predictions in variants.items()},
+            mlp.predictions,
         )
+    table[["form", "inputs"]] = [(form, inputs) for _, form, inputs in variants]
     weights = pd.DataFrame(
         {
             "cell": CELL_NAMES,

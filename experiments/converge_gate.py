@@ -59,8 +59,8 @@ PRESETS = {
 }
 
 
-def runs_of(config: ConvergeConfig) -> dict[str, GateRun]:
-    """All gates by name: protocol x form x start x optimiser."""
+def runs_of(config: ConvergeConfig) -> dict[tuple[str, str, str, str], GateRun]:
+    """All gates by form, protocol, optimiser and start."""
     adam = config.gate
     lbfgs = GateConfig(optimizer="lbfgs", patience=config.patience, max_iterations=config.max_iterations)
     runs = {}
@@ -73,7 +73,7 @@ def runs_of(config: ConvergeConfig) -> dict[str, GateRun]:
                     drawn = how != "L-BFGS" or name != "linear" or start == "cold"
                     chosen = dataclasses.replace(training, init="random" if start == "cold" else "logistic")
                     n_seeds = config.n_seeds if drawn else 1
-                    runs[f"{name}, {protocol}, {how}, {start}"] = GateRun(gate, chosen, protocol, fraction, n_seeds)
+                    runs[name, protocol, how, start] = GateRun(gate, chosen, protocol, fraction, n_seeds)
     return runs
 
 
@@ -83,10 +83,10 @@ def main(config: ConvergeConfig) -> pd.DataFrame:
     output_folder(config, "converge_gate")
     prepared = prepare(config.data, stages, config.cache)
     runs = runs_of(config)
-    sweeps: dict[str, Sweep] = {}
+    sweeps: dict[tuple[str, str, str, str], Sweep] = {}
     with stages.steps("gates", len(runs)) as advance:
-        for name, run in runs.items():
-            sweeps[name] = run_gates(config, prepared, run)
+        for kind, run in runs.items():
+            sweeps[kind] = run_gates(config, prepared, run)
             advance()
     test = prepared.test.covered()
     baseline = mix_by_class(prepared, test)
@@ -94,9 +94,10 @@ def main(config: ConvergeConfig) -> pd.DataFrame:
         table = compare_by(
             config,
             test.log_g,
-            {name: sweep.predictions for name, sweep in sweeps.items()},
+            {", ".join(kind): sweep.predictions for kind, sweep in sweeps.items()},
             baseline,
         )
+    table[["form", "protocol", "optimiser", "start"]] = [(form, p, how.split()[0], start) for form, p, how, start in runs]
     # The linear gate that starts at the classification gate and is fitted on all stars can only fall below its loss.
     classify_loss = {}
     for protocol, fraction in zip(PROTOCOLS, (config.in_sample_fraction, 1.0), strict=True):
@@ -110,14 +111,19 @@ def main(config: ConvergeConfig) -> pd.DataFrame:
     table["gradient_norm"] = [np.max(sweep.gradient_norm) for sweep in sweeps.values()]
     table["converged"] = [float(np.mean(sweep.converged)) for sweep in sweeps.values()]
     lowest = pd.DataFrame(
-        {"variant": name, "seed": i, "loss": sweep.loss[i], "r2": 1 - np.mean(residual**2) / np.var(np.asarray(test.log_g))}
-        for name, sweep in sweeps.items()
+        {
+            "variant": ", ".join(kind),
+            "seed": i,
+            "loss": sweep.loss[i],
+            "r2": 1 - np.mean(residual**2) / np.var(np.asarray(test.log_g)),
+        }
+        for kind, sweep in sweeps.items()
         for i, residual in enumerate(np.asarray(test.log_g)[None, :] - sweep.predictions)
     )
     holds = all(
         row["training_loss"] <= row["classification_gate_training_loss"]
         for row in table.to_dict("records")
-        if "linear" in row["variant"] and "L-BFGS, warm" in row["variant"]
+        if (row["form"], row["optimiser"], row["start"]) == ("linear", "L-BFGS", "warm")
     )
     write_variants(
         "converge_gate",
@@ -132,7 +138,7 @@ def main(config: ConvergeConfig) -> pd.DataFrame:
         f"stars until no derivative of the loss is above {GateConfig().gradient_tolerance:g}; the MLP by L-BFGS until "
         f"{config.patience} iterations brought no better loss on held-out stars.",
         against="the classification gate",
-        groups=[f"{run.protocol}, {'MLP' if isinstance(run.gate, MLPGate) else 'linear'}" for run in runs.values()],
+        groups=[f"{protocol}, {form}" for form, protocol, _, _ in runs],
         sections=[
             "The training loss of the linear gate that starts at the classification gate must not exceed the classification "
             f"gate's on the same stars: it {'does not' if holds else 'DOES'}. Converged: share of the seeds within the "

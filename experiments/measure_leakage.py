@@ -16,7 +16,7 @@ import pandas as pd
 
 from experiments.pipeline.config import SMALL, StudyConfig
 from experiments.pipeline.gates import CONVERGED, GateRun, mix_by_class, run_gates
-from experiments.pipeline.methods import PROTOCOLS
+from experiments.pipeline.methods import CROSS_FITTED, IN_SAMPLE, PROTOCOLS
 from experiments.pipeline.prepare import prepare
 from experiments.report.markdown import interval, table_markdown
 from experiments.report.results import output_folder
@@ -61,37 +61,44 @@ def main(config: LeakageConfig) -> pd.DataFrame:
         "linear, converged": (LinearGate(), CONVERGED),
     }
     runs = {
-        f"{kind}: {protocol} {part}": GateRun(gate, training, protocol, fraction, 1 if training == CONVERGED else config.n_seeds)
+        (kind, protocol, part): GateRun(gate, training, protocol, fraction, 1 if training == CONVERGED else config.n_seeds)
         for kind, (gate, training) in kinds.items()
         for protocol in PROTOCOLS
         for part, fraction in FRACTIONS.items()
     }
     predictions = {}
     with stages.steps("gates", len(runs)) as advance:
-        for name, run in runs.items():
-            predictions[name] = run_gates(config, prepared, run).predictions
+        for key, run in runs.items():
+            predictions[key] = run_gates(config, prepared, run).predictions
             advance()
     test = prepared.test.covered()
     baseline = mix_by_class(prepared, test)
-    table = compare_by(config, test.log_g, predictions, baseline)
+    named = {f"{kind}: {protocol} {part}": value for (kind, protocol, part), value in predictions.items()}
+    table = compare_by(config, test.log_g, named, baseline)
+    table[["form", "protocol", "stars"]] = [(kind.split(",")[0], protocol, part) for kind, protocol, part in runs]
     pairs = []
     for kind in kinds:
         for better, worse in (
-            ("in-sample all", "in-sample 20 %"),
-            ("cross-fitted 20 %", "in-sample 20 %"),
-            ("cross-fitted all", "in-sample all"),
-            ("cross-fitted all", "cross-fitted 20 %"),
-            ("cross-fitted all", "in-sample 20 %"),
+            ((IN_SAMPLE, "all"), (IN_SAMPLE, "20 %")),
+            ((CROSS_FITTED, "20 %"), (IN_SAMPLE, "20 %")),
+            ((CROSS_FITTED, "all"), (IN_SAMPLE, "all")),
+            ((CROSS_FITTED, "all"), (CROSS_FITTED, "20 %")),
+            ((CROSS_FITTED, "all"), (IN_SAMPLE, "20 %")),
         ):
-            ours, theirs = predictions[f"{kind}: {better}"], predictions[f"{kind}: {worse}"]
-            row = compare_by(config, test.log_g, {better: ours}, theirs).iloc[0]
+            ours, theirs = predictions[kind, *better], predictions[kind, *worse]
+            row = compare_by(config, test.log_g, {" ".join(better): ours}, theirs).iloc[0]
             pairs.append(
                 {
                     "gate": kind,
-                    "difference": f"{better} - {worse}",
+                    "difference": f"{' '.join(better)} - {' '.join(worse)}",
                     "delta_r2": row["delta_r2"],
                     "low": row["low"],
                     "high": row["high"],
+                    "form": kind.split(",")[0],
+                    "protocol": better[0],
+                    "stars": better[1],
+                    "baseline_protocol": worse[0],
+                    "baseline_stars": worse[1],
                 }
             )
     differences = pd.DataFrame(pairs)
@@ -108,7 +115,7 @@ def main(config: LeakageConfig) -> pd.DataFrame:
         f"in-sample (the experts had seen the stars) or cross-fitted (a star's own expert had not); the 20 % are the same stars. "
         f"{len(test.log_g):,} covered test stars.",
         against="the classification gate",
-        groups=[name.split(":")[0] for name in runs],
+        groups=[kind for kind, _, _ in runs],
         sections=["## Differences between protocols", table_markdown(shown)],
         tables={"differences": differences},
     )

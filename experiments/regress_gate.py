@@ -225,7 +225,7 @@ def found_notes(results: Results) -> list[str]:
     at_edge = [f"alpha of cell {k}" for k in np.flatnonzero(results.prepared.experts.at_edge)]
     at_edge += ["alpha of the global ridge"] * bool(results.prepared.global_ridge.at_edge)
     at_edge += ["C of the classification gate"] * results.prepared.classifier.at_edge
-    undefined = sum(int(bootstrap.group_n_undefined.sum()) for bootstrap in results.comparisons.values())
+    undefined = sum(int(bootstrap.groups.n_undefined.sum()) for bootstrap in results.comparisons.values())
     notes = warnings(results.fits, at_edge, undefined)
     return (
         notes

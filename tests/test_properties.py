@@ -86,8 +86,8 @@ def test_bootstrap_under_relabelling_of_groups(seed, names):
     two = moe_jax.bootstrap_delta_r2(
         jax.random.key(seed), y, ours, theirs, n_resamples=20, groups=np.array(names)[groups], n_groups=3
     )
-    np.testing.assert_allclose(two.group_low[np.array(names)], one.group_low, rtol=1e-9)
-    np.testing.assert_allclose([two.low, two.high], [one.low, one.high], rtol=1e-12)
+    np.testing.assert_allclose(two.groups.low[np.array(names)], one.groups.low, rtol=1e-9)
+    np.testing.assert_allclose([two.overall.low, two.overall.high], [one.overall.low, one.overall.high], rtol=1e-12)
 
 
 @given(seeds, st.floats(0.1, 10), st.floats(-10, 10))
@@ -98,7 +98,7 @@ def test_bootstrap_under_exchange_shift_and_scale(seed, scale, shift):
 
     def interval(*arrays):
         result = moe_jax.bootstrap_delta_r2(jax.random.key(seed), *arrays, n_resamples=20, method="percentile")
-        return np.array([result.low, result.high])
+        return np.array([result.overall.low, result.overall.high])
 
     straight = interval(y, ours, theirs)
     np.testing.assert_allclose(interval(y, theirs, ours), -straight[::-1], rtol=1e-7, atol=1e-9)

@@ -1,4 +1,4 @@
-"""The methods that are compared, and the pairs of them."""
+"""The methods that are compared, and the pairs in which they are compared."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from moe_jax.core.arrays import AnyArray
 
 
 class Method(NamedTuple):
-    """A way to predict, and the protocol by which its gate was trained."""
+    """A way to predict, with the protocol by which its gate was trained."""
 
     name: str
-    protocol: str = ""  #: "in-sample", "cross-fitted", or empty where it does not apply
+    protocol: str = ""  #: "in-sample", "cross-fitted", or empty for methods without a regression gate
 
     @property
     def column(self) -> str:
-        """Name of its column in the tables."""
+        """Name of the method's column in tables."""
         return "_".join(filter(None, (self.name, self.protocol.replace("-", "_"))))
 
     @property
     def title(self) -> str:
-        """Name in print."""
+        """Name in reports."""
         return f"{self.name} ({self.protocol})" if self.protocol else self.name
 
 
@@ -34,7 +34,7 @@ class Pair(NamedTuple):
 
     @property
     def title(self) -> str:
-        """Name in print."""
+        """Name in reports."""
         if self.method.name == self.baseline.name:
             return f"{self.method.name}: {self.method.protocol} - {self.baseline.protocol}"
         if self.method.protocol == self.baseline.protocol:
@@ -44,7 +44,7 @@ class Pair(NamedTuple):
 
 GLOBAL, ORACLE, CLASSIFY, HARD, FALLBACK = map(Method, ("global", "oracle", "classify", "hard", "fallback"))
 
-PROTOCOLS = ("in-sample", "cross-fitted")
+IN_SAMPLE, CROSS_FITTED = PROTOCOLS = ("in-sample", "cross-fitted")
 
 REGRESSION_GATES = tuple(Method(name, protocol) for protocol in PROTOCOLS for name in ("regress_mlp", "regress_linear"))
 

@@ -1,4 +1,7 @@
-"""The figures of an experiment, each a function from tables or arrays to a Matplotlib figure. Okabe & Ito's colours."""
+"""The figures of an experiment, each a function from tables or arrays to a Matplotlib figure.
+
+The colours are those of Okabe & Ito (2008), which colour-blind readers can tell apart. Markers differ as well.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ _KIND_COLORS = (BLUE, ORANGE, GREEN, BLACK, "#CC79A7")
 _KIND_MARKERS = ("o", "s", "D", "^", "v")
 COLORS = {"classify": BLACK, "regress_mlp": BLUE, "regress_linear": ORANGE}
 MARKERS = {"in-sample": "o", "cross-fitted": "s", "": "D"}
+GATES = {"regress_mlp": "o", "regress_linear": "s"}  # the regression gates with their markers
 TITLES = {
     "global": "one global ridge",
     "oracle": "oracle: true cell's expert",
@@ -37,15 +41,15 @@ TITLES = {
     "regress_mlp": "regression gate, MLP",
     "regress_linear": "regression gate, linear",
 }
-_LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+_HOLLOW = {"ls": "none", "mfc": "white", "mec": BLACK}
 _METAL_POOR = [k for k in range(N_CELLS) if k % len(M_H_NAMES) == 0]
 _CELL_LABELS = [name.replace(" ", "\n", 1) for name in CELL_NAMES]
-#: Style file of all figures: ``plt.style.use(STYLE)`` gives it to your own.
+#: Style file of all figures. ``plt.style.use(STYLE)`` applies it to others.
 STYLE = Path(__file__).with_name("figures.mplstyle")
 
 
 def new_figure(*shape: int, **kwargs: Any) -> tuple[Figure, Any]:
-    """A figure and its axes in the style of the package; arguments as those of ``matplotlib.pyplot.subplots``."""
+    """A figure and its axes in the common style; arguments as those of ``matplotlib.pyplot.subplots``."""
     with plt.style.context(STYLE):
         return plt.subplots(*shape, layout="constrained", **kwargs)
 
@@ -54,65 +58,54 @@ def _title(method: Method) -> str:
     return TITLES[method.name] + (f", {method.protocol}" if method.protocol else "")
 
 
-def _errors(estimate: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Lengths of error bars; an interval need not contain the estimate, so neither is below 0."""
-    return np.maximum(np.stack([estimate - low, high - estimate]), 0.0)
+def _errors(estimate: AnyArray, low: AnyArray, high: AnyArray) -> np.ndarray:
+    """Lengths of error bars. An interval need not contain the estimate; a length is then 0, as it must not be negative."""
+    lengths: np.ndarray = np.maximum(np.stack([np.subtract(estimate, low), np.subtract(high, estimate)]), 0.0)
+    return lengths
 
 
 def save_figure(figure: Figure, path: Path | str) -> None:
-    """Writes a figure as PNG, and beside it as PDF (vectors, for papers), and closes it."""
+    """Writes a figure as PNG, writes it beside that as PDF (vectors, for papers), and closes it."""
     with plt.style.context(STYLE):
         figure.savefig(path)
-        figure.set_layout_engine("none")  # what it has found holds for the second file too
+        figure.set_layout_engine("none")  # keeps the layout of the first file
         figure.savefig(Path(path).with_suffix(".pdf"), metadata={"CreationDate": None})
     plt.close(figure)
 
 
 def r2_comparison(overall: pd.DataFrame, published: Mapping[str, Any]) -> Figure:
     """R2 of every method, with the report's beside it."""
-    fig, ax = new_figure(figsize=(7.0, 4.0))
-    table = overall.iloc[::-1].reset_index(drop=True)
-    for i, row in table.iterrows():
-        color = COLORS.get(row["method"], GREY)
-        ax.plot(row["r2"], i, MARKERS[row["protocol"]], color=color, ms=7, zorder=3)
-        ax.annotate(
-            f"{row['r2']:.4f}", (row["r2"], i), (0, 8), textcoords="offset points", ha="center", fontsize=8, bbox=_LABEL_BOX
-        )
+    fig, ax = new_figure(figsize=(7.0, 4.4))
+    for i, row in enumerate(overall.to_dict("records")):
+        color, marker = COLORS.get(row["method"], GREY), MARKERS[row["protocol"]]
+        ax.plot(row["r2"], i, marker, color=color, ms=7, zorder=3)
         report = published["overall"].get(row["method"])
         if report and row["protocol"] != "cross-fitted":
-            ax.plot(report["r2"], i, MARKERS[row["protocol"]], mfc="white", mec=color, ms=7)
-    baseline = float(table.loc[table["method"] == "classify", "r2"].iloc[0])
-    ax.axvline(baseline, color=BLACK, lw=0.8, ls=":")
+            ax.plot(report["r2"], i, marker, ms=7, **_HOLLOW | {"mec": color})
+        ax.annotate(f"{row['r2']:.4f}", (1.02, i), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+    baseline = float(overall.loc[overall["method"] == "classify", "r2"].iloc[0])
+    ax.axvline(baseline, color=BLACK, lw=0.8, ls=":", label="classification gate, this run")
     ax.plot([], [], "o", color=GREY, label="this run")
-    ax.plot([], [], "o", mfc="white", mec=GREY, label="the report (other spectra)")
-    ax.set_yticks(range(len(table)), [_title(Method(m, p)) for m, p in zip(table["method"], table["protocol"], strict=True)])
-    ax.set_ylim(-0.6, len(table) - 0.3)
+    ax.plot([], [], "o", label="the report (other spectra)", **_HOLLOW)
+    ax.set_yticks(range(len(overall)), [_title(Method(m, p)) for m, p in zip(overall["method"], overall["protocol"], strict=True)])
+    ax.set_ylim(len(overall) - 0.5, -0.5)
     ax.margins(x=0.08)
-    ax.set_xlabel("$R^2$ of log g, covered test stars\n(dotted: classification gate)")
-    ax.legend(loc="lower left", fontsize=8)
+    ax.set_xlabel("$R^2$ of log g, covered test stars (right: this run's)")
+    fig.legend(fontsize=8, ncols=3, loc="outside upper center")
     return fig
 
 
-def interval_plot(
-    names: Sequence[str],
-    estimate: Float[AnyArray, " V"],
-    low: Float[AnyArray, " V"],
-    high: Float[AnyArray, " V"],
-    xlabel: str,
-    *,
-    reference: float = 0.0,
-    groups: Sequence[str] | None = None,
-) -> Figure:
-    """Estimates with intervals, one line each from top to bottom; names of one group share colour and marker."""
+def interval_plot(names: Sequence[str], table: pd.DataFrame, xlabel: str, *, groups: Sequence[str] | None = None) -> Figure:
+    """The differences ``delta_r2`` of a table with their intervals, one line each. Names of one group share colour and marker."""
     groups = [""] * len(names) if groups is None else groups
     kinds = list(dict.fromkeys(groups))
     fig, ax = new_figure(figsize=(8.0, 1.4 + 0.27 * len(names)))
-    estimate, low, high = (np.asarray(array, float) for array in (estimate, low, high))
+    estimate, low, high = (table[column].to_numpy(float) for column in ("delta_r2", "low", "high"))
     for kind, color, marker in zip(kinds, _KIND_COLORS * 3, _KIND_MARKERS * 3, strict=False):
         rows = np.array([i for i, group in enumerate(groups) if group == kind])
         bars = _errors(estimate[rows], low[rows], high[rows])
         ax.errorbar(estimate[rows], rows, xerr=bars, fmt=marker, color=color, capsize=3, ms=5, label=kind or None)
-    ax.axvline(reference, color=BLACK, lw=0.8, ls="--")
+    ax.axvline(0.0, color=BLACK, lw=0.8, ls="--")
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xlabel(xlabel)
@@ -127,13 +120,11 @@ def per_bin_delta(comparisons: Mapping[Pair, Bootstrap], confidence_level: float
     for ax, protocol in zip(axes, PROTOCOLS, strict=True):
         for k in _METAL_POOR:
             ax.axvspan(k - 0.5, k + 0.5, color="#EEEEEE", zorder=0, label="metal-poor cells" if k == 0 else None)
-        for name, offset in (("regress_mlp", -0.12), ("regress_linear", 0.12)):
-            bootstrap = comparisons[Pair(Method(name, protocol), CLASSIFY)]
-            estimate = np.asarray(bootstrap.group_estimate)
-            bars = _errors(estimate, np.asarray(bootstrap.group_low), np.asarray(bootstrap.group_high))
+        for (name, marker), offset in zip(GATES.items(), (-0.12, 0.12), strict=True):
+            cells = comparisons[Pair(Method(name, protocol), CLASSIFY)].groups
+            bars = _errors(cells.estimate, cells.low, cells.high)
             x = np.arange(N_CELLS) + offset
-            marker = "o" if name == "regress_mlp" else "s"
-            ax.errorbar(x, estimate, bars, fmt=marker, color=COLORS[name], capsize=3, label=TITLES[name])
+            ax.errorbar(x, np.asarray(cells.estimate), bars, fmt=marker, color=COLORS[name], capsize=3, label=TITLES[name])
         ax.axhline(0.0, color=BLACK, lw=0.8)
         ax.set_ylabel(r"$\Delta R^2$")
         ax.set_title(f"gates trained {protocol}", loc="left")
@@ -145,17 +136,16 @@ def per_bin_delta(comparisons: Mapping[Pair, Bootstrap], confidence_level: float
 
 
 def mean_weights(weights: Mapping[Method, Float[AnyArray, "N K"]], published: Mapping[str, Any]) -> Figure:
-    """Mean weight of each expert by the three gates side by side; the report's beside them."""
+    """Mean weight of each expert by three gates, with the report's beside them."""
     fig, ax = new_figure(figsize=(8.0, 3.8))
     for (method, weight), offset in zip(weights.items(), (-0.27, 0.0, 0.27), strict=True):
         x = np.arange(N_CELLS) + offset
         ax.bar(x, np.asarray(weight).mean(axis=0), width=0.25, color=COLORS[method.name], label=_title(method))
-        ax.plot(x, published["mean_weights"][method.name], "D", mfc="white", mec=BLACK, ms=4, zorder=3)
-    ax.plot([], [], "D", mfc="white", mec=BLACK, ms=4, ls="none", label="the report (other spectra)")
+        ax.plot(x, published["mean_weights"][method.name], "D", ms=4, zorder=3, **_HOLLOW)
+    ax.plot([], [], "D", ms=4, label="the report (other spectra)", **_HOLLOW)
     ax.set_xticks(range(N_CELLS), _CELL_LABELS, fontsize=8)
     ax.set_ylabel("mean weight, covered test stars")
-    ax.set_ylim(top=ax.get_ylim()[1] * 1.25)
-    ax.legend(fontsize=8, ncols=2, loc="upper left")
+    fig.legend(fontsize=8, ncols=2, loc="outside upper center")
     return fig
 
 
@@ -163,15 +153,15 @@ def bootstrap_histograms(comparisons: Mapping[Pair, Bootstrap], confidence_level
     """Bootstrap distributions of Delta R2 against the classification gate, with intervals and a line at zero."""
     fig, axes = new_figure(2, 2, figsize=(8.0, 5.2), sharex="col")
     for row, protocol in zip(axes, PROTOCOLS, strict=True):
-        for ax, name in zip(row, ("regress_mlp", "regress_linear"), strict=True):
-            bootstrap = comparisons[Pair(Method(name, protocol), CLASSIFY)]
-            samples = np.asarray(bootstrap.samples)
-            low, high = float(bootstrap.low), float(bootstrap.high)
+        for ax, name in zip(row, GATES, strict=True):
+            difference = comparisons[Pair(Method(name, protocol), CLASSIFY)].overall
+            samples = np.asarray(difference.samples)
+            estimate, low, high = (float(x) for x in (difference.estimate, difference.low, difference.high))
             ax.hist(samples[~np.isnan(samples)], bins=40, color=COLORS[name], alpha=0.75)
             ax.axvspan(low, high, color=GREY, alpha=0.25, zorder=0)
             ax.axvline(0.0, color=BLACK, lw=1.2, ls="--")
-            ax.axvline(float(bootstrap.estimate), color=BLACK, lw=1.2)
-            interval = f"{float(bootstrap.estimate):+.4f} [{low:+.4f}, {high:+.4f}]"
+            ax.axvline(estimate, color=BLACK, lw=1.2)
+            interval = f"{estimate:+.4f} [{low:+.4f}, {high:+.4f}]"
             ax.set_title(f"{_title(Method(name, protocol))}\n{interval}", fontsize=9)
     for ax in axes[-1]:
         ax.set_xlabel(r"$\Delta R^2$ against the classification gate")
@@ -182,28 +172,28 @@ def bootstrap_histograms(comparisons: Mapping[Pair, Bootstrap], confidence_level
 
 
 def loss_curves(fits: Mapping[Method, GateFit]) -> Figure:
-    """Training and validation loss of the regression gates by epoch, and the epoch whose params were kept."""
+    """Training and validation loss of the regression gates by epoch. A marker shows the epoch whose params were kept."""
     fig, axes = new_figure(1, 2, figsize=(8.5, 3.6), sharey=True)
     for ax, protocol in zip(axes, PROTOCOLS, strict=True):
-        for name in ("regress_mlp", "regress_linear"):
+        for name, marker in GATES.items():
             fit = fits[Method(name, protocol)]
             best = int(fit.best_epoch)
             epochs = np.arange(1, len(fit.train_loss) + 1)
             ax.plot(epochs, fit.train_loss, color=COLORS[name], ls=":", lw=1.4, label=f"{TITLES[name]}: training")
             ax.plot(epochs, fit.validation_loss, color=COLORS[name], lw=1.4, label=f"{TITLES[name]}: validation")
-            ax.plot(best + 1, fit.validation_loss[best], "o" if name == "regress_mlp" else "s", color=COLORS[name])
+            ax.plot(best + 1, fit.validation_loss[best], marker, color=COLORS[name])
         ax.set_title(f"gates trained {protocol}", loc="left")
         ax.set_xlabel("epoch (marker: best)")
         ax.set_yscale("log")
         _plain_log_ticks(ax)
     axes[0].set_ylabel("mean squared error of the mixture")
-    axes[0].legend(fontsize=8)
+    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=2, loc="outside upper center")
     return fig
 
 
 def _plain_log_ticks(ax: Axes) -> None:
-    ax.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    ax.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
     ax.tick_params(axis="y", which="minor", labelsize=7)
 
 
@@ -224,28 +214,27 @@ def predicted_against_true(y: Float[AnyArray, " N"], predictions: Mapping[Method
 
 
 def coverage_plot(coverage: pd.DataFrame) -> Figure:
-    """Actual coverage of intervals by level: of all stars, by cell and by magnitude, with its own 95 % interval."""
+    """Actual coverage of intervals by level: of all stars, by cell and by magnitude, each with its own 95 % interval."""
     levels = sorted(coverage["level"].unique())
-    groups = list(dict.fromkeys(zip(coverage["by"], coverage["group"], strict=True)))
-    colors = {"all": BLACK, "cell": BLUE, "mag": ORANGE}
-    markers = {"all": "D", "cell": "o", "mag": "s"}
-    fig, axes = new_figure(1, len(levels), figsize=(9.5, 0.28 * len(groups) + 1.4), sharey=True, squeeze=False)
+    styles = {"all": ("all stars", BLACK, "D"), "cell": ("{}", BLUE, "o"), "mag": ("mag {}", ORANGE, "s")}
+    names = list(dict.fromkeys(styles[by][0].format(group) for by, group in zip(coverage["by"], coverage["group"], strict=True)))
+    fig, axes = new_figure(1, len(levels), figsize=(9.5, 0.28 * len(names) + 1.4), sharey=True, squeeze=False)
     for ax, level in zip(axes[0], levels, strict=True):
-        own = coverage[coverage["level"] == level]
-        for i, (by, group) in enumerate(reversed(groups)):
-            row = own[(own["by"] == by) & (own["group"] == group)].iloc[0]
-            ax.plot([row["low"], row["high"]], [i, i], color=colors[by], lw=1.4)
-            ax.plot(row["coverage"], i, markers[by], color=colors[by], ms=5)
+        for row in coverage[coverage["level"] == level].to_dict("records"):
+            name, color, marker = styles[row["by"]]
+            i = names.index(name.format(row["group"]))
+            ax.plot([row["low"], row["high"]], [i, i], color=color, lw=1.4)
+            ax.plot(row["coverage"], i, marker, color=color, ms=5)
         ax.axvline(level, color=GREY, lw=1.0, ls="--")
         ax.set_xlabel("actual coverage")
         ax.set_title(f"{level:.0%} promised", loc="left")
-    names = {"all": "all stars", "cell": "{}", "mag": "mag {}"}
-    axes[0, 0].set_yticks(range(len(groups)), [names[by].format(group) for by, group in reversed(groups)])
+    axes[0, 0].set_yticks(range(len(names)), names)
+    axes[0, 0].invert_yaxis()
     return fig
 
 
 def error_against_uncertainty(uncertainty: Float[AnyArray, " N"], error: Float[AnyArray, " N"], n_bins: int = 20) -> Figure:
-    """|error| against the half-width of each star's 68 % interval, and the 68 % quantile of |error| in bins of equal numbers."""
+    """|error| against the half-width of each star's 68 % interval, with 68 % quantiles of |error| in bins of equal numbers."""
     uncertainty, error = np.asarray(uncertainty), np.asarray(error)
     fig, ax = new_figure(figsize=(5.5, 4.2))
     ax.plot(uncertainty, error, ".", ms=3, alpha=0.25, color=BLUE, rasterized=True, label="a test star")
@@ -258,7 +247,7 @@ def error_against_uncertainty(uncertainty: Float[AnyArray, " N"], error: Float[A
     ax.set_ylim(0, np.quantile(error, 0.998))
     ax.set_xlabel("uncertainty of log g (half-width of the 68 % interval)")
     ax.set_ylabel("|error| of log g")
-    ax.legend(fontsize=8, loc="upper left")
+    fig.legend(fontsize=8, ncols=3, loc="outside upper center")
     return fig
 
 
@@ -269,22 +258,14 @@ def floor_plot(table: pd.DataFrame) -> Figure:
     shapes = {"global ridge": ("v", GREY), "oracle": ("^", GREEN), "classification gate": ("D", BLACK), "MLP gate": ("o", BLUE)}
     for name, (marker, color) in shapes.items():
         ax.plot(x, table[name], marker=marker, color=color, ms=6, lw=1.2, label=name)
-    ax.plot(x, table["floor"], color=ORANGE, lw=2.0, marker="s", ms=6, label="Cram\u00e9r-Rao floor")
+    ax.plot(x, table["floor"], color=ORANGE, lw=2.0, marker="s", ms=6, label="Cramér-Rao floor")
     ax.plot(
-        x,
-        table["floor_with_prior"],
-        color=ORANGE,
-        lw=2.0,
-        ls="--",
-        marker="s",
-        mfc="white",
-        ms=6,
-        label="floor, label ranges known",
+        x, table["floor_with_prior"], color=ORANGE, lw=2.0, ls="--", marker="s", ms=6, mfc="w", label="floor, label ranges known"
     )
     ax.set_yscale("log")
     _plain_log_ticks(ax)
     ax.set_xticks(x, list(table["mag"]))
     ax.set_xlabel("magnitude")
     ax.set_ylabel("root mean squared error of log g")
-    ax.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 1.25))
+    fig.legend(fontsize=8, ncols=3, loc="outside upper center")
     return fig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,8 +12,7 @@ from jaxtyping import Float, Int, PRNGKeyArray
 
 from experiments.pipeline.methods import CLASSIFY, GLOBAL, ORACLE, PAIRS, REGRESSION_GATES, Pair, Predictions
 from moe_jax.core.arrays import AnyArray
-from moe_jax.evaluate.bootstrap import DEFAULT_METHOD, Bootstrap, bootstrap_delta_r2
-from moe_jax.evaluate.intervals import IntervalMethod
+from moe_jax.evaluate.bootstrap import Bootstrap, bootstrap_delta_r2
 from moe_jax.evaluate.metrics import mae, r2_by_group, r2_score, retention, rmse
 from moe_jax.experts.cells import CELL_NAMES, N_CELLS
 
@@ -41,25 +41,16 @@ def compare(
     cell: Int[AnyArray, " N"],
     *,
     pairs: Sequence[Pair] = PAIRS,
-    n_resamples: int = 1000,
-    confidence_level: float = 0.95,
-    method: IntervalMethod = DEFAULT_METHOD,
+    **options: Any,
 ) -> dict[Pair, Bootstrap]:
-    """Bootstraps Delta R2 of each pair, overall and by cell, all on the same resamples of stars."""
-    return {
-        pair: bootstrap_delta_r2(
-            jax.random.clone(key),  # the same resamples on purpose
-            y,
-            predictions[pair.method],
-            predictions[pair.baseline],
-            n_resamples=n_resamples,
-            confidence_level=confidence_level,
-            method=method,
-            groups=cell,
-            n_groups=N_CELLS,
-        )
-        for pair in pairs
-    }
+    """Delta R2 of each pair, overall and by cell, on the same resamples; options as those of ``bootstrap_gain``."""
+
+    def bootstrap(pair: Pair) -> Bootstrap:
+        same_key = jax.random.clone(key)
+        method, baseline = predictions[pair.method], predictions[pair.baseline]
+        return bootstrap_delta_r2(same_key, y, method, baseline, groups=cell, n_groups=N_CELLS, **options)
+
+    return {pair: bootstrap(pair) for pair in pairs}
 
 
 def bin_table(
@@ -68,8 +59,7 @@ def bin_table(
     """R2 of each method in each cell, and Delta R2 of each regression gate against the classification gate.
 
     The intervals ``low`` to ``high`` are of each cell by itself, ``simultaneous_low`` to ``simultaneous_high`` of all at once.
-
-    NaN where a cell holds fewer than two test stars; the column ``defined`` says so.
+    A cell with fewer than two test stars has no R2: its numbers are NaN, and its ``defined`` is False.
     """
     scores = {method: r2_by_group(y, prediction, cell, N_CELLS) for method, prediction in predictions.items()}
     any_score = scores[CLASSIFY]
@@ -80,12 +70,12 @@ def bin_table(
         table[f"r2_{method.column}"] = np.asarray(score.r2)
     for pair, bootstrap in comparisons.items():
         if pair.baseline == CLASSIFY and pair.method in REGRESSION_GATES:
-            table[f"delta_r2_{pair.method.column}"] = np.asarray(bootstrap.group_estimate)
-            table[f"delta_r2_{pair.method.column}_low"] = np.asarray(bootstrap.group_low)
-            table[f"delta_r2_{pair.method.column}_high"] = np.asarray(bootstrap.group_high)
-            table[f"delta_r2_{pair.method.column}_simultaneous_low"] = np.asarray(bootstrap.simultaneous_low)
-            table[f"delta_r2_{pair.method.column}_simultaneous_high"] = np.asarray(bootstrap.simultaneous_high)
-            table[f"undefined_resamples_{pair.method.column}"] = np.asarray(bootstrap.group_n_undefined)
+            name = f"delta_r2_{pair.method.column}"
+            table[name] = np.asarray(bootstrap.groups.estimate)
+            for prefix, difference in ((name, bootstrap.groups), (f"{name}_simultaneous", bootstrap.simultaneous)):
+                table[f"{prefix}_low"] = np.asarray(difference.low)
+                table[f"{prefix}_high"] = np.asarray(difference.high)
+            table[f"undefined_resamples_{pair.method.column}"] = np.asarray(bootstrap.groups.n_undefined)
     return table
 
 
@@ -93,24 +83,32 @@ def bootstrap_table(comparisons: dict[Pair, Bootstrap]) -> pd.DataFrame:
     """Mean, interval and the fraction of positive samples of each comparison, and the estimate on the stars as they are."""
     rows = []
     for pair, bootstrap in comparisons.items():
-        samples = np.asarray(bootstrap.samples)
+        difference = bootstrap.overall
+        samples = np.asarray(difference.samples)
         defined = samples[~np.isnan(samples)]
         rows.append(
             {
                 "comparison": pair.title,
                 "mean": defined.mean() if len(defined) else np.nan,
-                "low": float(bootstrap.low),
-                "high": float(bootstrap.high),
+                "low": float(difference.low),
+                "high": float(difference.high),
                 "fraction_above_0": float((defined > 0).mean()) if len(defined) else np.nan,
-                "estimate": float(bootstrap.estimate),
+                "estimate": float(difference.estimate),
                 "n_resamples": len(samples),
-                "n_undefined": int(bootstrap.n_undefined),
+                "n_undefined": int(difference.n_undefined),
             }
         )
     return pd.DataFrame(rows)
 
 
-def verdict(r2: float, r2_baseline: float, low: float, *, margin: float = 0.003) -> str:
-    """The report's verdict: passed, partial or failed, and whether the interval's lower end is above 0."""
-    outcome = "passed" if r2 > r2_baseline + margin else "partial" if r2 > r2_baseline else "failed"
-    return f"{outcome}, {'significant' if low > 0 else 'not significant'}"
+def verdict(low: float, high: float) -> str:
+    """What the interval of a difference says: "better" (above 0), "worse" (below 0), or "no difference shown" (it holds 0)."""
+    return "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+
+
+def published_verdict(r2: float, r2_baseline: float, margin: float = 0.003) -> str:
+    """The published report's rule, without an interval.
+
+    "passed": R2 exceeds the baseline's by more than the margin; "partial": by less than that; "failed": not at all.
+    """
+    return "passed" if r2 > r2_baseline + margin else "partial" if r2 > r2_baseline else "failed"

@@ -16,6 +16,8 @@ from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import AnyArray
 from moe_jax.evaluate.variants import compare_variants
 
+#: Columns that say in words of one kind what the name of a variant says; report.md leaves them out.
+_KEYS = ["protocol", "stars", "form", "optimiser", "start", "inputs", "changed", "value"]
 _FORMATS = {"gradient_norm": ".1e", "loss": ".5f", "validation_loss": ".5f", "best_epoch": ".0f", "converged": ".0%"}
 
 
@@ -65,9 +67,10 @@ def write_variants(
     """
     command = command_of(experiment, config, presets)
     label = f"$\\Delta R^2$ against {against}, {100 * config.confidence_level:g} % intervals"
-    estimate, low, high = (table[column].to_numpy() for column in ("delta_r2", "low", "high"))
-    figure = interval_plot(list(table["variant"]), estimate, low, high, label, groups=groups)
-    shown = table.drop(columns=["standard_error", "low", "high"]).rename(columns={"delta_r2": f"delta R2 against {against}"})
+    figure = interval_plot(list(table["variant"]), table, label, groups=groups)
+    shown = table.drop(columns=["standard_error", "low", "high", *table.columns.intersection(_KEYS)]).rename(
+        columns={"delta_r2": f"delta R2 against {against}"}
+    )
     shown[f"delta R2 against {against}"] = [interval(row["delta_r2"], row["low"], row["high"]) for row in table.to_dict("records")]
     intervals = (
         f"Intervals: {100 * config.confidence_level:g} %, {config.interval_method} bootstrap over the test stars "

@@ -1,4 +1,5 @@
 from .bootstrap import Bootstrap as Bootstrap
+from .bootstrap import Difference as Difference
 from .bootstrap import bootstrap_delta_r2 as bootstrap_delta_r2
 from .bootstrap import bootstrap_gain as bootstrap_gain
 from .bootstrap import paired_bootstrap as paired_bootstrap

@@ -1,8 +1,8 @@
 """Paired bootstrap over stars: the difference of two methods' R2, with intervals overall, by group and for all groups at once.
 
 A resample draws N of the N stars with replacement, the same stars for both methods. ``bootstrap_delta_r2`` counts how often
-each star was drawn and turns resamples into R2 by a matmul over sufficient statistics; ``paired_bootstrap`` gathers the stars
-and evaluates any statistic. From the same key both draw the same stars, and agree resample by resample.
+each star was drawn, and turns the counts into R2 by a matmul over sufficient statistics. ``paired_bootstrap`` gathers the stars
+and evaluates any statistic. From the same key both draw the same stars, and they agree resample by resample.
 """
 
 from __future__ import annotations
@@ -19,52 +19,49 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from moe_jax.core.arrays import AnyArray, InputError, require_same_length, require_vectors
-from moe_jax.evaluate.intervals import (
-    Interval,
-    IntervalMethod,
-    Resampled,
-    confidence_interval,
-    require_interval,
-    simultaneous_interval,
-)
+from moe_jax.evaluate.intervals import IntervalMethod, Resampled, confidence_interval, require_interval, simultaneous_interval
 
-# Of the four, its coverage comes closest to what it promises: results/calibrate_bootstrap.
+#: Of the four methods, its actual coverage comes closest to the confidence level: see results/calibrate_bootstrap.
 DEFAULT_METHOD: IntervalMethod = "basic"
 
+# Resamples are summed in tiles, each one matmul of a fixed shape.
+RESAMPLES_IN_TILE = 64  # at most; fewer where N is large
+COUNTS_IN_TILE = 2**23  # at most, where N is below this number
+COUNTS_AT_ONCE = 2**20  # counts that are drawn together, if a tile has fewer
 
-RESAMPLES_IN_TILE = 64  # whose sums are one matmul of a fixed shape; fewer where N is large
-COUNTS_IN_TILE = 2**23
-COUNTS_AT_ONCE = 2**20  # drawn and counted at a time, where they are more than a tile's
+
+class Difference(NamedTuple):
+    """Delta R2 = R2(prediction) - R2(baseline) with its bootstrap distribution, for all stars or for each of G groups.
+
+    The arrays have no dimension G for all stars. A resample in which y is constant has no R2: its sample is NaN, and the
+    interval is that of the other samples.
+    """
+
+    estimate: Float[jax.Array, "*G"]  #: on the stars as they are
+    samples: Float[jax.Array, " B *G"]  #: on each resample
+    standard_error: Float[jax.Array, "*G"]  #: by the influence function
+    low: Float[jax.Array, "*G"]  #: lower end of the interval
+    high: Float[jax.Array, "*G"]  #: upper end of the interval
+
+    @property
+    def n_undefined(self) -> Int[jax.Array, "*G"]:
+        """Number of resamples without an R2."""
+        return jnp.sum(jnp.isnan(self.samples), axis=0)
 
 
 class Bootstrap(NamedTuple):
-    """Delta R2 = R2(prediction) - R2(baseline), with its bootstrap distribution.
+    """The differences of two methods from one set of resamples. G = 0 where no groups were given."""
 
-    A resample in which y is constant has no R2: its sample is NaN and is counted; the interval is that of the others. The
-    group fields have G = 0 where no groups were given.
-    """
-
-    estimate: Float[jax.Array, ""]  #: on the stars as they are
-    samples: Float[jax.Array, " B"]  #: on each resample
-    low: Float[jax.Array, ""]  #: ends of the interval
-    high: Float[jax.Array, ""]
-    group_estimate: Float[jax.Array, " G"]  #: within each group
-    group_samples: Float[jax.Array, "B G"]
-    group_low: Float[jax.Array, " G"]  #: ends of each group's own interval
-    group_high: Float[jax.Array, " G"]
-    n_undefined: Int[jax.Array, ""]  #: resamples without an R2
-    group_n_undefined: Int[jax.Array, " G"]
-    standard_error: Float[jax.Array, ""]  #: by the influence function
-    group_standard_error: Float[jax.Array, " G"]
-    simultaneous_low: Float[jax.Array, " G"]  #: ends of intervals that hold all groups at once
-    simultaneous_high: Float[jax.Array, " G"]
+    overall: Difference  #: of all stars
+    groups: Difference  #: within each group; each interval is for its group alone
+    simultaneous: Difference  #: within each group; the intervals are wider, and hold for all groups at once
 
 
 def resample_rows(key: PRNGKeyArray, n: int) -> Int[jax.Array, " N"]:
     """The stars of one resample: N draws of 0 .. N - 1 with replacement, N < 2^31.
 
-    A draw is the upper half of the product of N and 32 random bits, so the probabilities of two stars differ by 2^-32 at the
-    most; drawing without that would double the bits.
+    A draw is the upper half of the product of N and 32 random bits. The probabilities of two stars then differ by at most
+    2^-32. Exactly equal probabilities would take twice the random bits.
     """
     low = np.uint32(0xFFFF)
     bits = jax.random.bits(key, (n,), jnp.uint32)
@@ -76,11 +73,11 @@ def resample_rows(key: PRNGKeyArray, n: int) -> Int[jax.Array, " N"]:
 
 
 def paired_bootstrap(key: PRNGKeyArray, statistic: Callable[..., Any], arrays: tuple[AnyArray, ...], n_resamples: int) -> Any:
-    """A statistic on resamples of arrays that are drawn jointly; one ``vmap`` over the resamples' keys.
+    """A statistic on B resamples of the rows of several arrays, which are drawn together.
 
     Args:
         key: random key.
-        statistic: pure function of the resampled arrays, to an array or a pytree of arrays.
+        statistic: pure function of the resampled arrays. It returns an array or a pytree of arrays.
         arrays: each with N rows.
         n_resamples: B.
 
@@ -88,7 +85,7 @@ def paired_bootstrap(key: PRNGKeyArray, statistic: Callable[..., Any], arrays: t
         What the statistic returns, with a first dimension B.
 
     Raises:
-        InputError: arrays of different lengths, none at all, or fewer than one resample.
+        InputError: if the arrays have different lengths, if there are none, or if B < 1.
     """
     if not arrays:
         raise InputError("arrays is empty, expected at least one array")
@@ -109,57 +106,32 @@ def bootstrap_delta_r2(
     y: Float[AnyArray, " N"],
     prediction: Float[AnyArray, " N"],
     baseline: Float[AnyArray, " N"],
-    *,
-    n_resamples: int = 1000,
-    confidence_level: float = 0.95,
-    method: IntervalMethod = DEFAULT_METHOD,
-    groups: Int[AnyArray, " N"] | None = None,
-    n_groups: int | None = None,
-    block_size: int | None = None,
+    **options: Any,
 ) -> Bootstrap:
     """Paired bootstrap of R2(prediction) - R2(baseline) over stars, all resamples in one vectorised call.
 
-    The intervals say what other test stars would give, not what other training stars, noise or gate seeds would.
+    The intervals cover the sampling of test stars, not new training stars, noise or gate seeds.
 
     Args:
         key: random key.
         y: target.
         prediction: of the method.
         baseline: predictions of the method it is compared with, for the same stars.
-        n_resamples: B.
-        confidence_level: of the intervals.
-        method: of the intervals, see ``moe_jax.evaluate.intervals``; ``"percentile"`` is the published report's.
-        groups: group of each star, from 0; gives Delta R2 within each group from the same resamples. Stars of a negative
-            group count in the overall difference only.
-        n_groups: G; by default the highest group plus one.
-        block_size: resamples in one call of the compiled program, rounded up to whole tiles; all by default. The result is
-            the same to the last bit.
+        options: keyword arguments of ``bootstrap_gain``: ``n_resamples``, ``confidence_level``, ``method``, ``groups``
+            and ``n_groups``.
 
     Raises:
-        InputError: shapes that disagree, values that are not finite, B < 1, another method, or a level that is not between
-            0 and 1.
+        InputError: if shapes disagree, a value is not finite, or an option is out of range.
     """
     require_vectors(y=y, prediction=prediction, baseline=baseline)
-    for name, array in {"y": y, "prediction": prediction, "baseline": baseline}.items():
-        _require_finite(name, array)
-    gain = squared_error_gain(y, prediction, baseline)
-    return bootstrap_gain(
-        key,
-        y,
-        gain,
-        n_resamples=n_resamples,
-        confidence_level=confidence_level,
-        method=method,
-        groups=groups,
-        n_groups=n_groups,
-        block_size=block_size,
-    )
+    _require_finite(y=y, prediction=prediction, baseline=baseline)
+    return bootstrap_gain(key, y, squared_error_gain(y, prediction, baseline), **options)
 
 
 def squared_error_gain(
     y: Float[AnyArray, ...], prediction: Float[AnyArray, ...], baseline: Float[AnyArray, ...]
 ) -> Float[jax.Array, ...]:
-    """(y - baseline)^2 - (y - prediction)^2 of each star, in the form that is exactly 0 where the methods agree."""
+    """(y - baseline)^2 - (y - prediction)^2 of each star, in a form that is exactly 0 where the two methods agree."""
     y, prediction, baseline = map(jnp.asarray, (y, prediction, baseline))
     return (prediction - baseline) * (2.0 * y - baseline - prediction)
 
@@ -174,11 +146,10 @@ def bootstrap_gain(
     method: IntervalMethod = DEFAULT_METHOD,
     groups: Int[AnyArray, " N"] | None = None,
     n_groups: int | None = None,
-    block_size: int | None = None,
 ) -> Bootstrap:
-    """Paired bootstrap of a difference of R2 from the stars' gains in squared error; the rest as ``bootstrap_delta_r2``.
+    """As ``bootstrap_delta_r2``, from the gain in squared error of each star.
 
-    A gain may be averaged over seeds of a gate first: as R2 is linear in it, that gives the mean difference.
+    The gains may be means over several seeds of a gate: R2 is linear in them, so the result is the mean difference of R2.
 
     Args:
         key: random key.
@@ -186,45 +157,39 @@ def bootstrap_gain(
         gain: (y - baseline)^2 - (y - prediction)^2 of each star.
         n_resamples: B.
         confidence_level: of the intervals.
-        method: of the intervals.
-        groups: group of each star, from 0, or negative.
-        n_groups: G.
-        block_size: resamples in one call of the compiled program.
+        method: of the intervals, see ``moe_jax.evaluate.intervals``. The published report used ``"percentile"``.
+        groups: group of each star, from 0. The differences within groups come from the same resamples as the overall one. A
+            star with a negative group counts in the overall difference only.
+        n_groups: G; by default the highest group plus one.
 
     Raises:
         InputError: as ``bootstrap_delta_r2``.
     """
     require_vectors(y=y, gain=gain)
     _require_resamples(n_resamples)
-    if block_size is not None and block_size < 1:
-        raise InputError(f"block_size is {block_size}, expected at least 1, or None")
     require_interval(method, confidence_level)
     if groups is None:
         groups, n_groups = jnp.zeros(len(y), jnp.int32), 0
     require_same_length(y=y, groups=groups)
     if n_groups is None:
         n_groups = int(np.max(np.asarray(groups))) + 1
-    for name, array in {"y": y, "gain": gain}.items():
-        _require_finite(name, array)
+    _require_finite(y=y, gain=gain)
     y, gain, groups = map(jnp.asarray, (y, gain, groups))
-    resampled = resample_gain(key, y, gain, groups, n_resamples, n_groups, block_size)
-    return _summarize(resampled, confidence_level, method)
+    return summarize(resample_gain(key, y, gain, groups, n_resamples, n_groups), confidence_level, method)
 
 
 @functools.partial(jax.jit, static_argnames=("method",))
-def _summarize(resampled: Resampled, confidence_level: ArrayLike, method: IntervalMethod) -> Bootstrap:
+def summarize(resampled: Resampled, confidence_level: ArrayLike, method: IntervalMethod) -> Bootstrap:
+    """The differences and their intervals from what ``resample_gain`` returns."""
+
+    def part(columns: int | slice, low: jax.Array, high: jax.Array) -> Difference:
+        estimate, samples, error = resampled.estimate, resampled.samples, resampled.standard_error
+        return Difference(estimate[columns], samples[:, columns], error[columns], low, high)
+
     low, high = confidence_interval(resampled, method, confidence_level)
-    own = Resampled(*(column[..., 1:] for column in resampled))
-    any_group = own.estimate.shape[0] > 0
-    simultaneous = simultaneous_interval(own, confidence_level) if any_group else Interval(own.estimate, own.estimate)
-    undefined = jnp.sum(jnp.isnan(resampled.samples), axis=0)
-    estimate, samples, error = resampled.estimate, resampled.samples, resampled.standard_error
-    return Bootstrap(
-        estimate[0], samples[:, 0], low[0], high[0],
-        estimate[1:], samples[:, 1:], low[1:], high[1:],
-        undefined[0], undefined[1:],
-        error[0], error[1:], simultaneous.low, simultaneous.high,
-    )  # fmt: skip
+    groups = slice(1, None)
+    wide = simultaneous_interval(resampled.columns(groups), confidence_level)
+    return Bootstrap(part(0, low[0], high[0]), part(groups, low[groups], high[groups]), part(groups, wide.low, wide.high))
 
 
 def resample_gain(
@@ -234,55 +199,46 @@ def resample_gain(
     groups: Int[jax.Array, " N"],
     n_resamples: int,
     n_groups: int,
-    block_size: int | None = None,
 ) -> Resampled:
-    """Delta R2 of all stars and of each group, on the stars and on each resample, with standard errors; 1 + G statistics.
+    """Delta R2 of all stars (column 0) and of each group, on the stars and on each resample, with standard errors.
 
     With d = y - mean(y), b = mean(d^2) and g the gain, Delta R2 = mean(g) / b, and its influence function is
-    (g - Delta R2 d^2) / b. Its second moment on a resample, whose mean of d is m, needs the moments of d up to the fourth,
-    as (d - m)^2 must be multiplied out; so one matmul of counts with nine columns for each group gives everything.
+    (g - Delta R2 d^2) / b. The standard error of a resample needs the second moment of the influence there. The mean of d is
+    then m, not 0; multiplying out (d - m)^2 leaves moments of d up to the fourth. One matmul of the counts with nine columns
+    for each group gives them all.
 
-    Resamples are summed in tiles, whose size depends on N alone: the memory does not grow with the number of resamples but
-    for the results, and a resample's numbers do not depend on which others are computed with it.
+    Resamples are summed in tiles, whose size depends on N alone. Therefore only the results take more memory with more
+    resamples, and a resample's numbers do not depend on which others are computed with it.
     """
     tile = min(max(COUNTS_IN_TILE // len(y), 1), RESAMPLES_IN_TILE)
-    columns, estimate, error, skewed = _columns(y, gain, groups, n_groups)
     at_once = max(COUNTS_AT_ONCE // (tile * len(y)), 1)
     n_tiles = -(-n_resamples // tile)
-    n_tiles = n_tiles if n_tiles <= at_once else -(-n_tiles // at_once) * at_once
-    keys = jax.random.split(key, n_tiles * tile).reshape(n_tiles, tile)
-    step = n_tiles if block_size is None else min(-(-block_size // tile), n_tiles)
-    if step > at_once:
-        step = -(-step // at_once) * at_once
-    if step >= n_tiles:
-        samples, errors = _resample(keys, y, columns)
-    else:
-        last = -(-n_tiles // step) * step  # the last block is filled with tiles that are not needed, to have the same shape
-        keys = keys[jnp.minimum(jnp.arange(last), n_tiles - 1)]
-        blocks = [jax.device_get(_resample(keys[i : i + step], y, columns)) for i in range(0, last, step)]
-        samples, errors = (jnp.asarray(np.concatenate(part)) for part in zip(*blocks, strict=True))
-    return Resampled(estimate, error, skewed, samples[:n_resamples], errors[:n_resamples])
+    if n_tiles > at_once:
+        n_tiles = -(-n_tiles // at_once) * at_once
+    columns, estimate, error, acceleration = _columns(y, gain, groups, n_groups)
+    samples, errors = _resample(jax.random.split(key, n_tiles * tile).reshape(n_tiles, tile), y, columns)
+    return Resampled(estimate, error, acceleration, samples[:n_resamples], errors[:n_resamples])
 
 
 @functools.partial(jax.jit, static_argnames="n_groups")
 def _columns(y: jax.Array, gain: jax.Array, groups: jax.Array, n_groups: int) -> tuple[jax.Array, ...]:
-    """The (9, 1 + G, N) columns whose sums a resample needs; and estimates, standard errors, accelerations."""
+    """The (9, 1 + G, N) columns whose sums a resample needs, then estimates, standard errors and accelerations, (1 + G) each."""
     n = len(y)
     # One row for all stars, then one for each group; (1 + G, N).
     member = jnp.concatenate([jnp.ones((1, n), bool), groups[None, :] == jnp.arange(n_groups)[:, None]])
     size = jnp.maximum(jnp.sum(member, axis=1), 1)
     mean = jnp.sum(jnp.where(member, y[None, :], 0.0), axis=1) / size
-    # Centred by group, so that the sum of squares is no difference of large numbers.
+    # Centred by group: the sum of squares is then not the difference of two large numbers.
     d = jnp.where(member, y[None, :] - mean[:, None], 0.0)
     g = jnp.where(member, gain[None, :], 0.0)
     columns = jnp.stack([member.astype(y.dtype), d, d**2, d**3, d**4, g, g * d, g * d**2, g**2])
-    own = jnp.sum(columns, axis=2)[:, None, :]
+    sums = jnp.sum(columns, axis=2)[:, None, :]
     varies = jnp.max(jnp.where(member, y, -jnp.inf), axis=1) > jnp.min(jnp.where(member, y, jnp.inf), axis=1)
-    estimate, error = (row[0] for row in _delta_and_error(own, varies[None, :]))
+    estimate, error = (row[0] for row in _delta_and_error(sums, varies[None, :]))
     influence = jnp.where(member, g - estimate[:, None] * d**2, 0.0)
     square = jnp.sum(influence**2, axis=1)
-    skewed = jnp.sum(influence**3, axis=1) / jnp.where(square > 0, 6.0 * square**1.5, 1.0)
-    return columns, estimate, error, skewed
+    acceleration = jnp.sum(influence**3, axis=1) / jnp.where(square > 0, 6.0 * square**1.5, 1.0)
+    return columns, estimate, error, acceleration
 
 
 @jax.jit
@@ -296,7 +252,7 @@ def _resample(keys: jax.Array, y: jax.Array, columns: jax.Array) -> tuple[jax.Ar
         sums = jnp.einsum("bn,mgn->mbg", counts, columns, precision=lax.Precision.HIGHEST)
         drawn, _, squares, *_ = sums
         ss_total = squares - sums[1] ** 2 / jnp.maximum(drawn, 1.0)
-        # A constant y leaves ss_total at its rounding error. Only where one comes near it need all extremes be looked up.
+        # For a constant y, ss_total is rounding error. Only if some ss_total is that small, the exact test is run.
         surely_defined = ss_total > 8.0 * n * jnp.finfo(y.dtype).eps * squares
         defined = lax.cond(jnp.all(surely_defined), lambda: surely_defined, lambda: _is_not_constant(y, member, counts))
         return _delta_and_error(sums, defined)
@@ -305,8 +261,8 @@ def _resample(keys: jax.Array, y: jax.Array, columns: jax.Array) -> tuple[jax.Ar
         rows = jax.vmap(lambda key: resample_rows(key, n))(keys.reshape(-1))
         first = n * jnp.arange(len(rows))[:, None]
         counts = jnp.zeros(rows.size, jnp.int32).at[(rows + first).reshape(-1)].add(1, mode="promise_in_bounds")
-        found: tuple[jax.Array, jax.Array] = lax.map(tile, counts.reshape(*keys.shape, n))
-        return found
+        results: tuple[jax.Array, jax.Array] = lax.map(tile, counts.reshape(*keys.shape, n))
+        return results
 
     at_once = min(max(COUNTS_AT_ONCE // (n_in_tile * n), 1), n_tiles)
     samples, errors = lax.map(tiles, keys.reshape(n_tiles // at_once, at_once, n_in_tile))
@@ -327,7 +283,7 @@ def _delta_and_error(sums: jax.Array, defined: jax.Array) -> tuple[jax.Array, ja
 
 
 def _is_not_constant(y: jax.Array, member: jax.Array, counts: jax.Array) -> jax.Array:
-    """(B, G) whether y takes more than one value among the drawn members of each group; exact."""
+    """(B, 1 + G): whether y takes more than one value among the drawn members of each group, without rounding."""
 
     def resample(counts: jax.Array) -> jax.Array:
         drawn = member & (counts > 0)[None, :]
@@ -343,6 +299,7 @@ def _require_resamples(n_resamples: int) -> None:
         raise InputError(f"n_resamples is {n_resamples}, expected at least 1")
 
 
-def _require_finite(name: str, array: AnyArray) -> None:
-    if not isinstance(array, jax.core.Tracer) and not np.isfinite(np.asarray(array)).all():
-        raise InputError(f"{name} holds {int((~np.isfinite(np.asarray(array))).sum())} values that are not finite")
+def _require_finite(**arrays: AnyArray) -> None:
+    for name, array in arrays.items():
+        if not isinstance(array, jax.core.Tracer) and not np.isfinite(np.asarray(array)).all():
+            raise InputError(f"{name} holds {int((~np.isfinite(np.asarray(array))).sum())} values that are not finite")

@@ -1,9 +1,11 @@
 """Confidence intervals from bootstrap resamples: percentile, basic, BCa, studentized, and simultaneous ones by max-t.
 
 Each takes a ``Resampled``, which holds for C statistics at once what the methods need. Acceleration and standard errors come
-from the influence function, so that no jackknife and no second level of resampling is run. When each fails: percentile and
-basic intervals are too short where samples are small or skewed; BCa needs more resamples, and a sample whose extremes lie
-within reach of its corrected quantiles; studentized intervals grow long where a resample may have a standard error near 0.
+from the influence function, so no jackknife and no second level of resampling is run. When each fails:
+
+- Percentile and basic intervals are too short for small or skewed samples of stars.
+- BCa reads quantiles further out, so it needs more resamples.
+- Studentized intervals grow long if the standard error of a resample may be near 0.
 """
 
 from __future__ import annotations
@@ -23,17 +25,21 @@ from moe_jax.core.arrays import InputError
 
 IntervalMethod = Literal["percentile", "basic", "bca", "studentized"]
 METHODS: tuple[IntervalMethod, ...] = get_args(IntervalMethod)
-LEAST_TO_SORT_PARTLY = 100  # samples
+LEAST_TO_SORT_PARTLY = 100  # with fewer samples, a whole sort is as fast
 
 
 class Resampled(NamedTuple):
     """C statistics on the stars and on B resamples of them; NaN where one is not defined."""
 
-    estimate: Float[jax.Array, " C"]
+    estimate: Float[jax.Array, " C"]  #: on the stars as they are
     standard_error: Float[jax.Array, " C"]  #: by the influence function
     acceleration: Float[jax.Array, " C"]  #: sum(I^3) / (6 sum(I^2)^1.5) of the influences I (Efron 1987, eq. 6.6)
-    samples: Float[jax.Array, "B C"]
+    samples: Float[jax.Array, "B C"]  #: on each resample
     sample_errors: Float[jax.Array, "B C"]  #: standard error of each sample, by the influence function of its resample
+
+    def columns(self, chosen: slice) -> Resampled:
+        """Some of the statistics."""
+        return Resampled(*(array[..., chosen] for array in self))
 
 
 class Interval(NamedTuple):
@@ -47,14 +53,14 @@ def confidence_interval(resampled: Resampled, method: IntervalMethod, confidence
     """Intervals of C statistics, each by itself.
 
     Args:
-        resampled: the statistics and their resamples; undefined resamples (NaN) are left out.
+        resampled: the statistics and their resamples. Undefined samples (NaN) are left out.
         method: ``"percentile"`` (Efron & Tibshirani 1993, section 13.3), ``"basic"`` (Davison & Hinkley 1997, eq. 5.6),
             ``"bca"`` (Efron 1987; bias from the samples, acceleration from the influence function), or ``"studentized"``
             (Davison & Hinkley 1997, eq. 5.7).
         confidence_level: between 0 and 1.
 
     Raises:
-        InputError: for another method, or a level out of range.
+        InputError: if the method is not one of these, or the level is not between 0 and 1.
     """
     require_interval(method, confidence_level)
     tail = 0.5 * (1.0 - jnp.asarray(confidence_level, resampled.samples.dtype))
@@ -72,11 +78,10 @@ def confidence_interval(resampled: Resampled, method: IntervalMethod, confidence
 
 
 def column_quantiles(samples: Float[jax.Array, "B C"], probabilities: jax.Array) -> Float[jax.Array, "2 C"]:
-    """A low and a high quantile of each column, NaN left out, with linear interpolation as ``jnp.nanquantile``.
+    """A low and a high quantile of each column by linear interpolation, as ``jnp.nanquantile``: NaN are left out.
 
-    ``probabilities`` is (2,), or (2, C) where the columns have their own.
-
-    Quantiles within the outer eighths come from a partial sort, a tenth of the time of a whole one.
+    ``probabilities`` is (2,) for all columns, or (2, C). If the quantiles lie in the lowest and highest eighth of the samples,
+    they are found by a partial sort, which takes a tenth of the time of a whole one.
     """
     n_samples, n_columns = samples.shape
     n_kept = n_samples // 8 + 2
@@ -85,10 +90,10 @@ def column_quantiles(samples: Float[jax.Array, "B C"], probabilities: jax.Array)
     if n_samples < LEAST_TO_SORT_PARTLY:
         return whole()
     undefined = jnp.isnan(samples)
-    last = (n_samples - 1 - jnp.sum(undefined, axis=0)).astype(samples.dtype)  # of the ranks of the defined samples
+    last = (n_samples - 1 - jnp.sum(undefined, axis=0)).astype(samples.dtype)  # rank of the largest defined sample, from 0
 
     def read(ascending: jax.Array, rank: jax.Array) -> jax.Array:
-        """Values at ranks between two places of (C, n_kept) sorted samples."""
+        """Values of (C, n_kept) sorted samples at (C,) ranks, which need not be whole numbers."""
         below = jnp.floor(rank)
         low, high = (
             jnp.take_along_axis(ascending, place.astype(jnp.int32)[:, None], axis=1)[:, 0] for place in (below, jnp.ceil(rank))
@@ -111,13 +116,13 @@ def simultaneous_interval(resampled: Resampled, confidence_level: ArrayLike) -> 
     c is the quantile over resamples of the largest studentized difference max_c |sample - estimate| / sample error.
     """
     require_interval("studentized", confidence_level)
-    largest = jnp.max(jnp.nan_to_num(jnp.abs(_studentized(resampled)), nan=0.0), axis=1)
+    largest = jnp.max(jnp.nan_to_num(jnp.abs(_studentized(resampled)), nan=0.0), axis=1, initial=0.0)
     width = jnp.quantile(largest, jnp.asarray(confidence_level, largest.dtype)) * resampled.standard_error
     return Interval(resampled.estimate - width, resampled.estimate + width)
 
 
 def _studentized(resampled: Resampled) -> jax.Array:
-    """(sample - estimate) / (standard error of the sample); 0 for two equal methods, NaN where it is not defined."""
+    """(sample - estimate) / (standard error of the sample); 0 if two methods are equal, NaN where it is not defined."""
     difference = resampled.samples - resampled.estimate[None, :]
     defined = resampled.sample_errors > 0
     t = difference / jnp.where(defined, resampled.sample_errors, 1.0)
@@ -129,7 +134,7 @@ def _bca_probabilities(resampled: Resampled, tails: jax.Array) -> jax.Array:
     samples, estimate = resampled.samples, resampled.estimate[None, :]
     n_defined = jnp.maximum(jnp.sum(~jnp.isnan(samples), axis=0), 1)
     below = 0.5 * (jnp.sum(samples < estimate, axis=0) + jnp.sum(samples <= estimate, axis=0)) / n_defined
-    # An estimate outside all samples has an infinite bias; it is taken to lie half a sample inside.
+    # The bias of an estimate outside all samples would be infinite. The estimate is taken to lie half a sample inside.
     bias = ndtri(jnp.clip(below, 0.5 / n_defined, 1.0 - 0.5 / n_defined))[None, :]
     shifted = bias + ndtri(tails)[:, None]
     stretch = jnp.maximum(1.0 - resampled.acceleration[None, :] * shifted, 1e-3)
@@ -137,7 +142,7 @@ def _bca_probabilities(resampled: Resampled, tails: jax.Array) -> jax.Array:
 
 
 def require_interval(method: str, confidence_level: ArrayLike) -> None:
-    """Raises an ``InputError`` for another method, or a level that is not between 0 and 1."""
+    """Raises an ``InputError`` if the method is unknown, or the level is not between 0 and 1."""
     if method not in METHODS:
         raise InputError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
     if not isinstance(confidence_level, jax.core.Tracer) and not 0 < np.asarray(confidence_level) < 1:

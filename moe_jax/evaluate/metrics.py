@@ -1,6 +1,6 @@
-"""How good predictions are: R2, MAE, RMSE, overall and by cell. All pure and jitted.
+"""How good predictions are: R2, MAE, RMSE, overall and by group.
 
-Where R2 is not defined (fewer than two stars, or a target that is constant) it is NaN, without a warning.
+R2 is NaN, without a warning, where it is not defined: for fewer than two stars, or a constant target.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ class GroupScores(NamedTuple):
 
     r2: Float[jax.Array, " G"]  #: NaN where it is not defined
     n: Int[jax.Array, " G"]  #: stars in the group
-    defined: Bool[jax.Array, " G"]  #: at least two stars, and not all of the same target
+    defined: Bool[jax.Array, " G"]  #: whether the group has two stars with different targets
 
 
 def r2_score(y: Float[AnyArray, " N"], prediction: Float[AnyArray, " N"]) -> Float[jax.Array, ""]:
     """Coefficient of determination, 1 - sum (y - prediction)^2 / sum (y - mean y)^2; NaN for a constant y.
 
     Raises:
-        InputError: where the shapes disagree.
+        InputError: if the shapes disagree.
     """
     require_vectors(y=y, prediction=prediction)
     return _r2_score(y, prediction)
@@ -36,7 +36,7 @@ def r2_score(y: Float[AnyArray, " N"], prediction: Float[AnyArray, " N"]) -> Flo
 @jax.jit
 def _r2_score(y: jax.Array, prediction: jax.Array) -> jax.Array:
     total = jnp.sum((y - jnp.mean(y)) ** 2)
-    defined = jnp.max(y) > jnp.min(y)  # exact, where the sum of squares would be rounding error
+    defined = jnp.max(y) > jnp.min(y)  # exact; the sum of squares of a constant y is rounding error, not 0
     return jnp.where(defined, 1.0 - jnp.sum((y - prediction) ** 2) / jnp.where(defined, total, 1.0), jnp.nan)
 
 
@@ -65,7 +65,7 @@ def _rmse(y: jax.Array, prediction: jax.Array) -> jax.Array:
 def r2_by_group(
     y: Float[AnyArray, " N"], prediction: Float[AnyArray, " N"], groups: Int[AnyArray, " N"], n_groups: int
 ) -> GroupScores:
-    """R2 within each group, against the group's own mean; stars whose group is not 0 .. n_groups - 1 are left out."""
+    """R2 within each group, relative to the group's own mean. Stars whose group is not 0 .. n_groups - 1 are left out."""
     require_vectors(y=y, prediction=prediction, groups=groups)
     return _r2_by_group(y, prediction, groups, n_groups)
 
@@ -85,6 +85,6 @@ def _r2_by_group(y: jax.Array, prediction: jax.Array, groups: jax.Array, n_group
 
 
 def retention(r2: float, r2_global: float, r2_oracle: float) -> float:
-    """Oracle-gain retention, rho = (R2 - R2_global) / (R2_oracle - R2_global), all on the same stars; NaN without a gain."""
+    """Oracle-gain retention, rho = (R2 - R2_global) / (R2_oracle - R2_global), all on the same stars; NaN if the gain is 0."""
     gain = r2_oracle - r2_global
     return (r2 - r2_global) / gain if gain != 0 else float("nan")

@@ -1,7 +1,7 @@
-"""Where the spread of a repeated experiment comes from, and what it says of the next repetition.
+"""Where the spread of a repeated experiment comes from, and in which interval the next repetition will lie.
 
-The design is balanced: S surveys, N noise draws in each, G gate seeds in each of those, and all of them are judged on the
-same T test sets. A value y[s, n, g, t] is the sum of independent random effects,
+The design is balanced: S surveys, N noise draws of each survey, and G gate seeds for each draw. All are judged on the same T
+test sets. A value y[s, n, g, t] is the sum of independent random effects,
 
     y = mean + survey_s + noise_n(s) + seed_g(s, n) + test_t + (training x test effects).
 
@@ -19,14 +19,16 @@ from jaxtyping import Float
 from moe_jax.core.arrays import AnyArray, InputError
 
 SOURCES = ("test stars", "survey", "noise draw", "gate seed", "survey x test", "noise x test", "seed x test")
+#: The sources whose variance falls as 1 / (stars in a test set).
+SOURCES_IN_TEST_STARS = tuple(source for source in SOURCES if "test" in source)
 
 
 class VarianceComponents(NamedTuple):
     """Spread of a repeated measurement by its sources, and two intervals for it."""
 
     mean: float  #: over all repetitions and test sets
-    variance: dict[str, float]  #: component of each of ``SOURCES``; moment estimates, which may fall below 0
-    total: float  #: variance of one repetition from scratch: the sum of the components, those below 0 counted as 0
+    variance: dict[str, float]  #: component of each of ``SOURCES``; a moment estimate, which may be below 0
+    total: float  #: variance of one repetition from scratch: sum of the components that are above 0
     total_df: float  #: its degrees of freedom (Satterthwaite)
     mean_variance: float  #: variance of ``mean``
     mean_df: float
@@ -40,13 +42,13 @@ def variance_components(values: Float[AnyArray, "S N G T"], confidence_level: fl
     """Splits the spread of values[s, n, g, t] into its sources.
 
     Args:
-        values: by survey, noise draw of that survey, gate seed of that draw, and test set; the test sets are the same for
-            all. At least two of each.
-        confidence_level: of both intervals. ``prediction``: holds the result of one more repetition from scratch (new survey,
-            noise, seed and test stars), mean +- t sqrt(total + mean_variance). ``mean``: holds the expected value.
+        values: by survey, noise draw of that survey, gate seed of that draw, and test set; at least two of each. The test sets
+            are the same for all.
+        confidence_level: of both intervals. The interval ``prediction`` is for one more repetition from scratch (new survey,
+            noise, seed and test stars): mean +- t sqrt(total + mean_variance). The interval ``mean`` is for the expected value.
 
     Raises:
-        InputError: for fewer than two of anything, or values that are not finite.
+        InputError: if there are fewer than two of anything, or a value is not finite.
     """
     y = np.asarray(values, np.float64)
     if y.ndim != 4 or min(y.shape) < 2:
@@ -54,7 +56,7 @@ def variance_components(values: Float[AnyArray, "S N G T"], confidence_level: fl
     if not np.isfinite(y).all():
         raise InputError(f"values hold {int((~np.isfinite(y)).sum())} that are not finite")
     S, N, G, T = y.shape
-    # Means over what is left out of the name; an analysis of variance of the training effects, crossed with test sets.
+    # A name lists the dimensions that are left: st is the mean over noise draws and seeds.
     m = y.mean()
     t, s, n, g = y.mean((0, 1, 2)), y.mean((1, 2, 3)), y.mean((2, 3)), y.mean(3)
     st, nt = y.mean((1, 2)), y.mean(2)
@@ -72,7 +74,7 @@ def variance_components(values: Float[AnyArray, "S N G T"], confidence_level: fl
     }
     ms = {name: total / df for name, (total, df) in squares.items()}
     df = {name: df for name, (_, df) in squares.items()}
-    # Each component as a combination of mean squares, from their expectations in the balanced design.
+    # Each component is a combination of mean squares, divided by a size: see their expectations in the balanced design.
     combinations = {
         "test stars": ({"test stars": 1, "survey x test": -1}, S * N * G),
         "survey": ({"survey": 1, "noise draw": -1, "survey x test": -1, "noise x test": 1}, N * G * T),
@@ -85,20 +87,29 @@ def variance_components(values: Float[AnyArray, "S N G T"], confidence_level: fl
     variance = {name: sum(c * ms[k] for k, c in terms.items()) / size for name, (terms, size) in combinations.items()}
     positive = {name: max(value, 0.0) for name, value in variance.items()}
     total = sum(positive.values())
-    weights: dict[str, float] = dict.fromkeys(SOURCES, 0.0)  # the total as a combination of mean squares
+    weights: dict[str, float] = dict.fromkeys(SOURCES, 0.0)  # of the mean squares in the total
     for name, (terms, size) in combinations.items():
         for k, c in terms.items():
             weights[k] += (variance[name] > 0) * c / size
     # Var(mean) = survey / S + test / T + survey x test / (S T) + ... = (MS_survey + MS_test - MS_survey_x_test) / (S N G T)
     mean_weights = {"survey": 1 / y.size, "test stars": 1 / y.size, "survey x test": -1 / y.size}
-    floor = max(ms["survey"], ms["test stars"]) / y.size  # the combination may fall below its largest part
+    floor = max(ms["survey"], ms["test stars"]) / y.size  # the moment estimate may be lower, which is impossible
     mean_variance = max(sum(c * ms[k] for k, c in mean_weights.items()), floor)
     total_df, mean_df = (_satterthwaite(w, ms, df) for w in (weights, mean_weights))
     expected = _half_width(mean_variance, mean_df, confidence_level)
-    # In a tiny design the expected value's own uncertainty, with its few degrees of freedom, may be the wider one.
+    # In a tiny design the interval of the expected value has few degrees of freedom, and may be the wider one.
     prediction = max(_half_width(total + mean_variance, total_df, confidence_level), expected)
     return VarianceComponents(
-        m, variance, total, total_df, mean_variance, mean_df, m - prediction, m + prediction, m - expected, m + expected
+        mean=m,
+        variance=variance,
+        total=total,
+        total_df=total_df,
+        mean_variance=mean_variance,
+        mean_df=mean_df,
+        prediction_low=m - prediction,
+        prediction_high=m + prediction,
+        mean_low=m - expected,
+        mean_high=m + expected,
     )
 
 
@@ -114,12 +125,12 @@ def _half_width(variance: float, df: float, confidence_level: float) -> float:
 
 
 def required_stars(effect: float, influence_variance: float, *, power: float = 0.8, confidence_level: float = 0.95) -> float:
-    """Test stars with which an interval excludes 0 with the given power: (z_conf + z_power)^2 variance / effect^2.
+    """Number of test stars for which an interval excludes 0 with the given power: (z_conf + z_power)^2 variance / effect^2.
 
     Args:
         effect: the true difference.
-        influence_variance: variance of the difference's influence function, N times its squared standard error.
-        power: probability that the interval lies on the effect's side of 0.
+        influence_variance: variance of the influence function of the difference, N times its squared standard error.
+        power: probability that the interval excludes 0.
         confidence_level: of the two-sided interval.
     """
     z = scipy.stats.norm.ppf(0.5 * (1 + confidence_level)) + scipy.stats.norm.ppf(power)

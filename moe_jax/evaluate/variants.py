@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,8 +11,7 @@ import pandas as pd
 from jaxtyping import Float, PRNGKeyArray
 
 from moe_jax.core.arrays import AnyArray
-from moe_jax.evaluate.bootstrap import DEFAULT_METHOD, bootstrap_gain
-from moe_jax.evaluate.intervals import IntervalMethod
+from moe_jax.evaluate.bootstrap import bootstrap_gain
 from moe_jax.evaluate.metrics import r2_score
 
 
@@ -20,23 +20,22 @@ def compare_variants(
     y: Float[AnyArray, " N"],
     variants: Mapping[str, Float[AnyArray, "S N"]],
     baseline: Float[AnyArray, "S N"],
-    *,
-    n_resamples: int = 1000,
-    confidence_level: float = 0.95,
-    method: IntervalMethod = DEFAULT_METHOD,
+    **options: Any,
 ) -> pd.DataFrame:
     """R2 of variants that were trained with several seeds, and the mean difference from a baseline with its interval.
 
-    The interval is the paired bootstrap over stars of the mean over seeds; all variants see the same resamples.
+    The difference is the mean over seeds; its interval is by a paired bootstrap over stars. All variants see the same resamples.
 
     Args:
         key: random key.
         y: target.
-        variants: predictions by seed and star, by name.
-        baseline: likewise; its number of seeds may be another.
-        n_resamples: B.
-        confidence_level: of the intervals.
-        method: of the intervals.
+        variants: name of each variant -> its predictions by seed and star.
+        baseline: predictions of the baseline; it may have another number of seeds.
+        options: keyword arguments of ``bootstrap_gain``: ``n_resamples``, ``confidence_level`` and ``method``.
+
+    Returns:
+        One row for each variant: its R2 (mean and standard deviation over seeds), and ``delta_r2`` with its interval ``low`` to
+        ``high`` and ``standard_error``.
     """
     y64 = np.asarray(y, np.float64)
 
@@ -47,8 +46,7 @@ def compare_variants(
     reference, rows = squared_error(baseline), []
     for name, predictions in variants.items():
         gain = (reference - squared_error(predictions)).astype(np.asarray(y).dtype)
-        own = jax.random.clone(key)  # the same resamples on purpose
-        bootstrap = bootstrap_gain(own, y, gain, n_resamples=n_resamples, confidence_level=confidence_level, method=method)
+        difference = bootstrap_gain(jax.random.clone(key), y, gain, **options).overall
         r2 = [float(r2_score(y, prediction)) for prediction in np.asarray(predictions)]
         rows.append(
             {
@@ -56,10 +54,10 @@ def compare_variants(
                 "n_seeds": len(r2),
                 "r2": np.mean(r2),
                 "r2_sd_over_seeds": np.std(r2, ddof=1) if len(r2) > 1 else np.nan,
-                "delta_r2": float(bootstrap.estimate),
-                "low": float(bootstrap.low),
-                "high": float(bootstrap.high),
-                "standard_error": float(bootstrap.standard_error),
+                "delta_r2": float(difference.estimate),
+                "low": float(difference.low),
+                "high": float(difference.high),
+                "standard_error": float(difference.standard_error),
             }
         )
     return pd.DataFrame(rows)

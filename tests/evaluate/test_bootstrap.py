@@ -31,15 +31,15 @@ def test_counts_agree_with_gathering_resample_by_resample(stars, dtype):
 
     samples, group_samples = paired_bootstrap(key, delta, (y, prediction, baseline, groups), 300)
     atol = 3e-6 if dtype == np.float32 else 1e-12
-    np.testing.assert_allclose(counted.samples, samples, atol=atol)
-    np.testing.assert_allclose(counted.group_samples, group_samples, atol=atol)
+    np.testing.assert_allclose(counted.overall.samples, samples, atol=atol)
+    np.testing.assert_allclose(counted.groups.samples, group_samples, atol=atol)
 
 
 def test_each_resample_against_scikit_learn(stars, x64):
     y, prediction, baseline, groups = stars
     key = jax.random.key(5)
     result = bootstrap_delta_r2(key, y, prediction, baseline, n_resamples=20, groups=groups)
-    for key_b, sample, group_sample in zip(jax.random.split(key, 20), result.samples, result.group_samples, strict=True):
+    for key_b, sample, group_sample in zip(jax.random.split(key, 20), result.overall.samples, result.groups.samples, strict=True):
         rows = np.asarray(resample_rows(key_b, 816))
         expected = r2_score(y[rows], prediction[rows]) - r2_score(y[rows], baseline[rows])
         np.testing.assert_allclose(sample, expected, atol=1e-12)
@@ -51,7 +51,7 @@ def test_each_resample_against_scikit_learn(stars, x64):
 def test_interval_against_scipy(stars, x64):
     """The ends' Monte-Carlo errors are about 2 % of the interval at 10,000 resamples; 8 % is failed once in 10^4 runs."""
     y, prediction, baseline, _ = stars
-    ours = bootstrap_delta_r2(jax.random.key(1), y, prediction, baseline, n_resamples=10_000, method="percentile")
+    ours = bootstrap_delta_r2(jax.random.key(1), y, prediction, baseline, n_resamples=10_000, method="percentile").overall
 
     def delta(y, p, b, axis=-1):
         total = ((y - y.mean(axis=axis, keepdims=True)) ** 2).sum(axis=axis)
@@ -72,33 +72,34 @@ def test_interval_is_the_quantiles_of_the_samples(stars, x64):
     result = bootstrap_delta_r2(
         jax.random.key(1), y, prediction, baseline, n_resamples=500, confidence_level=0.9, method="percentile"
     )
-    np.testing.assert_allclose([result.low, result.high], np.quantile(result.samples, [0.05, 0.95]), rtol=1e-12)
-    assert result.samples.shape == (500,)
-    assert result.group_samples.shape == (500, 0)
+    overall = result.overall
+    np.testing.assert_allclose([overall.low, overall.high], np.quantile(overall.samples, [0.05, 0.95]), rtol=1e-12)
+    assert overall.samples.shape == (500,)
+    assert result.groups.samples.shape == (500, 0)
 
 
 def test_identical_methods_do_not_differ(stars, dtype):
     y, prediction, _, groups = cast(stars, dtype)
     result = bootstrap_delta_r2(jax.random.key(1), y, prediction, prediction, groups=groups, n_resamples=50)
-    assert float(result.estimate) == float(result.low) == float(result.high) == 0
-    assert not np.any(result.group_samples)
+    assert float(result.overall.estimate) == float(result.overall.low) == float(result.overall.high) == 0
+    assert not np.any(result.groups.samples)
 
 
 def test_constant_resamples_are_counted_not_hidden(dtype):
     """Two stars: half of the resamples draw one of them twice, and have no R2."""
     y = np.array([1.1, 4.7], dtype)
     result = bootstrap_delta_r2(jax.random.key(3), y, y, y[::-1].copy(), n_resamples=400, groups=np.array([0, 0]))
-    undefined = int(np.isnan(result.samples).sum())
-    assert undefined == int(result.n_undefined) == int(result.group_n_undefined[0])
+    undefined = int(np.isnan(result.overall.samples).sum())
+    assert undefined == int(result.overall.n_undefined) == int(result.groups.n_undefined[0])
     assert 140 < undefined < 260  # six standard deviations around 200
-    assert np.isfinite(result.low)
+    assert np.isfinite(result.overall.low)
 
 
 def test_a_group_without_stars(stars):
     y, prediction, baseline, groups = cast(stars, np.float32)
     result = bootstrap_delta_r2(jax.random.key(3), y, prediction, baseline, n_resamples=20, groups=groups, n_groups=11)
-    assert np.isnan(result.group_estimate[9:]).all()
-    assert result.group_n_undefined[9:].tolist() == [20, 20]
+    assert np.isnan(result.groups.estimate[9:]).all()
+    assert result.groups.n_undefined[9:].tolist() == [20, 20]
 
 
 def test_paired_bootstrap_of_another_statistic(stars, x64):
@@ -110,14 +111,16 @@ def test_paired_bootstrap_of_another_statistic(stars, x64):
     np.testing.assert_allclose(np.std(samples), theirs.standard_error, rtol=0.15)
 
 
-@pytest.mark.parametrize("block_size", [1, 7, 64, 65, 300, 1_000])
-def test_blocks_change_no_bit(stars, block_size, dtype):
+@pytest.mark.parametrize("n_resamples", [1, 7, 64, 65, 300, 1_000])
+def test_a_resample_does_not_depend_on_how_many_are_drawn(stars, n_resamples, dtype):
+    """To the last bit, although they are computed in tiles of 64."""
     y, prediction, baseline, groups = cast(stars, dtype)
-    whole, parts = (
-        bootstrap_delta_r2(jax.random.key(1), y, prediction, baseline, n_resamples=300, groups=groups, block_size=size)
-        for size in (None, block_size)
+    few, many = (
+        bootstrap_delta_r2(jax.random.key(1), y, prediction, baseline, n_resamples=n, groups=groups) for n in (n_resamples, 1_100)
     )
-    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    for part, whole in zip(few, many, strict=True):
+        np.testing.assert_array_equal(part.samples, whole.samples[:n_resamples])
+        np.testing.assert_array_equal(part.estimate, whole.estimate)
 
 
 @pytest.mark.parametrize("n", [1, 2, 816, 65_535, 65_537, 1_000_003, 2**31 - 1])
@@ -133,7 +136,6 @@ def test_rows_are_scaled_random_bits(n, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"block_size": 0}, "block_size is 0"),
         ({"n_resamples": 0}, "n_resamples is 0"),
         ({"confidence_level": 1.0}, "confidence_level is 1.0"),
         ({"prediction": np.zeros(5)}, r"prediction has shape \(5,\)"),

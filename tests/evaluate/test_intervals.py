@@ -110,16 +110,16 @@ def test_simultaneous_intervals_hold_all_groups_of_normal_statistics(rng, x64):
 def test_identical_methods_have_no_width(method, stars, dtype):
     y, p, _ = (array.astype(dtype) for array in stars)
     result = bootstrap_delta_r2(jax.random.key(0), y, p, p, n_resamples=50, method=method, groups=np.arange(816) % 9)
-    assert float(result.low) == float(result.high) == 0
-    assert not np.any(result.group_low)
-    assert not np.any(result.simultaneous_high)
+    assert float(result.overall.low) == float(result.overall.high) == 0
+    assert not np.any(result.groups.low)
+    assert not np.any(result.simultaneous.high)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_all_methods_agree_on_many_ordinary_stars(method, rng, x64):
     y = rng.uniform(1, 5, 20_000)
     p, b = y + rng.normal(0, 0.3, 20_000), y + rng.normal(0, 0.33, 20_000)
-    result = bootstrap_delta_r2(jax.random.key(0), y, p, b, n_resamples=4_000, method=method)
+    result = bootstrap_delta_r2(jax.random.key(0), y, p, b, n_resamples=4_000, method=method).overall
     expected = float(result.estimate) + 1.96 * float(result.standard_error) * np.array([-1, 1])
     np.testing.assert_allclose([result.low, result.high], expected, atol=0.1 * float(result.standard_error))
 

@@ -21,12 +21,12 @@ def test_what_the_peers_compute_is_what_we_compute():
     y, ours, theirs, cell = benchmark_rows.bootstrap_data(816)
     result = moe_jax.bootstrap_delta_r2(jax.random.key(0), y, ours, theirs, groups=cell, method="percentile")
     expected = r2_score(y, ours) - r2_score(y, theirs)
-    assert float(result.estimate) == pytest.approx(expected, abs=1e-5)
+    assert float(result.overall.estimate) == pytest.approx(expected, abs=1e-5)
     joint = peers.scipy_joint_bootstrap(y, ours, theirs, cell, 1_000)
-    np.testing.assert_allclose(joint.standard_error, [result.standard_error, *result.group_standard_error], rtol=0.2)
+    np.testing.assert_allclose(joint.standard_error, [result.overall.standard_error, *result.groups.standard_error], rtol=0.2)
     loop = peers.loop_bootstrap(y, ours, theirs, cell, 300)
     for k, by_scipy in enumerate(peers.scipy_bootstrap(y, ours, theirs, cell, 1_000)):
-        errors = result.standard_error if k == 0 else result.group_standard_error[k - 1]
+        errors = result.overall.standard_error if k == 0 else result.groups.standard_error[k - 1]
         assert by_scipy.standard_error == pytest.approx(float(errors), rel=0.2)
         assert np.std(loop[:, k]) == pytest.approx(float(errors), rel=0.3)
 

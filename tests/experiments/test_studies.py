@@ -206,18 +206,3 @@ def test_the_replication_is_as_large_as_it_says():
 def test_bad_config(make, message):
     with pytest.raises(InputError, match=message):
         make()
-
-
-def test_findings_need_the_other_results(tmp_path):
-    with pytest.raises(InputError, match=r"variants.csv: found no such file, expected the result of `python -m experiments\."):
-        findings.read(findings.FindingsConfig(results_dir=tmp_path), "converge_gate", "variants")
-
-
-def test_verdicts():
-    assert findings.judge(0.1, 0.2) == "**holds**"
-    assert findings.judge(-0.2, -0.1) == "**does not hold**"
-    assert findings.judge(-0.1, 0.1, 1234.5) == "**cannot tell** (about 1,234 test stars would be needed)"
-    rivals = pd.DataFrame({"low": [0.1, 0.2], "high": [0.3, 0.4]})
-    assert findings.judge_lead(rivals) == "**holds**"
-    assert findings.judge_lead(rivals.assign(low=[-0.1, 0.2])) == "**cannot tell**"
-    assert findings.judge_lead(rivals.assign(low=-1.0, high=[-0.5, 0.4])) == "**does not hold**"

@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import r2_score
 
-from experiments.pipeline.methods import CLASSIFY, GLOBAL, METHODS, ORACLE, PAIRS, Method, Pair
-from experiments.report.tables import bin_table, bootstrap_table, compare, overall_table, verdict
+from experiments.pipeline.methods import CLASSIFY, GLOBAL, METHODS, ORACLE, PAIRS, REGRESSION_GATES, Method, Pair
+from experiments.report.markdown import load_published, verdict_markdown
+from experiments.report.tables import bin_table, bootstrap_table, compare, overall_table, published_verdict, verdict
 from moe_jax import bootstrap_delta_r2
 from moe_jax.evaluate.variants import compare_variants
 
@@ -54,11 +55,36 @@ def test_bootstrap(run):
 
 
 @pytest.mark.parametrize(
-    ("r2", "low", "expected"),
-    [(0.94, 0.01, "passed, significant"), (0.932, -0.01, "partial, not significant"), (0.93, -0.1, "failed, not significant")],
+    ("low", "high", "expected"),
+    [
+        (0.001, 0.02, "better"),
+        (-0.0188, -0.0039, "worse"),
+        (-0.01, 0.01, "no difference shown"),
+        (0.0, 0.02, "no difference shown"),
+        (-0.02, 0.0, "no difference shown"),
+        (np.nan, np.nan, "no difference shown"),
+    ],
 )
-def test_verdict(r2, low, expected):
-    assert verdict(r2, 0.93, low) == expected
+def test_verdict_has_a_sign(low, high, expected):
+    assert verdict(low, high) == expected
+
+
+@pytest.mark.parametrize(("r2", "expected"), [(0.94, "passed"), (0.932, "partial"), (0.93, "failed"), (0.9, "failed")])
+def test_published_verdict(r2, expected):
+    assert published_verdict(r2, 0.93) == expected
+
+
+@pytest.mark.parametrize(("noise", "expected"), [(0.1, "better"), (0.9, "worse")])
+def test_the_report_says_what_is_significantly_worse(run, noise, expected):
+    y, cell, predictions, _ = run
+    rng = np.random.default_rng(1)
+    predictions = predictions | {m: (y + rng.normal(0, noise, 300)).astype(np.float32) for m in REGRESSION_GATES}
+    comparisons = compare(jax.random.key(0), y, predictions, cell, n_resamples=100)
+    text = verdict_markdown(comparisons, overall_table(y, predictions), load_published())
+    rows = [line.split(" | ") for line in text.splitlines()[2:]]
+    assert [row[0].strip("| ") for row in rows] == [method.name for method in REGRESSION_GATES]
+    assert {row[3] for row in rows} == {expected}
+    assert {row[4] for row in rows} == {"passed" if expected == "better" else "failed"}
 
 
 def test_variants_of_several_seeds(rng):
@@ -76,4 +102,4 @@ def test_variants_of_several_seeds(rng):
     assert np.isnan(table.loc["b", "r2_sd_over_seeds"])
     one = bootstrap_delta_r2(jax.random.key(0), y, variants["b"][0], baseline[0], n_resamples=50, method="percentile")
     same = compare_variants(jax.random.key(0), y, {"b": variants["b"]}, baseline[:1], n_resamples=50, method="percentile")
-    np.testing.assert_allclose([same["low"][0], same["high"][0]], [one.low, one.high], atol=1e-5)
+    np.testing.assert_allclose([same["low"][0], same["high"][0]], [one.overall.low, one.overall.high], atol=1e-5)
