@@ -26,7 +26,7 @@ from experiments.runner.command_line import run_command
 from experiments.runner.stages import Stages
 from moe_jax.gates.features import FEATURE_NAMES
 from moe_jax.gates.networks import MLPGate
-from moe_jax.gates.optimize import GateConfig, Hyper
+from moe_jax.gates.training import GateConfig, Hyper
 
 CA_LINES = ("depth_8498", "EW_8498", "depth_8542", "EW_8542", "depth_8662", "EW_8662", "EW_CaT")
 SODIUM = ("depth_Na", "EW_Na")

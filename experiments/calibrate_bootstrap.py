@@ -39,9 +39,8 @@ from moe_jax.experts.cells import CELL_NAMES, N_CELLS, assign_cells
 from moe_jax.experts.fit import predict_experts
 from moe_jax.gates.features import compute_features
 from moe_jax.gates.networks import Gate, LinearGate, MLPGate
-from moe_jax.gates.optimize import GateConfig
 from moe_jax.gates.routing import route_soft
-from moe_jax.gates.training import fit_gate
+from moe_jax.gates.training import GateConfig, fit_gate
 from moe_jax.spectra.simulate import simulate_survey
 from moe_jax.spectra.survey import add_noise
 

@@ -38,9 +38,8 @@ from moe_jax.apply.uncertainty import PredictiveVariance, approximate_leverage, 
 from moe_jax.core.arrays import InputError
 from moe_jax.experts.cells import CELL_NAMES
 from moe_jax.gates.networks import LinearGate, MLPGate
-from moe_jax.gates.optimize import GateConfig
 from moe_jax.gates.routing import route_oracle, route_soft
-from moe_jax.gates.training import fit_gate
+from moe_jax.gates.training import GateConfig, fit_gate
 from moe_jax.spectra.fisher import fisher_information, log_g_floor
 from moe_jax.spectra.survey import Labels
 

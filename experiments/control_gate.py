@@ -32,8 +32,8 @@ from moe_jax.experts.cross_validation import cross_validate_ridge, select_alpha
 from moe_jax.experts.ridge import fit_ridge, predict_ridge
 from moe_jax.gates.controls import fit_mlp_regressor, fit_temperature, predict_mlp_regressor, simplex_weights
 from moe_jax.gates.networks import LinearGate, MLPGate
-from moe_jax.gates.optimize import GateConfig
 from moe_jax.gates.routing import route_soft, sharpen
+from moe_jax.gates.training import GateConfig
 
 VANISHING = 0.01
 """An expert whose mean weight is below this is flagged."""

@@ -25,8 +25,7 @@ from experiments.report.variants import compare_by, write_variants
 from experiments.runner.command_line import run_command
 from experiments.runner.stages import Stages
 from moe_jax.gates.networks import LinearGate, MLPGate
-from moe_jax.gates.optimize import GateConfig
-from moe_jax.gates.training import mixture_loss
+from moe_jax.gates.training import GateConfig, mixture_loss
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from moe_jax.evaluate.metrics import r2_score
 from moe_jax.experts.cells import N_CELLS
 from moe_jax.experts.fit import cross_fitted_predictions
 from moe_jax.gates.networks import MLPGate
-from moe_jax.gates.optimize import GateConfig
+from moe_jax.gates.training import GateConfig
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,8 @@ from moe_jax.evaluate.intervals import Interval, Resampled, simultaneous_interva
 from moe_jax.evaluate.variance import required_stars
 from moe_jax.experts.cells import CELL_NAMES, N_CELLS
 from moe_jax.gates.networks import LinearGate, MLPGate
-from moe_jax.gates.optimize import GateConfig
 from moe_jax.gates.routing import route_hard, route_soft
-from moe_jax.gates.training import entropy, fit_gate
+from moe_jax.gates.training import GateConfig, entropy, fit_gate
 
 HOT_METAL_POOR = 6
 REPORT_STARS = 816

@@ -52,9 +52,9 @@ from moe_jax.apply.model_file import save_model
 from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.evaluate.bootstrap import Bootstrap
 from moe_jax.gates.networks import Gate, LinearGate, MLPGate
-from moe_jax.gates.optimize import GateConfig, GateFit
+from moe_jax.gates.optimize import GateFit
 from moe_jax.gates.routing import route_fallback, route_hard, route_oracle, route_soft
-from moe_jax.gates.training import fit_gate
+from moe_jax.gates.training import GateConfig, fit_gate
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from experiments.runner.stages import Stages
 from moe_jax.core.arrays import InputError
 from moe_jax.evaluate.variance import SOURCES, VarianceComponents, variance_components
 from moe_jax.gates.networks import LinearGate, MLPGate
-from moe_jax.gates.optimize import GateConfig
+from moe_jax.gates.training import GateConfig
 
 
 @dataclass(frozen=True)

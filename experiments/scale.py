@@ -32,8 +32,8 @@ from moe_jax.core.arrays import InputError
 from moe_jax.evaluate.bootstrap import paired_bootstrap
 from moe_jax.evaluate.metrics import r2_score
 from moe_jax.gates.networks import LinearGate, MLPGate
-from moe_jax.gates.optimize import GateConfig
 from moe_jax.gates.routing import route_hard, route_oracle, route_soft
+from moe_jax.gates.training import GateConfig
 
 METHODS = ("global", "oracle", "hard", "soft", "MLP", "linear")
 STYLES = {

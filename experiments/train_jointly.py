@@ -10,6 +10,7 @@ from the cache. Results go to results/train_jointly/PRESET.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from jax.typing import ArrayLike
 
 from experiments.pipeline.config import SMALL, StudyConfig, draw_keys
 from experiments.pipeline.gates import mix_by_class
@@ -33,9 +33,9 @@ from moe_jax.core.arrays import AnyArray, matmul
 from moe_jax.experts.fit import assign_folds
 from moe_jax.experts.joint import Backfit, MixtureExperts, backfit_mixture_experts, predict_mixture_experts
 from moe_jax.gates.networks import MLPGate
-from moe_jax.gates.optimize import GateConfig, GateFit, Params, minimize
+from moe_jax.gates.optimize import Adam, GateFit, Params, Rows, minimize
 from moe_jax.gates.routing import route_soft
-from moe_jax.gates.training import fit_gate
+from moe_jax.gates.training import GateConfig, fit_gate
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ ROUND = Round(
 )
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("gate", "alpha", "n_stars"))
 @dataclass(frozen=True)
 class JointObjective:
     """Squared error of the mixture with experts and gate both free; the ridge penalty is shared out over the stars."""
@@ -115,9 +116,9 @@ class JointObjective:
     alpha: float
     n_stars: int
 
-    def __call__(self, params: Params, entropy_penalty: ArrayLike, data: tuple[jax.Array, ...]) -> jax.Array:
-        """(N,) losses of spectra, features and target."""
-        x, features, y = data
+    def __call__(self, params: Params, rows: Rows) -> jax.Array:
+        """(N,) losses; ``rows`` are spectra, features and target."""
+        x, features, y = rows
         experts = params["experts"]
         predictions = matmul(x, experts["coef"].T) + experts["intercept"][None, :]
         gate = {name: leaf for name, leaf in params.items() if name != "experts"}
@@ -184,8 +185,8 @@ def train_by_gradient(
         tried = []
         penalty = alpha / len(train) * float(jnp.sum(own.coef**2))
         for rate in config.gradient_rates:
-            settings = GateConfig(epochs=config.gradient_epochs, learning_rate=rate, patience=5)
-            fit = minimize(key, JointObjective(gate, alpha, len(train)), start, part(train), settings, validation=part(held))
+            adam = Adam(rate, config.gradient_epochs, patience=5)
+            fit = minimize(key, JointObjective(gate, alpha, len(train)), start, part(train), adam, validation=part(held))
             after = float(fit.validation_loss[fit.best_epoch])
             # The objective carries the ridge penalty, which is no part of the error.
             tried.append({"rate": rate, "n_epochs": int(fit.best_epoch) + 1, "before": before + penalty, "after": after})
@@ -194,10 +195,10 @@ def train_by_gradient(
         return None, tried
     with stages("gradient: all stars"):
         n_epochs = int(chosen["n_epochs"])
-        settings = GateConfig(epochs=n_epochs, learning_rate=chosen["rate"], patience=n_epochs + 1, validation_fraction=0.0)
+        adam = Adam(chosen["rate"], n_epochs, patience=n_epochs + 1)
         everything = params_of(best.backfit.experts, jax.tree.map(jnp.asarray, best.gate.params))
         rows = np.arange(len(data.y))
-        fit = minimize(key, JointObjective(gate, alpha, len(rows)), everything, part(rows), settings)
+        fit = minimize(key, JointObjective(gate, alpha, len(rows)), everything, part(rows), adam, validation=0.0)
         experts = MixtureExperts(fit.params["experts"]["coef"], fit.params["experts"]["intercept"])
         gate_params = {name: leaf for name, leaf in fit.params.items() if name != "experts"}
         prediction = route_soft(gate.apply(gate_params, data.test_features), predict_mixture_experts(experts, data.test_flux))

@@ -55,14 +55,14 @@ from .gates.networks import Gate as Gate
 from .gates.networks import LinearGate as LinearGate
 from .gates.networks import MLPGate as MLPGate
 from .gates.networks import linear_params as linear_params
-from .gates.optimize import GateConfig as GateConfig
 from .gates.optimize import GateFit as GateFit
-from .gates.optimize import Hyper as Hyper
 from .gates.routing import route_fallback as route_fallback
 from .gates.routing import route_hard as route_hard
 from .gates.routing import route_oracle as route_oracle
 from .gates.routing import route_soft as route_soft
 from .gates.routing import sharpen as sharpen
+from .gates.training import GateConfig as GateConfig
+from .gates.training import Hyper as Hyper
 from .gates.training import fit_gate as fit_gate
 from .gates.training import fit_gates as fit_gates
 from .gates.training import mixture_loss as mixture_loss

@@ -16,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from moe_jax.core.arrays import InputError
 from moe_jax.gates.networks import Gate, LinearGate, MLPGate
-from moe_jax.gates.optimize import GateConfig
+from moe_jax.gates.training import GateConfig
 from moe_jax.mixture import ALPHAS, MixtureOfExperts, fit_moe, predict_moe
 
 

@@ -17,9 +17,9 @@ from moe_jax.core.arrays import AnyArray, InputError, mean_and_scale, require_sa
 from moe_jax.experts.fit import assign_folds, cross_fitted_predictions, fit_experts
 from moe_jax.experts.ridge import Ridge, predict_ridges, require_positive
 from moe_jax.gates.networks import Gate, MLPGate
-from moe_jax.gates.optimize import GateConfig, Params
+from moe_jax.gates.optimize import Params
 from moe_jax.gates.routing import route_soft
-from moe_jax.gates.training import fit_gate
+from moe_jax.gates.training import GateConfig, fit_gate
 
 ALPHAS = (1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
 

@@ -1,4 +1,4 @@
-"""Gates for many seeds in one vectorised call, and what they predict for the test stars; cached."""
+"""Trains the gates of many seeds in one compiled call and applies them to the test stars; results are cached."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from experiments.pipeline.stars import Prepared, Stars
 from moe_jax.core.arrays import AnyArray
 from moe_jax.core.parallel import devices_for, map_devices, on_all
 from moe_jax.gates.networks import Gate, LinearGate
-from moe_jax.gates.optimize import GateConfig, Hyper, Params
+from moe_jax.gates.optimize import Params
 from moe_jax.gates.routing import route_soft, sharpen
-from moe_jax.gates.training import fit_gate, mixture_loss
+from moe_jax.gates.training import GateConfig, Hyper, fit_gate, mixture_loss, require_informative
 
 
 @dataclass(frozen=True)
@@ -29,26 +29,26 @@ class GateRun:
 
     gate: Gate
     training: GateConfig = field(default_factory=GateConfig)
-    protocol: str = PROTOCOLS[1]  #: "in-sample" or "cross-fitted" expert predictions
-    fraction: float = 1.0  #: part of the covered training stars
+    protocol: str = PROTOCOLS[1]  #: whether the experts' predictions are in-sample or cross-fitted
+    fraction: float = 1.0  #: part of the covered training stars that the gates are trained on
     n_seeds: int = 8
 
 
-#: The linear gate at its optimum, from the classification gate's weights on all stars: nothing is drawn.
+#: The linear gate at its optimum: started from the classification gate, trained on all stars. Nothing in it is random.
 CONVERGED = GateConfig(optimizer="lbfgs", init="logistic", validation_fraction=0.0, gradient_tolerance=1e-5)
 CONVERGED_LINEAR = GateRun(LinearGate(), CONVERGED, n_seeds=1)
 
 
 class Sweep(NamedTuple):
-    """Gates of several seeds, as seen by the test stars."""
+    """What S gates, one for each seed, give: predictions for the test stars, and how the training went (see ``GateFit``)."""
 
-    predictions: AnyArray  #: (S, N) of the mixture for each test star, by seed
-    mean_weights: AnyArray  #: (S, K) over the test stars
+    predictions: AnyArray  #: (S, N) predictions of the mixture for the test stars
+    mean_weights: AnyArray  #: (S, K) mean over the test stars
     loss: AnyArray  #: (S,) mean squared error of the mixture on all stars that the gate was given, validation stars included
-    validation_loss: AnyArray  #: (S,) the lowest; NaN without validation
+    validation_loss: AnyArray  #: (S,) lowest validation loss; NaN without validation stars
     gradient_norm: AnyArray  #: (S,)
     best_epoch: AnyArray  #: (S,) counted from 1
-    n_run: AnyArray  #: (S,) epochs or iterations
+    n_run: AnyArray  #: (S,) epochs or iterations that were run
     stopped_early: AnyArray  #: (S,)
     converged: AnyArray  #: (S,)
 
@@ -63,7 +63,7 @@ def mix_by_class(prepared: Prepared, stars: Stars) -> np.ndarray:
 
 
 def training_stars(config: StudyConfig, prepared: Prepared, protocol: str, fraction: float) -> Stars:
-    """Training stars of a gate: a part of the covered stars, the same for both protocols."""
+    """The stars that a gate is trained on: a random part of the covered stars, the same for both protocols."""
     drawn = jax.random.permutation(draw_keys(config.seed).in_sample, prepared.n_covered)
     n = max(round(fraction * prepared.n_covered), 2)
     stars = prepared.gate_stars() if protocol == PROTOCOLS[1] else prepared.train.covered()
@@ -71,19 +71,18 @@ def training_stars(config: StudyConfig, prepared: Prepared, protocol: str, fract
 
 
 def run_gates(config: StudyConfig, prepared: Prepared, run: GateRun) -> Sweep:
-    """Trains the gates of a run and applies them to the covered test stars; from the cache where they are known."""
+    """Trains the gates of a run and applies them to the covered test stars, or reads this from the cache."""
 
     def compute() -> Sweep:
-        stars = training_stars(config, prepared, run.protocol, run.fraction)
-        keys = gate_keys(config, run.n_seeds)
-        return train_gates(keys, prepared.classifier.params, stars, prepared.test.covered(), run.gate, run.training)
+        stars, test = training_stars(config, prepared, run.protocol, run.fraction), prepared.test.covered()
+        return train_gates(gate_keys(config, run.n_seeds), prepared.classifier.params, stars, test, run.gate, run.training)
 
     settings = dataclasses.asdict(run) | {"gate": repr(run.gate), "data": dataclasses.asdict(config.data)}
     return config.cache.load_or_compute("gates", settings, [prepare.__file__, __file__], SWEEP, compute)[0]
 
 
 def gate_keys(config: StudyConfig, n_seeds: int) -> jax.Array:
-    """Keys of several gates: the same for every kind of gate, so that kinds are compared on the same draws."""
+    """One key for each seed. Every kind of gate gets the same keys, so that kinds are compared on the same random draws."""
     return jax.random.split(jax.random.fold_in(draw_keys(config.seed).gates, 1_000), n_seeds)
 
 
@@ -99,56 +98,71 @@ def train_gates(
     mask: AnyArray | None = None,
     temperature: AnyArray | None = None,
 ) -> Sweep:
-    """Trains a gate for each key, and applies them to test stars.
+    """Trains a gate for each key and applies it to test stars.
 
     Args:
-        keys: (S,) random keys.
+        keys: S random keys.
         logistic: params of the classification gate.
         stars: what the gates are trained on.
         test: what they are applied to.
         gate: form of the gates.
         gate_config: how they are trained.
-        hyper: (S,) each; replaces the numbers of ``gate_config``.
-        mask: (S, F) factor on the features; 0 takes a feature away.
-        temperature: (S,) at which the trained weights are used on the test stars.
+        hyper: (S,) numbers that replace those of ``gate_config``.
+        mask: (S, F) factors on the features; 0 takes a feature away.
+        temperature: (S,) temperatures at which the trained weights are used on the test stars.
+
+    Raises:
+        InputError: where the training stars teach nothing; see ``require_informative``.
     """
+    require_informative(stars.features, stars.predictions, stars.log_g)
     n_seeds, n_features = len(keys), test.features.shape[1]
-    mask = jnp.ones((n_seeds, n_features)) if mask is None else jnp.asarray(mask)
-    temperature = jnp.ones(n_seeds) if temperature is None else jnp.asarray(temperature)
+    by_seed = _BySeed(
+        keys,
+        jax.tree.map(jnp.asarray, hyper),
+        jnp.ones((n_seeds, n_features)) if mask is None else jnp.asarray(mask),
+        jnp.ones(n_seeds) if temperature is None else jnp.asarray(temperature),
+    )
     train = tuple(map(jnp.asarray, (stars.features, stars.predictions, stars.log_g)))
-    seen = tuple(map(jnp.asarray, (test.features, test.predictions)))
-    hyper = jax.tree.map(jnp.asarray, hyper)
-    arrays = on_all(((keys, hyper, mask, temperature), train, seen, logistic), devices_for(n_seeds))
+    test_arrays = tuple(map(jnp.asarray, (test.features, test.predictions)))
+    arrays = on_all((by_seed, train, test_arrays, logistic), devices_for(n_seeds))
     sweep: Sweep = _train_at_once(*arrays, gate, gate_config)
     return jax.tree.map(np.asarray, sweep)
 
 
+class _BySeed(NamedTuple):
+    """What differs between the gates of one call."""
+
+    key: jax.Array
+    hyper: Hyper | None
+    mask: jax.Array
+    temperature: jax.Array
+
+
 @functools.partial(jax.jit, static_argnames=("gate", "config"))
 def _train_at_once(
-    each: tuple[jax.Array, Hyper | None, jax.Array, jax.Array],
+    by_seed: _BySeed,
     train: tuple[jax.Array, ...],
     test: tuple[jax.Array, ...],
     logistic: Params,
     gate: Gate,
     config: GateConfig,
 ) -> Sweep:
-    def one(each: tuple[jax.Array, Hyper | None, jax.Array, jax.Array], shared: Any) -> Sweep:
-        key, hyper, mask, temperature = each
-        (features, predictions, y), test, logistic = shared
-        fit = fit_gate(key, gate, features * mask[None, :], predictions, y, config, logistic=logistic, hyper=hyper)
-        weights = sharpen(gate.apply(fit.params, test[0] * mask[None, :]), temperature)
-        n_run = jnp.sum(jnp.isfinite(fit.train_loss))
+    def train_one(seed: _BySeed, shared: Any) -> Sweep:
+        (features, predictions, y), (test_features, test_predictions), logistic = shared
+        features, test_features = features * seed.mask[None, :], test_features * seed.mask[None, :]
+        fit = fit_gate(seed.key, gate, features, predictions, y, config, logistic=logistic, hyper=seed.hyper)
+        weights = sharpen(gate.apply(fit.params, test_features), seed.temperature)
         return Sweep(
-            predictions=route_soft(weights, test[1]),
+            predictions=route_soft(weights, test_predictions),
             mean_weights=jnp.mean(weights, axis=0),
-            loss=mixture_loss(gate, fit.params, features * mask[None, :], predictions, y),
+            loss=mixture_loss(gate, fit.params, features, predictions, y),
             validation_loss=fit.validation_loss[fit.best_epoch],
             gradient_norm=fit.gradient_norm,
             best_epoch=fit.best_epoch + 1,
-            n_run=n_run,
+            n_run=jnp.sum(jnp.isfinite(fit.train_loss)),
             stopped_early=fit.stopped_early,
             converged=fit.converged,
         )
 
-    sweep: Sweep = map_devices(one, each, (train, test, logistic))
+    sweep: Sweep = map_devices(train_one, by_seed, (train, test, logistic))
     return sweep

@@ -12,14 +12,14 @@ from .networks import Gate as Gate
 from .networks import LinearGate as LinearGate
 from .networks import MLPGate as MLPGate
 from .networks import linear_params as linear_params
-from .optimize import GateConfig as GateConfig
 from .optimize import GateFit as GateFit
-from .optimize import Hyper as Hyper
 from .routing import route_fallback as route_fallback
 from .routing import route_hard as route_hard
 from .routing import route_oracle as route_oracle
 from .routing import route_soft as route_soft
 from .routing import sharpen as sharpen
+from .training import GateConfig as GateConfig
+from .training import Hyper as Hyper
 from .training import fit_gate as fit_gate
 from .training import fit_gates as fit_gates
 from .training import mixture_loss as mixture_loss

@@ -1,7 +1,8 @@
-"""Simpler uses of what a mixture uses: constant weights, one temperature, and regressions stacked on features and predictions."""
+"""Controls: simpler methods with the same inputs as a gate. Constant weights, one temperature, a network that regresses."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,21 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
-from jax.typing import ArrayLike
 from jaxtyping import Float, PRNGKeyArray
 
-from moe_jax.core.arrays import AnyArray, InputError, require_same_length
+from moe_jax.core.arrays import AnyArray, InputError, mean_and_scale, require_same_length, scale_columns
 from moe_jax.gates.networks import MLPGate
-from moe_jax.gates.optimize import GateConfig, GateFit, Params, minimize
+from moe_jax.gates.optimize import GateFit, Params, Rows, minimize
 from moe_jax.gates.routing import route_soft, sharpen
+from moe_jax.gates.training import GateConfig
 
 
 def simplex_weights(predictions: Float[AnyArray, "N K"], y: Float[AnyArray, " N"]) -> Float[np.ndarray, " K"]:
-    """The constant weights of least squared error, sum_k w_k = 1 and w >= 0; exact, in float64.
+    """The constant weights w of least squared error, with sum_k w_k = 1 and w_k >= 0; exact, in float64.
 
-    As the weights sum to 1, the residual is -(predictions - y) w, so w minimises w' G w with G the Gram matrix of the experts'
-    errors. The non-negative u that minimises u' G u / 2 - sum(u) meets the same conditions of Karush, Kuhn and Tucker up to a
-    factor: w = u / sum(u). With G = L L' that is the non-negative least squares |L' u - L^-1 1|^2 (Lawson & Hanson 1974).
+    The weights sum to 1, so the residual is -(predictions - y) w, and w minimises w' G w, where G is the Gram matrix of the
+    experts' errors. Let u >= 0 minimise u' G u / 2 - sum(u). Up to a factor, u meets the same conditions of Karush, Kuhn and
+    Tucker as w: w = u / sum(u). With G = L L' this is the non-negative least squares problem |L' u - L^-1 1|^2 (Lawson & Hanson
+    1974).
 
     Raises:
         InputError: shapes that disagree, or experts whose errors are linearly dependent.
@@ -41,25 +43,27 @@ def simplex_weights(predictions: Float[AnyArray, "N K"], y: Float[AnyArray, " N"
 
 
 def fit_temperature(weights: Float[AnyArray, "N K"], predictions: Float[AnyArray, "N K"], y: Float[AnyArray, " N"]) -> float:
-    """The one temperature that makes a gate's mixture fit best: minimises the squared error over T in 0.05 to 20."""
+    """The temperature, between 0.05 and 20, at which the mixture has the least squared error; one for all stars."""
 
     def loss(log_temperature: float) -> float:
         mixture = route_soft(sharpen(weights, np.exp(log_temperature)), jnp.asarray(predictions))
         return float(jnp.mean((jnp.asarray(y) - mixture) ** 2))
 
-    found = scipy.optimize.minimize_scalar(loss, bounds=(np.log(0.05), np.log(20.0)), method="bounded", options={"xatol": 1e-3})
-    return float(np.exp(found.x))
+    bounds = (np.log(0.05), np.log(20.0))
+    optimum = scipy.optimize.minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-3})
+    return float(np.exp(optimum.x))
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("network",))
 @dataclass(frozen=True)
 class SquaredError:
-    """(y - network(x))^2 of each star, the network being a gate's with one output."""
+    """(y - network(x))^2 of each star; the network is that of a gate with one output."""
 
     network: MLPGate
 
-    def __call__(self, params: Params, entropy_penalty: ArrayLike, data: tuple[jax.Array, ...]) -> jax.Array:
-        """(N,) losses; there are no weights whose entropy could be penalised."""
-        x, y = data
+    def __call__(self, params: Params, rows: Rows) -> jax.Array:
+        """(N,) losses."""
+        x, y = rows
         return (y - self.network.logits(params, x)[:, 0]) ** 2
 
 
@@ -81,25 +85,38 @@ def fit_mlp_regressor(
     hidden: int = 64,
     config: GateConfig | None = None,
 ) -> tuple[MLPRegressor, GateFit]:
-    """Regresses y on x by a network of the MLP gate's size, trained as a gate is; inputs and target are standardised.
+    """Regresses y on x with the network of an MLP gate, which is trained as a gate is; x and y are standardised inside.
+
+    Args:
+        key: draws the initial params, the validation stars and the batches.
+        x: columns that the network sees.
+        y: target.
+        hidden: units of the network.
+        config: ``GateConfig()`` by default. ``init`` and ``entropy_penalty`` do not apply: there are no weights.
 
     Raises:
         InputError: shapes that disagree, or too few stars.
     """
     require_same_length(x=x, y=y)
-    x, y = jnp.asarray(x), jnp.asarray(y)
-    x_mean, x_scale, y_mean, y_scale = jnp.mean(x, axis=0), jnp.std(x, axis=0), jnp.mean(y), jnp.std(y)
-    x_scale, y_scale = jnp.where(x_scale > 0, x_scale, 1.0), jnp.where(y_scale > 0, y_scale, 1.0)
+    x, y, config = jnp.asarray(x), jnp.asarray(y), GateConfig() if config is None else config
+    x_mean, x_scale = mean_and_scale(x)
+    (y_mean,), (y_scale,) = mean_and_scale(y[:, None])
     network = MLPGate(hidden)
     key_init, key_train = jax.random.split(key)
     params = jax.tree.map(lambda leaf: leaf.astype(x.dtype), network.init(key_init, x.shape[1], 1))
-    data = ((x - x_mean[None, :]) / x_scale[None, :], (y - y_mean) / y_scale)
-    fit = minimize(key_train, SquaredError(network), params, data, GateConfig() if config is None else config)
+    fit = minimize(
+        key_train,
+        SquaredError(network),
+        params,
+        (scale_columns(x, x_mean, x_scale), (y - y_mean) / y_scale),
+        config.method(),
+        validation=config.validation_fraction,
+        weight_decay=config.weight_decay,
+    )
     return MLPRegressor(fit.params, x_mean, x_scale, y_mean, y_scale), fit
 
 
 def predict_mlp_regressor(model: MLPRegressor, x: Float[AnyArray, "N F"]) -> Float[jax.Array, " N"]:
     """Predictions of a fitted network."""
-    standardised = (jnp.asarray(x) - model.x_mean[None, :]) / model.x_scale[None, :]
-    hidden = model.params["head"]["kernel"].shape[0]
-    return MLPGate(hidden).logits(model.params, standardised)[:, 0] * model.y_scale + model.y_mean
+    network = MLPGate(hidden=model.params["head"]["kernel"].shape[0])
+    return network.logits(model.params, scale_columns(x, model.x_mean, model.x_scale))[:, 0] * model.y_scale + model.y_mean

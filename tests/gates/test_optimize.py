@@ -5,7 +5,7 @@ import pytest
 import scipy.optimize
 
 from moe_jax import GateConfig, Hyper, InputError, LinearGate, MLPGate, fit_classifier, fit_gate, mixture_loss
-from moe_jax.gates.optimize import minimize, shuffled_batches
+from moe_jax.gates.optimize import Adam, minimize, shuffled_batches
 from moe_jax.gates.training import MixtureObjective, entropy
 
 LBFGS = GateConfig(optimizer="lbfgs", validation_fraction=0.0)
@@ -144,8 +144,8 @@ def test_given_validation_stars_decide(mixture):
     data, held = (features[:400], predictions[:400], y[:400]), (features[400:], predictions[400:], y[400:])
     gate = LinearGate()
     start = gate.init(jax.random.key(0), 4, 3)
-    config = GateConfig(epochs=1, learning_rate=1e-12, batch_size=400)
-    fit = minimize(jax.random.key(1), MixtureObjective(gate), start, data, config, validation=held)
+    adam = Adam(learning_rate=1e-12, epochs=1, batch_size=400)
+    fit = minimize(jax.random.key(1), MixtureObjective(gate), start, data, adam, validation=held)
     assert float(fit.validation_loss[0]) == pytest.approx(float(mixture_loss(gate, start, *held)), rel=1e-5)
     assert float(fit.train_loss[0]) == pytest.approx(float(mixture_loss(gate, start, *data)), rel=1e-5)
 

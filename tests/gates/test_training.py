@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from moe_jax import GateConfig, InputError, LinearGate, MLPGate, fit_classifier, fit_gate, mixture_loss
+from moe_jax import GateConfig, InputError, LinearGate, MLPGate, fit_classifier, fit_gate, fit_gates, mixture_loss
 from moe_jax.gates import optimize
 
 QUICK = GateConfig(epochs=15, batch_size=64)
@@ -105,6 +105,29 @@ def test_bad_arrays(mixture):
         fit_gate(jax.random.key(0), LinearGate(), features, predictions, y[:5])
     with pytest.raises(InputError, match="at least 2"):
         fit_gate(jax.random.key(0), LinearGate(), features[:1], predictions[:1], y[:1])
+
+
+def test_data_without_information(mixture):
+    """Experts that agree on every star, a constant target, and NaN are refused, alone and for several keys."""
+    features, predictions, y, _ = mixture
+    unknown = features.copy()
+    unknown[3, 1] = np.nan
+    keys = jax.random.split(jax.random.key(0), 2)
+    for arrays, message in (
+        ((features, np.repeat(predictions[:, :1], 3, axis=1), y), "found the same prediction of all experts for every star"),
+        ((features, predictions, np.full_like(y, 2.5)), "y: found 2.5 for all 2000 stars"),
+        ((unknown, predictions, y), "features: found nan, expected finite numbers"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fit_gate(keys[0], LinearGate(), *arrays, QUICK)
+        with pytest.raises(InputError, match=message):
+            fit_gates(keys, LinearGate(), *arrays, QUICK)
+
+
+def test_one_expert_is_enough(mixture):
+    features, predictions, y, _ = mixture
+    fit = fit_gate(jax.random.key(0), LinearGate(), features, predictions[:, :1], y, QUICK)
+    np.testing.assert_allclose(LinearGate().apply(fit.params, features), 1.0)
 
 
 def test_classifier_against_lbfgs(rng):
