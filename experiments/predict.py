@@ -26,7 +26,8 @@ from moe_jax.apply.application import Application, apply_model, needs_scaling, p
 from moe_jax.apply.catalogue import open_catalogue, require_suffix
 from moe_jax.apply.model_file import load_model
 from moe_jax.core.arrays import InputError
-from moe_jax.spectra.observed import ObservedFile, ObservedSpectra
+from moe_jax.spectra.resample import MaskedSpectra
+from moe_jax.spectra.telescope_file import TelescopeFile
 
 SCALE_SAMPLE = 512  # stars, from the first on, by which --scale auto decides
 
@@ -56,7 +57,7 @@ def main(config: PredictConfig) -> None:
     stages = Stages()
     require_suffix(config.output)
     model = load_model(config.model)
-    file = ObservedFile(config.spectra)
+    file = TelescopeFile(config.spectra)
     try:
         application = prepare_application(model, file.wave, str(config.spectra))
     except InputError as reason:
@@ -75,7 +76,7 @@ def main(config: PredictConfig) -> None:
         console.print(f"{config.spectra}: each spectrum is scaled to the median of the training spectra", highlight=False)
     if not file.has_errors:
         console.print(f"{config.spectra}: neither errors nor ivar; those of the training stars stand in", highlight=False)
-    if not len(np.asarray(application.known.calibration.levels)):
+    if not len(np.asarray(application.uncertainty.calibration.levels)):
         console.print(f"{config.model}: not calibrated; uncertainty is the standard deviation of the model", highlight=False)
     flags: Counter[str] = Counter()
     masked = 0
@@ -92,11 +93,11 @@ def main(config: PredictConfig) -> None:
         console.print(f"{flag}: {count:,} stars", highlight=False)
 
 
-def _apply(application: Application, spectra: ObservedSpectra, start: int, chunk_stars: int) -> pd.DataFrame:
+def _apply(application: Application, spectra: MaskedSpectra, start: int, chunk_stars: int) -> pd.DataFrame:
     """``apply_model`` on a whole chunk, so that the last one shares the compiled programs of the others."""
     n_stars = len(spectra.flux)
     pad = ((0, chunk_stars - n_stars), (0, 0))
-    return apply_model(application, ObservedSpectra(*(np.pad(array, pad, mode="edge") for array in spectra)), start)[:n_stars]
+    return apply_model(application, MaskedSpectra(*(np.pad(array, pad, mode="edge") for array in spectra)), start)[:n_stars]
 
 
 if __name__ == "__main__":

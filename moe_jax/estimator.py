@@ -1,4 +1,4 @@
-"""The mixture as a scikit-learn estimator: ``fit_moe`` and ``predict_moe`` behind fit and predict, in float64."""
+"""``fit_moe`` and ``predict_moe`` as a scikit-learn estimator, in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sklearn.cluster import KMeans
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from moe_jax.core.arrays import InputError
+from moe_jax.core.arrays import InputError, mean_and_scale, scale_columns
 from moe_jax.gates.networks import Gate, LinearGate, MLPGate
 from moe_jax.gates.training import GateConfig
 from moe_jax.mixture import ALPHAS, MixtureOfExperts, fit_moe, predict_moe
@@ -23,21 +23,21 @@ from moe_jax.mixture import ALPHAS, MixtureOfExperts, fit_moe, predict_moe
 class RidgeMixtureRegressor(RegressorMixin, BaseEstimator):
     """Ridge experts, one for each cell of the data, mixed by a gate that is trained on the squared error of the mixture.
 
-    Columns and target are standardised inside. Cells are clusters of the rows (k-means) unless ``fit`` is given others;
-    clusters with fewer rows than two for each fold are merged into their nearest larger one.
+    Columns and target are standardised inside. Unless ``fit`` is given cells, they are clusters of the rows (k-means). The rows
+    of a cluster with fewer than two rows for each fold go to the nearest larger cluster.
 
     Args:
-        n_experts: clusters, at most.
+        n_experts: largest number of clusters.
         alphas: ridge penalties to choose from, for each expert.
         gate: ``"mlp"`` or ``"linear"``.
         hidden: units of the MLP.
-        epochs: most epochs of the gate's training; a fifth of the rows decides when it ends.
-        learning_rate: of the gate's training.
+        epochs: largest number of epochs of the gate's training, which ends earlier by the loss of a fifth of the rows.
+        learning_rate: step size of the gate's training.
         n_folds: folds within each cell.
         random_state: int, ``RandomState`` or None.
 
     Attributes:
-        mixture_: the ``MixtureOfExperts``, of standardised columns and target.
+        mixture_: the fitted ``MixtureOfExperts``, for standardised columns and target.
         cell_: cell of each training row.
         n_features_in_: number of columns.
     """
@@ -72,22 +72,22 @@ class RidgeMixtureRegressor(RegressorMixin, BaseEstimator):
             cell: (N,) expert of each row, 0 .. K - 1; clusters of the rows by default.
 
         Raises:
-            ValueError: as any estimator; also for fewer than 4 rows, and parameters out of range.
+            ValueError: input that no estimator accepts, fewer than 4 rows, parameters out of range, or a constant target.
         """
         X, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True, ensure_min_samples=4)
         gate = self._gate()
         state = check_random_state(self.random_state)
         n_folds = min(self.n_folds, len(y) // 2)
-        self._x_mean, self._x_scale = X.mean(axis=0), _scale(X)
-        self._y_mean, self._y_scale = y.mean(), float(_scale(y[:, None])[0])
-        x = (X - self._x_mean) / self._x_scale
+        with jax.enable_x64(True):
+            self._x_scaling, self._y_scaling = (tuple(map(np.asarray, mean_and_scale(columns))) for columns in (X, y[:, None]))
+            x, standardised_y = self._standardise(X), np.asarray(scale_columns(y[:, None], *self._y_scaling))[:, 0]
         self.cell_ = self._clusters(x, n_folds, state) if cell is None else np.asarray(cell)
         config = GateConfig(epochs=self.epochs, learning_rate=self.learning_rate, batch_size=min(256, len(y)), patience=20)
         with jax.enable_x64(True):
             fitted = fit_moe(
                 jax.random.key(state.randint(2**31)),
                 x,
-                (y - self._y_mean) / self._y_scale,
+                standardised_y,
                 self.cell_,
                 alphas=tuple(self.alphas),
                 n_folds=n_folds,
@@ -109,9 +109,13 @@ class RidgeMixtureRegressor(RegressorMixin, BaseEstimator):
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
         mixture: MixtureOfExperts = self.mixture_
+        (y_mean,), (y_scale,) = self._y_scaling
         with jax.enable_x64(True):
-            said = predict_moe(mixture, jnp.asarray((X - self._x_mean) / self._x_scale))
-            return np.asarray(said.y) * self._y_scale + self._y_mean, np.asarray(said.weights)
+            prediction = predict_moe(mixture, jnp.asarray(self._standardise(X)))
+            return np.asarray(prediction.y) * y_scale + y_mean, np.asarray(prediction.weights)
+
+    def _standardise(self, X: np.ndarray) -> np.ndarray:
+        return np.asarray(scale_columns(X, *self._x_scaling))
 
     def _gate(self) -> Gate:
         if not isinstance(self.n_experts, Integral) or self.n_experts < 1:
@@ -133,13 +137,7 @@ class RidgeMixtureRegressor(RegressorMixin, BaseEstimator):
         large = np.flatnonzero(counts >= 2 * n_folds)
         if len(large) == 0:
             return np.zeros(len(x), int)
-        # Rows of a small cluster go where the nearest centre of a large one is.
+        # The large clusters are numbered anew; the rows of a small one go to the large one with the nearest centre.
+        number = np.minimum(np.searchsorted(large, model.labels_), len(large) - 1)
         distance = np.square(x[:, None, :] - model.cluster_centers_[large][None]).sum(axis=2)
-        kept = np.searchsorted(large, model.labels_)
-        is_large = np.isin(model.labels_, large)
-        return np.where(is_large, np.minimum(kept, len(large) - 1), distance.argmin(axis=1))
-
-
-def _scale(x: np.ndarray) -> np.ndarray:
-    scale: np.ndarray = x.std(axis=0)
-    return np.where(scale > 0, scale, 1.0)
+        return np.where(np.isin(model.labels_, large), number, distance.argmin(axis=1))

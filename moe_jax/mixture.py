@@ -1,7 +1,8 @@
-"""A mixture of ridge experts for any data: from plain arrays to a fitted mixture, free of leakage.
+"""A mixture of ridge experts for any data, from plain arrays.
 
-One ridge regression for each cell of the data, its penalty by cross-validation; then a gate on the experts' out-of-fold
-predictions. What the cells are is the caller's choice: bins of a label, clusters of x, anything.
+One ridge regression is fitted to each cell of the data, with a penalty chosen by cross-validation. Then a gate is trained on the
+experts' out-of-fold predictions, to which a row itself did not contribute. The caller chooses the cells: bins of a label,
+clusters of x, anything.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class MixtureOfExperts(NamedTuple):
 
     experts: Ridge  #: stacked, coef (K, P) and intercept (K,)
     alpha: Float[AnyArray, " K"]  #: penalty of each expert
-    at_edge: Bool[AnyArray, " K"]  #: whether it is the smallest or largest that was tried
+    at_edge: Bool[AnyArray, " K"]  #: whether the penalty is the smallest or largest that was tried
     gate: Gate
     gate_params: Params
     feature_mean: Float[AnyArray, " F"]
@@ -37,7 +38,7 @@ class MixtureOfExperts(NamedTuple):
 
 
 class MoEPrediction(NamedTuple):
-    """What a mixture says of each row."""
+    """Predictions of a mixture for N rows."""
 
     y: Float[jax.Array, " N"]
     weights: Float[jax.Array, "N K"]
@@ -56,23 +57,23 @@ def fit_moe(
     gate: Gate | None = None,
     config: GateConfig | None = None,
 ) -> MixtureOfExperts:
-    """Fits experts and gate; in the precision of x.
+    """Fits the experts and the gate, in the precision of x.
 
     Args:
         key: draws the folds, the gate's initial params, its validation rows and its batches.
-        x: what the experts regress on; a ridge penalises all columns alike, so bring them to one scale.
+        x: columns that the experts regress on. A ridge penalises all columns alike, so bring them to one scale.
         y: target.
-        cell: expert of each row, 0 .. K - 1, or -1 for a row that nothing is fitted to; concrete. A cell has at least
+        cell: expert of each row, 0 .. K - 1, or -1 for a row that is left out; concrete. Each cell needs at least
             2 * n_folds rows.
-        features: what the gate sees, standardised inside; x by default.
+        features: columns that the gate sees, standardised inside; x by default.
         alphas: penalties to choose from, for each expert.
-        n_folds: folds within each cell: of the choice of penalties, and of the predictions that the gate is trained on.
+        n_folds: folds within each cell, for the choice of the penalties and for the out-of-fold predictions.
         gate: ``MLPGate()`` by default.
-        config: of its training.
+        config: how the gate is trained; ``GateConfig()`` by default.
 
     Raises:
-        InputError: shapes that disagree, numbers that are not finite, a cell with too few rows, or penalties that are not
-            positive.
+        InputError: shapes that disagree, numbers that are not finite, a cell with too few rows, penalties that are not
+            positive, or data that teach the gate nothing (see ``require_informative``).
     """
     features = x if features is None else features
     require_same_length(x=x, y=y, cell=cell)
@@ -103,9 +104,9 @@ def predict_moe(
     """Predictions of a mixture for any rows.
 
     Args:
-        mixture: of ``fit_moe``.
-        x: as there.
-        features: as there; x by default.
+        mixture: result of ``fit_moe``.
+        x: columns as in the fit.
+        features: columns as in the fit; x by default.
 
     Raises:
         InputError: another number of columns than in the fit.

@@ -17,10 +17,10 @@ import sys, pathlib, warnings
 warnings.simplefilter("ignore")
 import numpy as np
 from moe_jax import InputError, load_survey
-from moe_jax.spectra.observed import ObservedFile
+from moe_jax.spectra.telescope_file import TelescopeFile
 
 def observed(path):
-    file = ObservedFile(path)
+    file = TelescopeFile(path)
     return file.read(0, min(file.n_stars, 100))
 
 data, seed, kind = pathlib.Path(sys.argv[1]).read_bytes(), int(sys.argv[2]), sys.argv[3]

@@ -20,8 +20,8 @@ from experiments.predict import main as predict
 from moe_jax import InputError, load_grid, load_model, load_survey, save_survey
 from moe_jax.apply.catalogue import open_catalogue
 from moe_jax.apply.model_file import ARRAYS, MEANING
-from moe_jax.spectra.observed import IVAR_FIELD, ObservedFile
 from moe_jax.spectra.survey_file import ERROR_FIELD, FLUX_FIELD, WAVE_FIELD
+from moe_jax.spectra.telescope_file import IVAR_FIELD, TelescopeFile
 
 CORPUS = []
 
@@ -61,7 +61,7 @@ def observed(folder, valid, **changes):
                 del file[names[kind]]
             if change is not None:
                 file[names[kind]] = change(old) if callable(change) else change
-    return ObservedFile(path)
+    return TelescopeFile(path)
 
 
 def survey(folder, valid, field, change):
@@ -95,7 +95,7 @@ def model(folder, valid, **changes):
 def write_fits(folder, **images):
     path = folder / "in.fits"
     fits.HDUList([fits.PrimaryHDU(), *(fits.ImageHDU(data, name=name) for name, data in images.items())]).writeto(path)
-    return ObservedFile(path)
+    return TelescopeFile(path)
 
 
 # Observed spectra, HDF5
@@ -103,31 +103,31 @@ def write_fits(folder, **images):
 
 @malformed("nowhere.h5: found no such file, expected an HDF5 or FITS file")
 def no_file(folder, valid):
-    ObservedFile(folder / "nowhere.h5")
+    TelescopeFile(folder / "nowhere.h5")
 
 
 @malformed("found a folder, expected an HDF5 or FITS file")
 def a_folder(folder, valid):
-    ObservedFile(folder)
+    TelescopeFile(folder)
 
 
 @malformed("in.h5: found a file that is not HDF5")
 def an_empty_file(folder, valid):
     (folder / "in.h5").touch()
-    ObservedFile(folder / "in.h5")
+    TelescopeFile(folder / "in.h5")
 
 
 @malformed("in.h5: found a file that is not HDF5")
 def text_in_place_of_hdf5(folder, valid):
     (folder / "in.h5").write_text("wave,flux\n1,2\n")
-    ObservedFile(folder / "in.h5")
+    TelescopeFile(folder / "in.h5")
 
 
 @malformed("in.h5: found a file that cannot be read")
 def hdf5_cut_in_half(folder, valid):
     data = (valid / "observed.h5").read_bytes()
     (folder / "in.h5").write_bytes(data[: len(data) // 2])
-    file = ObservedFile(folder / "in.h5")
+    file = TelescopeFile(folder / "in.h5")
     file.read(0, 300)
 
 
@@ -147,7 +147,7 @@ def a_group_in_place_of_wave(folder, valid):
     with h5py.File(path, "w") as file:
         file.create_group(WAVE_FIELD)
         file[FLUX_FIELD] = np.ones((2, 3))
-    ObservedFile(path)
+    TelescopeFile(path)
 
 
 @malformed(f"{FLUX_FIELD}: found float32 of shape .4096,., expected numbers in 2 dimensions")
@@ -185,7 +185,7 @@ def complex_flux(folder, valid):
     observed(folder, valid, flux=lambda flux: flux.astype("complex64"))
 
 
-@malformed(f"{WAVE_FIELD}: found wavelengths that are not finite")
+@malformed(rf"{WAVE_FIELD}: found nan at row 2106 \(1990 in all\), expected finite numbers")
 def nan_wave(folder, valid):
     observed(folder, valid, wave=lambda wave: np.where(wave > 8000, np.nan, wave))
 
@@ -210,7 +210,7 @@ def a_wavelength_twice(folder, valid):
 @malformed("in.fits: found a file that cannot be read")
 def text_in_place_of_fits(folder, valid):
     (folder / "in.fits").write_text("no FITS at all\n" * 300)
-    ObservedFile(folder / "in.fits")
+    TelescopeFile(folder / "in.fits")
 
 
 @malformed("in.fits: WAVELENGTH or WAVE: found nothing")
@@ -233,7 +233,7 @@ def fits_cut_in_half(folder, valid):
     write_fits(folder, WAVELENGTH=np.arange(4000.0), FLUX=np.ones((20, 4000), "f4"))
     data = (folder / "in.fits").read_bytes()
     (folder / "in.fits").write_bytes(data[: len(data) // 2 + 1])
-    ObservedFile(folder / "in.fits").read(0, 20)
+    TelescopeFile(folder / "in.fits").read(0, 20)
 
 
 # predict

@@ -1,11 +1,11 @@
-"""A model applied to spectra as they were observed: other pixels, another scale, masked pixels, unusual stars.
+"""Applies a model to spectra as a telescope gives them: other pixels, another scale, masked pixels, unusual stars.
 
-In this order: resampled to the model's pixels with the flux conserved, where they differ; scaled to the median of the training
-spectra, where these had one; masked pixels filled by what the others suggest; predicted; flagged.
+The steps, in this order: resample to the model's pixels with the flux conserved, where the wavelengths differ; scale to the
+median of the training spectra, if asked to; fill masked pixels from the good ones; predict; flag.
 
-The training spectra are scaled by the median of their noise-free flux, an observed one can only be by its own. Ridge experts
-feel the difference, a few tenths of a per cent: its standard deviation is part of a scaled star's uncertainty. Spectra that
-come on the scale of the training spectra are best left on it.
+A training spectrum was scaled by the median of its noise-free flux. A telescope spectrum can only be scaled by the median of
+its noisy flux, which differs by a few tenths of a per cent, and ridge experts respond to the difference. Its standard deviation
+is therefore part of a scaled star's uncertainty. Spectra that are on the scale of the training spectra are best left as they are.
 """
 
 from __future__ import annotations
@@ -21,34 +21,33 @@ from scipy import sparse
 from moe_jax.apply.model import Model, Uncertainty, predict_model, with_variance
 from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.gates.features import LINE_WINDOWS, SIDEBAND
-from moe_jax.spectra.observed import ObservedSpectra
-from moe_jax.spectra.resample import LEAST_OVERLAP, overlaps, pixel_edges, resample
+from moe_jax.spectra.resample import LEAST_OVERLAP, MaskedSpectra, overlaps, pixel_edges, resample
 
 UNLIKE_TRAINING, MANY_MASKED, NOT_PREDICTED = "unlike_training", "many_masked", "not_predicted"
-MANY = 0.1  # part of the pixels, all or of one line's window, above which a star is flagged
-TOO_MANY = 0.5  # part of the pixels above which nothing is predicted
-SAME_WAVE = 1e-3  # Angstrom
-SAME_SCALE = 0.02  # part by which the scale of spectra may differ from that of the training spectra, on the whole
-SCALE_SCATTER = 0.1  # and one by one, for more than half of them
-MEDIAN_ERROR = 1.2533  # standard deviation of a median in units of that of the mean
+MANY = 0.1  # a star is flagged if a larger part of its pixels, or of those in one line window, is masked
+TOO_MANY = 0.5  # nothing is predicted if a larger part of a star's pixels is masked
+SAME_WAVE = 1e-3  # Angstrom; wavelengths that differ by less count as the same
+SAME_SCALE = 0.02  # spectra are on the training scale if their typical median differs by less than this part, and ...
+SCALE_SCATTER = 0.1  # ... the medians of more than half of them differ by less than this part
+MEDIAN_ERROR = 1.2533  # standard deviation of a median in units of that of the mean, for normal errors: sqrt(pi / 2)
 
 
 class Application(NamedTuple):
-    """A model prepared for spectra on given wavelengths."""
+    """A model that is ready for spectra on given wavelengths."""
 
     model: Model
-    known: Uncertainty
-    overlap: sparse.csr_matrix | None  #: None where the wavelengths are those of the model
+    uncertainty: Uncertainty  #: that of the model, which is not None
+    overlap: sparse.csr_matrix | None  #: see ``overlaps``; None where the wavelengths are those of the model
     scale: bool = False  #: whether each spectrum is scaled to the median of the training spectra
 
 
 def prepare_application(model: Model, wave: Float[AnyArray, " Q"], source: str = "wave") -> Application:
-    """Checks a model against wavelengths, and sets up the resampling where they differ.
+    """Checks that a model fits the wavelengths of spectra, and sets up the resampling where its own differ.
 
     Args:
-        model: with uncertainties.
-        wave: of the spectra, vacuum Angstrom, increasing.
-        source: whose name errors carry.
+        model: a model with uncertainties.
+        wave: increasing vacuum wavelengths of the spectra, Angstrom.
+        source: name of the file or argument in error messages.
 
     Raises:
         InputError: for a model without uncertainties, or wavelengths that cover less than half of the model's pixels or no
@@ -56,124 +55,133 @@ def prepare_application(model: Model, wave: Float[AnyArray, " Q"], source: str =
     """
     if model.uncertainty is None:
         raise InputError("the model has no uncertainties, expected one that a present version of regress_gate has written")
-    wave, own = np.asarray(wave, np.float64), np.asarray(model.wave, np.float64)
-    if wave.shape == own.shape and np.allclose(wave, own, rtol=0, atol=SAME_WAVE):
+    wave, target = np.asarray(wave, np.float64), np.asarray(model.wave, np.float64)
+    if wave.shape == target.shape and np.allclose(wave, target, rtol=0, atol=SAME_WAVE):
         return Application(model, model.uncertainty, None)
-    overlap = overlaps(wave, own)
-    covered = np.asarray(overlap.sum(axis=1)).ravel() >= LEAST_OVERLAP * np.diff(pixel_edges(own))
-    windows = [covered[(own >= low - SIDEBAND) & (own <= high + SIDEBAND)] for low, high in LINE_WINDOWS.values()]
-    if covered.mean() < 1 - TOO_MANY or not all(window.any() for window in windows):
+    overlap = overlaps(wave, target)
+    covered = np.asarray(overlap.sum(axis=1)).ravel() >= LEAST_OVERLAP * np.diff(pixel_edges(target))
+    lows, highs = zip(*LINE_WINDOWS.values(), strict=True)
+    lines = [(target >= low - SIDEBAND) & (target <= high + SIDEBAND) for low, high in LINE_WINDOWS.values()]
+    if covered.mean() < 1 - TOO_MANY or not all(covered[line].any() for line in lines):
         raise InputError(
             f"{source}: found {wave[0]:g} to {wave[-1]:g} Angstrom, which cover {covered.mean():.0%} of the model's pixels, "
-            f"expected most of {own[0]:g} to {own[-1]:g}, and the lines from {min(low for low, _ in LINE_WINDOWS.values()):g} to "
-            f"{max(high for _, high in LINE_WINDOWS.values()):g}"
+            f"expected most of {target[0]:g} to {target[-1]:g}, and the lines from {min(lows):g} to {max(highs):g}"
         )
     return Application(model, model.uncertainty, overlap)
 
 
-def needs_scaling(application: Application, spectra: ObservedSpectra) -> bool:
-    """Whether spectra, a sample of those that a model is applied to, lie on another scale than those that it was trained on."""
-    target = float(application.known.flux_median)
+def needs_scaling(application: Application, spectra: MaskedSpectra) -> bool:
+    """Whether spectra (a sample of those to predict) are on another scale than the training spectra."""
+    target = float(application.uncertainty.flux_median)
     medians = np.array([np.median(flux[good]) for flux, good in zip(spectra.flux, spectra.good, strict=True) if good.any()])
     if not np.isfinite(target) or not len(medians):
         return False
-    return not (abs(np.median(medians) / target - 1) < SAME_SCALE and np.mean(abs(medians / target - 1) < SCALE_SCATTER) > TOO_MANY)
+    on_the_whole = abs(np.median(medians) / target - 1) < SAME_SCALE
+    one_by_one = np.mean(abs(medians / target - 1) < SCALE_SCATTER) > TOO_MANY
+    return not (on_the_whole and one_by_one)
 
 
-class Prepared(NamedTuple):
-    """Spectra on the model's pixels and scale."""
+class ModelSpectra(NamedTuple):
+    """Spectra on the pixels and the scale of a model."""
 
     flux: Float[np.ndarray, "N P"]
-    error: Float[np.ndarray, "N P"] | None
-    good: Bool[np.ndarray, "N P"]
-    usable: Bool[np.ndarray, " N"]  #: False for a star with too few pixels, or a median that is not positive
-    scale_error: Float[np.ndarray, " N"] | None  #: relative, of the factor by which it was scaled
-    scale: Float[np.ndarray, " N"]  #: that factor
+    error: Float[np.ndarray, "N P"] | None  #: None where it is not known
+    good: Bool[np.ndarray, "N P"]  #: False where masked
+    usable: Bool[np.ndarray, " N"]  #: False for a star with too few pixels, or with a median that is not positive
+    factor: Float[np.ndarray, " N"]  #: by which each spectrum was scaled
+    factor_error: Float[np.ndarray, " N"] | None  #: relative standard deviation of the factor; None where nothing was scaled
 
 
-def prepare_spectra(application: Application, spectra: ObservedSpectra) -> Prepared:
-    """Resamples and scales observed spectra; arguments as those of ``apply_model``."""
+def to_model(application: Application, spectra: MaskedSpectra) -> ModelSpectra:
+    """Resamples and scales spectra as the application says."""
     flux, error, good = spectra
     has_errors = not np.isnan(error).all()
     if application.overlap is not None:
         flux, error, good = resample(flux, np.where(good, error, 0.0), good, application.overlap, application.model.wave)
-    target = float(application.known.flux_median)
+    target = float(application.uncertainty.flux_median)
     usable = good.mean(axis=1) >= 1 - TOO_MANY
-    scale_error, scale = None, np.ones(len(flux), flux.dtype)
+    factor, factor_error = np.ones(len(flux), flux.dtype), None
     if application.scale and np.isfinite(target):
-        rows = list(zip(flux, error, good, usable, strict=True))
-        median = np.array([np.median(f[g]) if u else np.nan for f, _, g, u in rows])
-        typical = np.array([np.median(e[g]) / np.sqrt(g.sum()) if u else np.nan for _, e, g, u in rows])
+        stars = list(zip(flux, error, good, usable, strict=True))
+        median = np.array([np.median(f[g]) if u else np.nan for f, _, g, u in stars])
         usable &= median > 0
-        safe = np.where(usable, median, 1.0)
-        scale = np.where(usable, target / safe, 1.0).astype(flux.dtype)
-        flux, error = flux * scale[:, None], error * scale[:, None]
-        known = np.sqrt(np.asarray(application.known.noise_variance))
-        unknown = np.median(known) / target / np.sqrt(good.sum(axis=1).clip(1))
-        scale_error = MEDIAN_ERROR * np.where(usable, typical / safe if has_errors else unknown, 0.0)
+        safe_median = np.where(usable, median, 1.0)
+        if has_errors:  # relative error of the mean flux of each star
+            relative = np.array([np.median(e[g]) / np.sqrt(g.sum()) if u else np.nan for _, e, g, u in stars]) / safe_median
+        else:
+            training_error = np.sqrt(np.asarray(application.uncertainty.noise_variance))
+            relative = np.median(training_error) / target / np.sqrt(good.sum(axis=1).clip(1))
+        factor = np.where(usable, target / safe_median, 1.0).astype(flux.dtype)
+        factor_error = MEDIAN_ERROR * np.where(usable, relative, 0.0)
+        flux, error = flux * factor[:, None], error * factor[:, None]
     usable &= np.isfinite(flux).all(axis=1)
-    return Prepared(np.where(usable[:, None], flux, 0.0), error if has_errors else None, good, usable, scale_error, scale)
+    return ModelSpectra(np.where(usable[:, None], flux, 0.0), error if has_errors else None, good, usable, factor, factor_error)
 
 
-def _shared_noise(
-    overlap: sparse.csr_matrix, spectra: ObservedSpectra, prepared: Prepared, gradient: AnyArray
+def _correlated_noise(
+    overlap: sparse.csr_matrix, spectra: MaskedSpectra, on_model: ModelSpectra, gradient: AnyArray
 ) -> Float[np.ndarray, " N"]:
-    """What the noise that neighbouring pixels share after resampling adds to the variance of each star's prediction.
+    """(N,) variance that the correlation of resampled pixels adds to the predictions; it may be negative.
 
-    The gradient in the observed pixels, times their errors, less the same sum in the resampled pixels as if independent.
+    Neighbouring pixels share noise after resampling. With A the resampling and g the gradient in the resampled pixels, A' g is
+    the gradient in the telescope's pixels, whose errors e are independent. The variance is |(A' g) e|^2. Resampled pixels with
+    errors s, taken as independent, give |g s|^2. The result is the difference of the two.
     """
-    good, observed = spectra.good, np.where(spectra.good, spectra.error, 0.0) * prepared.scale[:, None]
-    covered = (overlap @ good.T.astype(np.float64)).T
-    own = np.where(prepared.good, np.asarray(gradient), 0.0)
-    back = (overlap.T @ (own / np.where(covered > 0, covered, 1.0)).T).T
-    apart = np.where(prepared.good, np.asarray(prepared.error), 0.0)
-    found: np.ndarray = np.sum((back * observed) ** 2, axis=1) - np.sum((own * apart) ** 2, axis=1)
-    return found
+    error = np.where(spectra.good, spectra.error, 0.0) * on_model.factor[:, None]
+    covered = (overlap @ spectra.good.T.astype(np.float64)).T
+    resampled_gradient = np.where(on_model.good, np.asarray(gradient), 0.0)
+    telescope_gradient = (overlap.T @ (resampled_gradient / np.where(covered > 0, covered, 1.0)).T).T
+    resampled_error = np.where(on_model.good, np.asarray(on_model.error), 0.0)
+    independent = np.sum((resampled_gradient * resampled_error) ** 2, axis=1)
+    difference: np.ndarray = np.sum((telescope_gradient * error) ** 2, axis=1) - independent
+    return difference
 
 
-def apply_model(application: Application, spectra: ObservedSpectra, first_star: int = 0) -> pd.DataFrame:
+def apply_model(application: Application, spectra: MaskedSpectra, first_star: int = 0) -> pd.DataFrame:
     """The table of predictions for some stars.
 
     Args:
-        application: of ``prepare_application``.
-        spectra: as observed, on the wavelengths that it was prepared for.
-        first_star: number of the first of them.
+        application: result of ``prepare_application`` for the wavelengths of the spectra.
+        spectra: spectra as a telescope gives them.
+        first_star: number of the first star, for the column star.
 
     Returns:
-        Columns star, log_g, uncertainty (half-width of the 68 % interval; standard deviation before calibration where the model
-        is not calibrated), half_width_LEVEL for the higher levels, weight_CELL for each expert, distance (in feature space, 1: the
-        limit), n_masked (of the model's pixels) and flags (names joined by |). NaN for a star that is not predicted.
+        Columns star, log_g, uncertainty (half-width of the 68 % interval; of a model that is not calibrated, the standard
+        deviation), half_width_LEVEL for the higher levels, weight_CELL for each expert, distance (in feature space, in units of
+        the limit), n_masked (number of masked pixels, of the model's) and flags (names joined by |). NaN for a star that is not
+        predicted.
     """
-    model, known = application.model, application.known
-    prepared = prepare_spectra(application, spectra)
-    flux, error, good, usable, scale_error, _ = prepared
-    safe = np.where(usable[:, None], good, True)  # nothing to fill a star from: what is said of it is dropped
-    optional = [None if array is None else jnp.asarray(array, flux.dtype) for array in (error, scale_error)]
-    said = predict_model(model, jnp.asarray(flux), optional[0], jnp.asarray(safe), optional[1])
-    assert said.variance is not None
+    model, uncertainty = application.model, application.uncertainty
+    on_model = to_model(application, spectra)
+    flux, error, good, usable, _, factor_error = on_model
+    fillable = np.where(usable[:, None], good, True)  # an unusable star has nothing to be filled from; its results are dropped
+    optional = [None if array is None else jnp.asarray(array, flux.dtype) for array in (error, factor_error)]
+    prediction = predict_model(model, jnp.asarray(flux), optional[0], jnp.asarray(fillable), optional[1])
+    assert prediction.variance is not None
     if application.overlap is not None and error is not None:
-        assert said.gradient is not None
-        shared = _shared_noise(application.overlap, spectra, prepared, said.gradient)
-        noise = jnp.maximum(said.variance.noise + jnp.asarray(shared, flux.dtype), 0.0)
-        said = with_variance(model, said, said.variance._replace(noise=noise))
-    masked = ~good
+        assert prediction.gradient is not None
+        correlated = _correlated_noise(application.overlap, spectra, on_model, prediction.gradient)
+        noise = jnp.maximum(prediction.variance.noise + jnp.asarray(correlated, flux.dtype), 0.0)
+        prediction = with_variance(model, prediction, prediction.variance._replace(noise=noise))
+    wave, masked = np.asarray(model.wave), ~good
     many = masked.mean(axis=1) > MANY
-    wave = np.asarray(model.wave)
     for low, high in LINE_WINDOWS.values():
         many |= masked[:, (wave >= low) & (wave <= high)].mean(axis=1) > MANY
-    distance = np.asarray(said.distance)
-    bits = {UNLIKE_TRAINING: usable & ~(distance <= 1), MANY_MASKED: many, NOT_PREDICTED: ~usable}
-    flags = ["|".join(name for name, raised in zip(bits, row, strict=True) if raised) for row in zip(*bits.values(), strict=True)]
+    distance = np.asarray(prediction.distance)
+    raised = {UNLIKE_TRAINING: usable & ~(distance <= 1), MANY_MASKED: many, NOT_PREDICTED: ~usable}
+    flags = ["|".join(name for name, is_raised in raised.items() if is_raised[i]) for i in range(len(flux))]
 
     def column(values: AnyArray) -> np.ndarray:
         return np.where(usable, np.asarray(values), np.nan)
 
-    sigma, half_width = np.asarray(said.sigma), np.asarray(said.half_width)
-    levels = np.asarray(known.calibration.levels)
-    columns: dict[str, AnyArray | list[str]] = {"star": np.arange(first_star, first_star + len(flux)), "log_g": column(said.log_g)}
-    columns["uncertainty"] = column(half_width[:, 0] if len(levels) else sigma)
+    half_width, weights = np.asarray(prediction.half_width), np.asarray(prediction.weights)
+    levels = np.asarray(uncertainty.calibration.levels)
+    columns: dict[str, AnyArray | list[str]] = {
+        "star": np.arange(first_star, first_star + len(flux)),
+        "log_g": column(prediction.log_g),
+        "uncertainty": column(half_width[:, 0] if len(levels) else np.asarray(prediction.sigma)),
+    }
     columns |= {f"half_width_{100 * level:.0f}": column(half_width[:, i]) for i, level in enumerate(levels) if i}
-    weights = np.asarray(said.weights)
     columns |= {f"weight_{k}": column(weights[:, k]) for k in range(weights.shape[1])}
     columns |= {"distance": column(distance), "n_masked": masked.sum(axis=1), "flags": flags}
     return pd.DataFrame(columns)

@@ -1,4 +1,4 @@
-"""Tables of predictions, one row a star, written in parts: CSV, Parquet or FITS by the suffix; whole or not at all."""
+"""Writes tables of predictions in parts, one row for each star: CSV, Parquet or FITS by the suffix."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SUFFIXES = (".csv", ".parquet", ".fits")
 
 
 class Writer(Protocol):
-    """What takes the parts of a table."""
+    """Takes the parts of a table."""
 
     def write(self, part: pd.DataFrame) -> None:
         """Adds rows."""
@@ -37,12 +37,12 @@ def require_suffix(path: Path | str) -> str:
 
 @contextmanager
 def open_catalogue(path: Path | str) -> Iterator[Writer]:
-    """A table that appears under ``path`` when the block ends, and not at all where it raises.
+    """Opens a table that appears under ``path`` when the block ends; nothing appears if the block raises.
 
-    CSV and Parquet are written part by part; a FITS table is held in memory until its end.
+    CSV and Parquet are written part by part; a FITS table is held in memory until the block ends.
 
     Raises:
-        InputError: for another suffix, or a folder in the file's place.
+        InputError: for another suffix, or where ``path`` is a folder.
         ModuleNotFoundError: for FITS without astropy, and Parquet without pyarrow.
     """
     suffix, path = require_suffix(path), Path(path)

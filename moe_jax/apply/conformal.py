@@ -1,8 +1,8 @@
-"""Split-conformal calibration: intervals that hold what they promise on stars drawn like the held-out ones.
+"""Split-conformal calibration: intervals with a guaranteed coverage for stars drawn like the held-out ones.
 
 The score of a held-out star is |y - prediction| / sigma; an interval is prediction +- quantile * sigma. With n held-out stars in
-a group, the quantile is the ceil((n + 1) level)-th smallest score, and a new star of the group is covered with a probability of
-at least ``level``, whatever the distributions (Vovk, Gammerman & Shafer 2005; Lei et al. 2018).
+a group, the quantile is the ceil((n + 1) level)-th smallest score. A new star of the group is then covered with a probability
+of at least ``level``, whatever the distributions (Vovk, Gammerman & Shafer 2005; Lei et al. 2018).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Calibration(NamedTuple):
     """Quantiles of the held-out scores."""
 
     levels: Float[AnyArray, " L"]
-    quantiles: Float[AnyArray, "K L"]  #: by group; of all groups together where one has too few stars for its level
+    quantiles: Float[AnyArray, "K L"]  #: of each group; of all stars where a group has too few for the level
     n_stars: Float[AnyArray, " K"]  #: held-out stars of each group
 
 
@@ -35,8 +35,8 @@ def calibrate(
     """Split-conformal quantiles by group.
 
     Args:
-        score: |y - prediction| / sigma of stars on which nothing was fitted or chosen.
-        group: of each star, known for new stars too: 0 .. n_groups - 1.
+        score: |y - prediction| / sigma of stars that had no part in any fit or choice.
+        group: group of each star, 0 .. n_groups - 1; it must be known for new stars too.
         n_groups: K.
         levels: coverages, each above 0 and below 1.
 
@@ -56,24 +56,19 @@ def calibrate(
     counts = np.bincount(group, minlength=n_groups)
     for k in range(n_groups):
         for i, level in enumerate(levels):
-            own = score[group == k] if _rank(int(counts[k]), level) <= counts[k] else score
-            quantiles[k, i] = np.sort(own)[_rank(len(own), level) - 1]
+            scores = score[group == k] if _rank(int(counts[k]), level) <= counts[k] else score
+            quantiles[k, i] = np.sort(scores)[_rank(len(scores), level) - 1]
     return Calibration(np.asarray(levels), quantiles, counts.astype(float))
 
 
 def _rank(n_stars: int, level: float) -> int:
-    # 1e-9: (n + 1) * level may lie just above the whole number that it stands for
+    """ceil((n + 1) level); a product that exceeds a whole number by a rounding error counts as that number."""
     return int(np.ceil((n_stars + 1) * level - 1e-9))
 
 
 def half_widths(calibration: Calibration, sigma: Float[AnyArray, " N"], group: Int[AnyArray, " N"]) -> Float[jax.Array, "N L"]:
     """Half the width of each star's interval at each level."""
-    return _half_widths(jnp.asarray(calibration.quantiles), jnp.asarray(sigma), jnp.asarray(group))
-
-
-@jax.jit
-def _half_widths(quantiles: jax.Array, sigma: jax.Array, group: jax.Array) -> jax.Array:
-    return quantiles[group] * sigma[:, None]
+    return jnp.asarray(calibration.quantiles)[jnp.asarray(group)] * jnp.asarray(sigma)[:, None]
 
 
 def coverage_table(
@@ -83,14 +78,14 @@ def coverage_table(
     groups: dict[str, Int[AnyArray, " N"] | None],
     names: dict[str, list[str]],
 ) -> pd.DataFrame:
-    """Actual coverage and mean half-width by level: of all stars, and by group.
+    """Actual coverage and mean half-width at each level, for all stars and for each group.
 
     Args:
         residual: y - prediction.
-        half_width: of the intervals.
-        levels: that were promised.
-        groups: by kind of group, the group of each star (negative: none).
-        names: of each kind's groups.
+        half_width: half-widths of the intervals.
+        levels: nominal coverages.
+        groups: the group of each star (negative: none), for each kind of group.
+        names: names of the groups of each kind.
 
     Returns:
         Columns by, group, n, level, coverage, low, high (95 % Clopper-Pearson interval of the coverage), half_width (mean).
@@ -98,14 +93,13 @@ def coverage_table(
     residual, half_width = np.asarray(residual), np.asarray(half_width)
     inside = np.abs(residual)[:, None] <= half_width
     rows = []
-    parts: list[tuple[str, str, np.ndarray]] = [("all", "all", np.ones(len(residual), bool))]
+    parts = [("all", "all", np.ones(len(residual), bool))]
     parts += [(by, name, np.asarray(group) == i) for by, group in groups.items() for i, name in enumerate(names[by])]
     for by, name, chosen in parts:
         if not (n := int(chosen.sum())):
             continue
         for i, level in enumerate(np.asarray(levels)):
-            found = int(inside[chosen, i].sum())
-            low, high = stats.binomtest(found, n).proportion_ci(0.95)
-            width = half_width[chosen, i].mean()
-            rows.append((by, name, n, float(level), found / n, low, high, width))
+            n_inside = int(inside[chosen, i].sum())
+            low, high = stats.binomtest(n_inside, n).proportion_ci(0.95)
+            rows.append((by, name, n, float(level), n_inside / n, low, high, half_width[chosen, i].mean()))
     return pd.DataFrame(rows, columns=["by", "group", "n", "level", "coverage", "low", "high", "half_width"])

@@ -1,8 +1,4 @@
-"""A trained mixture as a file: all that is needed to predict log g from new spectra, and where it came from.
-
-A model is a folder of two files: ``model.safetensors`` holds the arrays, ``model.json`` their meaning: schema version, the
-gate's form, the definition of features and cells, provenance, and a hash of the arrays' file. Nothing in them is executed.
-"""
+"""A trained mixture with all that is needed to predict log g from new spectra; ``model_file`` writes and reads it."""
 
 from __future__ import annotations
 
@@ -26,18 +22,18 @@ from moe_jax.spectra.resample import fill_masked
 
 
 class Uncertainty(NamedTuple):
-    """What a model needs to say how far its predictions can be trusted."""
+    """What a model needs to give the uncertainties of its predictions."""
 
     leverage: Leverage
-    residual_variance: Float[AnyArray, " K"]  #: s_k^2
-    misfit: Float[AnyArray, " K"]  #: m_k
-    noise_variance: Float[AnyArray, " P"]  #: mean over the training stars: stands for errors that are not known
-    center: Float[AnyArray, " P"]  #: flux about which the directions of ``leverage.basis`` go
-    rest_variance: Float[AnyArray, " P"]  #: what these directions leave: the variance of a masked pixel that is filled
-    flux_median: Float[AnyArray, ""]  #: to which training spectra were scaled; NaN where they were not
+    residual_variance: Float[AnyArray, " K"]  #: s_k^2, see ``moe_jax.apply.uncertainty``
+    misfit: Float[AnyArray, " K"]  #: m_k, likewise
+    noise_variance: Float[AnyArray, " P"]  #: mean over the training stars; used for stars whose errors are not uncertainty
+    center: Float[AnyArray, " P"]  #: mean flux, from which the directions of ``leverage.basis`` start
+    rest_variance: Float[AnyArray, " P"]  #: variance that these directions do not explain; the variance of a filled pixel
+    flux_median: Float[AnyArray, ""]  #: median to which the training spectra were scaled; NaN where they were not
     feature_range: FeatureRange
     part_scales: Float[AnyArray, " 4"]  #: factors of the parts of the variance
-    calibration: Calibration  #: without levels where there were no stars to calibrate on
+    calibration: Calibration  #: has no levels where there were no stars to calibrate on
 
 
 class Model(NamedTuple):
@@ -50,24 +46,24 @@ class Model(NamedTuple):
     gate: Gate
     gate_params: Params
     classification_params: Params  #: of the classification gate, a ``LinearGate``
-    provenance: dict[str, Any]  #: whatever JSON can hold
+    provenance: dict[str, Any]  #: how the model was made; anything that JSON can hold
     uncertainty: Uncertainty | None = None
 
 
 class MixturePrediction(NamedTuple):
-    """What a model says of each star."""
+    """Predictions of a model for N stars; the last five fields are None for a model without uncertainties."""
 
     log_g: Float[jax.Array, " N"]
     weights: Float[jax.Array, "N K"]
     features: Float[jax.Array, "N F"]  #: standardised
     expert_predictions: Float[jax.Array, "N K"]
-    global_log_g: Float[jax.Array, " N"]  #: of the global ridge
-    cell: Int[jax.Array, " N"]  #: the likeliest, by the classification gate; intervals are calibrated by it
-    variance: PredictiveVariance | None = None  #: its parts as they are
-    sigma: Float[jax.Array, " N"] | None = None  #: root of the sum of the parts, each times its factor; before calibration
-    half_width: Float[jax.Array, "N L"] | None = None  #: of the calibrated intervals, by level
-    distance: Float[jax.Array, " N"] | None = None  #: in feature space; above 1, the star is unlike the training stars
-    gradient: Float[jax.Array, "N P"] | None = None  #: of log_g in the flux
+    global_log_g: Float[jax.Array, " N"]  #: prediction of the global ridge
+    cell: Int[jax.Array, " N"]  #: likeliest cell, by the classification gate; intervals are calibrated by cell
+    variance: PredictiveVariance | None = None  #: parts of the variance, before their factors
+    sigma: Float[jax.Array, " N"] | None = None  #: standard deviation with the factors, before calibration
+    half_width: Float[jax.Array, "N L"] | None = None  #: half-width of the calibrated interval at each level
+    distance: Float[jax.Array, " N"] | None = None  #: in feature space; above 1 a star is unlike the training stars
+    gradient: Float[jax.Array, "N P"] | None = None  #: derivative of log_g in the flux
 
 
 def predict_model(
@@ -77,57 +73,57 @@ def predict_model(
     good: Bool[AnyArray, "N P"] | None = None,
     scale_error: Float[AnyArray, " N"] | None = None,
 ) -> MixturePrediction:
-    """Applies a model to noisy spectra on its own wavelengths, scaled as those it was trained on.
+    """Applies a model to noisy spectra on its own wavelengths and on the scale of its training spectra.
 
     Args:
-        model: of ``load_model``.
-        flux: noisy.
-        error: standard deviation of its noise; by default that of the training stars.
-        good: False for pixels that are masked, and filled before anything else; needs a model with uncertainties.
-        scale_error: relative standard deviation of the factor by which a spectrum was scaled; 0 by default.
+        model: a trained model, for example from ``load_model``.
+        flux: noisy flux.
+        error: standard deviation of the noise; by default that of the training stars.
+        good: False for masked pixels, which are filled first; needs a model with uncertainties.
+        scale_error: relative standard deviation of the factor by which each spectrum was scaled; 0 by default.
 
     Raises:
-        InputError: for another number of pixels, or masked pixels where the model has nothing to fill them with.
+        InputError: for another number of pixels, or for ``good`` and a model without uncertainties.
     """
     if flux.ndim != 2 or flux.shape[1] != len(model.wave):
         raise InputError(f"flux has shape {flux.shape}, expected (N, {len(model.wave)}) for the wavelengths of the model")
     for name, array in (("error", error), ("good", good)):
         if array is not None and array.shape != flux.shape:
             raise InputError(f"{name} has shape {array.shape}, expected {flux.shape} like flux")
-    known = model.uncertainty
+    uncertainty = model.uncertainty
     if good is not None:
-        if known is None:
+        if uncertainty is None:
             raise InputError("good was given for a model without uncertainties, expected one that knows how to fill masked pixels")
-        flux = fill_masked(flux, good, known.center, known.leverage.basis)
+        flux = fill_masked(flux, good, uncertainty.center, uncertainty.leverage.basis)
     pixels = tuple(line_pixels(model.wave).values())
     (log_g, gradient), (weights, features, predictions) = _mix(
-        model.gate, model.gate_params, model.experts, model.features, pixels, jnp.asarray(flux), known is not None
+        model.gate, model.gate_params, model.experts, model.features, pixels, jnp.asarray(flux), uncertainty is not None
     )
     cell = jnp.argmax(LinearGate().apply(model.classification_params, features), axis=1)
     prediction = MixturePrediction(log_g, weights, features, predictions, predict_ridge(model.global_ridge, flux), cell)
-    if known is None:
+    if uncertainty is None:
         return prediction
-    sigma = jnp.sqrt(known.noise_variance)[None, :] if error is None else jnp.asarray(error)
+    sigma = jnp.sqrt(uncertainty.noise_variance)[None, :] if error is None else jnp.asarray(error)
     if good is not None:
-        sigma = jnp.where(good, sigma, jnp.sqrt(known.rest_variance)[None, :])
+        sigma = jnp.where(good, sigma, jnp.sqrt(uncertainty.rest_variance)[None, :])
     variance = predictive_variance(
         weights,
         predictions,
-        approximate_leverage(known.leverage, flux),
-        known.residual_variance,
-        known.misfit,
+        approximate_leverage(uncertainty.leverage, flux),
+        uncertainty.residual_variance,
+        uncertainty.misfit,
         gradient,
         jnp.broadcast_to(sigma, flux.shape),
     )
     if scale_error is not None:
         scaling = jnp.sum(jnp.asarray(gradient) * flux, axis=1) * scale_error
         variance = variance._replace(noise=variance.noise + scaling**2)
-    prediction = prediction._replace(distance=feature_distance(known.feature_range, features), gradient=gradient)
+    prediction = prediction._replace(distance=feature_distance(uncertainty.feature_range, features), gradient=gradient)
     return with_variance(model, prediction, variance)
 
 
 def with_variance(model: Model, prediction: MixturePrediction, variance: PredictiveVariance) -> MixturePrediction:
-    """A prediction with this variance and the calibrated intervals that follow from it."""
+    """The prediction with this variance, and with the intervals that follow from it."""
     assert model.uncertainty is not None
     sigma = jnp.sqrt(variance.total(model.uncertainty.part_scales))
     half_width = half_widths(model.uncertainty.calibration, sigma, prediction.cell)
@@ -144,7 +140,10 @@ def _mix(
     flux: jax.Array,
     differentiate: bool,
 ) -> tuple[tuple[jax.Array, jax.Array | None], tuple[jax.Array, jax.Array, jax.Array]]:
-    """The mixture and its gradient in the flux (one reverse pass, as stars do not mix); weights, features, predictions."""
+    """(log_g, its gradient in the flux or None), (weights, features, expert predictions).
+
+    One reverse pass gives the gradients of all stars, since each prediction depends on its own star's flux alone.
+    """
 
     def mixture(flux: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
         features = features_of_pixels(feature_model, flux, pixels)

@@ -1,20 +1,20 @@
-"""The predictive variance of a mixture, star by star: ridge, spread between experts, and the noise of the flux.
+"""The variance of each star's prediction by a mixture: ridge, spread between experts, and noise of the flux.
 
 For a star with flux x and errors sigma, weights p_k and expert predictions f_k, the mixture f = sum_k p_k f_k has the variance
 
-    sum_k p_k m_k                        misfit: what an expert would leave with noise-free spectra and exact coefficients
-    + sum_k p_k s_k^2 (1 / n_k + h_k)    coefficients: the closed-form predictive variance of a ridge
+    sum_k p_k m_k                        misfit: error of an expert with noise-free spectra and exact coefficients
+    + sum_k p_k s_k^2 (1 / n_k + h_k)    coefficients: their uncertainty, as in the closed-form predictive variance of a ridge
     + sum_k p_k (f_k - f)^2              spread between the experts
     + sum_j (df / dx_j)^2 sigma_j^2      noise of the flux, through experts, features and gate
 
-s_k^2 is the residual variance of expert k: its out-of-fold squared error in its own cell is s_k^2 (1 + 1 / n_k + mean h_k).
-m_k is what it exceeds the flux noise in the expert's prediction by. h_k is the leverage x' (X'X + alpha I)^-1 x of the centred
-flux. ``ridge_leverage`` computes it exactly, in its kernel form, from the training spectra. A model does not keep those:
-``approximate_leverage`` needs X'X as R common directions and a diagonal only.
+s_k^2: residual variance of expert k. Its out-of-fold squared error in its own cell is s_k^2 (1 + 1 / n_k + mean h_k).
+m_k: residual variance that flux noise does not explain (>= 0).
+h_k: leverage x' (X'X + alpha I)^-1 x of the centred flux. ``ridge_leverage`` computes 1 / n_k + h_k exactly from the training
+spectra. A model does not keep these: ``approximate_leverage`` describes X'X by R common directions and a diagonal.
 
-The first three overlap, and the experts' errors are not independent: the sum is too wide, and for some stars more than for
-others. ``fit_part_scales`` finds the factors of the three that make the errors of held-out stars the likeliest; the noise of the
-flux is known, and counts in full.
+The first three parts overlap, and the errors of the experts are not independent. So the plain sum is too large, for some stars
+more than for others. ``fit_part_scales`` finds factors for the three parts by maximum likelihood, from the errors of held-out
+stars. The noise of the flux is known and gets the factor 1.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ N_DIRECTIONS = 16
 
 
 class Leverage(NamedTuple):
-    """What ``approximate_leverage`` needs: (X'X + alpha I)^-1 of each expert as a diagonal less a matrix of rank R."""
+    """(X'X + alpha I)^-1 of each expert: a diagonal D less a matrix of rank R, D basis' core basis D."""
 
     n_stars: Float[jax.Array, " K"]
-    mean: Float[jax.Array, "K P"]  #: flux of each expert's training stars
+    mean: Float[jax.Array, "K P"]  #: mean flux of each expert's training stars
     inverse_diagonal: Float[jax.Array, "K P"]
     basis: Float[jax.Array, "R P"]  #: orthonormal, common to all experts
     core: Float[jax.Array, "K R R"]
 
 
 class FluxSums(NamedTuple):
-    """Additive sums over training stars, by their expert; the flux is taken about ``center``."""
+    """Additive sums over the training stars of each expert, with x = flux - center."""
 
-    n: Float[jax.Array, " K"]
+    n: Float[jax.Array, " K"]  #: number of stars
     x: Float[jax.Array, "K P"]
-    xx: Float[jax.Array, "K P"]  #: squares, pixel by pixel
-    zz: Float[jax.Array, "K R R"]  #: products of the projections on the basis
+    xx: Float[jax.Array, "K P"]  #: x^2, pixel by pixel
+    zz: Float[jax.Array, "K R R"]  #: z z', where z is the projection of x on the basis
     noise: Float[jax.Array, "K P"]  #: variance of the flux noise
-    rest: Float[jax.Array, " P"]  #: squares of what the basis leaves of the flux
+    rest: Float[jax.Array, " P"]  #: (x - basis' z)^2 of the stars of all experts
 
 
 class PredictiveVariance(NamedTuple):
-    """Parts of the variance of each star's prediction."""
+    """The four parts of the variance of each star's prediction; see the module."""
 
     misfit: Float[jax.Array, " N"]
     coefficients: Float[jax.Array, " N"]
@@ -66,7 +66,7 @@ class PredictiveVariance(NamedTuple):
     noise: Float[jax.Array, " N"]
 
     def total(self, scales: Float[AnyArray, " 4"] | None = None) -> Float[jax.Array, " N"]:
-        """Their sum, each times its factor; by default 1."""
+        """Sum of the parts, each times its factor (default 1)."""
         parts = jnp.stack(list(self), axis=1)
         return jnp.sum(parts if scales is None else parts * jnp.asarray(scales, parts.dtype)[None, :], axis=1)
 
@@ -74,13 +74,13 @@ class PredictiveVariance(NamedTuple):
 def ridge_leverage(x_train: Float[AnyArray, "N P"], alpha: ArrayLike, x: Float[AnyArray, "M P"]) -> Float[jax.Array, " M"]:
     """1/n + x' (X'X + alpha I)^-1 x of centred data: the variance of a ridge's prediction in units of the residual variance.
 
-    Exact. With fewer rows than columns in the kernel form, where k = X x and a = (X X' + alpha I)^-1 k:
-    (|x - X'a|^2 + alpha |a|^2) / alpha, a sum of squares, which float32 does not cancel.
+    The result is exact. With fewer rows than columns the second term is (|x - X'a|^2 + alpha |a|^2) / alpha, where
+    a = (X X' + alpha I)^-1 X x. This is a sum of squares, so no digits cancel in float32.
 
     Args:
-        x_train: features that the ridge was fitted to.
-        alpha: its penalty, > 0.
-        x: features of new stars.
+        x_train: rows that the ridge was fitted to.
+        alpha: penalty of the ridge, > 0.
+        x: rows of new stars.
 
     Raises:
         InputError: shapes that disagree, or an alpha that is not positive.
@@ -99,8 +99,8 @@ def _ridge_leverage(x_train: jax.Array, alpha: jax.Array, x: jax.Array) -> jax.A
     factor = cholesky(matrix, alpha, mean_eigenvalue)
     if is_dual(data.x):
         a = cho_solve(factor, matmul(data.x, new.T))
-        left = new - matmul(a.T, data.x)
-        return 1.0 / n + jnp.sum(left**2, axis=1) / alpha + jnp.sum(a**2, axis=0)
+        remainder = new - matmul(a.T, data.x)
+        return 1.0 / n + jnp.sum(remainder**2, axis=1) / alpha + jnp.sum(a**2, axis=0)
     return 1.0 / n + jnp.sum(new.T * cho_solve(factor, new.T), axis=0)
 
 
@@ -113,23 +113,27 @@ def sum_flux(
     basis: Float[AnyArray, "R P"],
     n_experts: int,
 ) -> FluxSums:
-    """Sums of some training stars; those of parts are added.
+    """Sums over some training stars; add those of several parts.
 
     Args:
-        flux: noisy.
-        error: standard deviation of its noise.
-        expert: of each star; -1 for a star that counts for nothing.
+        flux: noisy flux.
+        error: standard deviation of the noise.
+        expert: expert of each star; -1 for a star that is left out.
         center: a flux near the mean of all stars.
         basis: R orthonormal directions.
         n_experts: K.
     """
-    own = (expert[:, None] == jnp.arange(n_experts)[None, :]).astype(flux.dtype)
+    belongs = (expert[:, None] == jnp.arange(n_experts)[None, :]).astype(flux.dtype)
     x = flux - center[None, :]
     z = matmul(x, basis.T)
-    zz = lax.map(lambda column: matmul((z * column[:, None]).T, z), own.T)
-    rest = (x - matmul(z, basis)) * jnp.sum(own, axis=1, keepdims=True)
+    rest = (x - matmul(z, basis)) * jnp.sum(belongs, axis=1, keepdims=True)
     return FluxSums(
-        jnp.sum(own, axis=0), matmul(own.T, x), matmul(own.T, x**2), zz, matmul(own.T, error**2), jnp.sum(rest**2, axis=0)
+        n=jnp.sum(belongs, axis=0),
+        x=matmul(belongs.T, x),
+        xx=matmul(belongs.T, x**2),
+        zz=lax.map(lambda of_expert: matmul((z * of_expert[:, None]).T, z), belongs.T),
+        noise=matmul(belongs.T, error**2),
+        rest=jnp.sum(rest**2, axis=0),
     )
 
 
@@ -141,17 +145,20 @@ def fit_leverage(
     alpha: Float[AnyArray, " K"],
     n_stars: Float[AnyArray, " K"],
 ) -> Leverage:
-    """The inverse of X'X + alpha I, with X'X as it is along the basis and diagonal beside it; by Woodbury's identity.
+    """Approximates (X'X + alpha I)^-1 by Woodbury's identity.
+
+    X'X is kept exactly along the basis, as basis' A basis with A = root root'. Beside the basis only its diagonal is kept. With
+    D = (diagonal + alpha)^-1 the inverse is D - D basis' core basis D, where core = root (root' basis D basis' root + I)^-1 root'.
 
     Args:
-        sums: of some, or all, of the training stars.
-        center: as that of ``sum_flux``.
-        basis: likewise.
+        sums: sums over some, or all, of the training stars.
+        center: as in ``sum_flux``.
+        basis: as in ``sum_flux``.
         alpha: penalty of each expert.
-        n_stars: that each expert was fitted to; the sums are scaled to them.
+        n_stars: number of stars that each expert was fitted to; the sums are scaled to it.
     """
 
-    def one(sums: FluxSums, alpha: jax.Array, n_stars: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def fit_one(sums: FluxSums, alpha: jax.Array, n_stars: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         n = jnp.maximum(sums.n, 1.0)
         mean = sums.x / n
         z = matmul(basis, mean[:, None])[:, 0]
@@ -165,7 +172,7 @@ def fit_leverage(
         core = matmul(root, jnp.linalg.solve(inner, root.T))
         return jnp.asarray(center) + mean, inverse, core
 
-    mean, inverse, core = lax.map(lambda part: one(*part), (sums._replace(rest=jnp.zeros_like(sums.x)), alpha, n_stars))
+    mean, inverse, core = lax.map(lambda expert: fit_one(*expert), (sums._replace(rest=jnp.zeros_like(sums.x)), alpha, n_stars))
     return Leverage(jnp.asarray(n_stars), mean, inverse, jnp.asarray(basis), core)
 
 
@@ -173,13 +180,13 @@ def fit_leverage(
 def approximate_leverage(leverage: Leverage, flux: Float[AnyArray, "N P"]) -> Float[jax.Array, "N K"]:
     """1/n_k + h_k of each star and expert."""
 
-    def one(part: tuple[jax.Array, ...]) -> jax.Array:
-        n_stars, mean, inverse, core = part
+    def of_expert(expert: tuple[jax.Array, ...]) -> jax.Array:
+        n_stars, mean, inverse, core = expert
         x = flux - mean[None, :]
         z = matmul(x * inverse[None, :], leverage.basis.T)
         return 1.0 / n_stars + jnp.maximum(jnp.sum(x**2 * inverse[None, :], axis=1) - jnp.sum(z * matmul(z, core), axis=1), 0.0)
 
-    by_expert = lax.map(one, (leverage.n_stars, leverage.mean, leverage.inverse_diagonal, leverage.core))
+    by_expert = lax.map(of_expert, (leverage.n_stars, leverage.mean, leverage.inverse_diagonal, leverage.core))
     return by_expert.T
 
 
@@ -187,15 +194,15 @@ def approximate_leverage(leverage: Leverage, flux: Float[AnyArray, "N P"]) -> Fl
 def residual_variance(
     mse: Float[AnyArray, " K"], leverage: Float[AnyArray, "N K"], expert: Int[AnyArray, " N"]
 ) -> Float[jax.Array, " K"]:
-    """s_k^2: the out-of-fold squared error of each expert, less the part that its uncertain coefficients have in it.
+    """s_k^2: the out-of-fold squared error of each expert without the part that uncertain coefficients contribute.
 
     Args:
-        mse: out-of-fold, in each expert's own cell.
+        mse: out-of-fold squared error of each expert in its own cell.
         leverage: 1/n_k + h_k of some stars.
-        expert: own expert of each, -1 for none; an expert without any keeps its ``mse``.
+        expert: expert of each star's cell, -1 for none. An expert without stars keeps its ``mse``.
     """
-    own = (expert[:, None] == jnp.arange(len(mse))[None, :]).astype(leverage.dtype)
-    mean = jnp.sum(own * leverage, axis=0) / jnp.maximum(jnp.sum(own, axis=0), 1.0)
+    belongs = (expert[:, None] == jnp.arange(len(mse))[None, :]).astype(leverage.dtype)
+    mean = jnp.sum(belongs * leverage, axis=0) / jnp.maximum(jnp.sum(belongs, axis=0), 1.0)
     return jnp.asarray(mse) / (1.0 + mean)
 
 
@@ -203,11 +210,11 @@ def residual_variance(
 def misfit_variance(
     residual_variance: Float[AnyArray, " K"], coef: Float[AnyArray, "K P"], noise: Float[AnyArray, "K P"]
 ) -> Float[jax.Array, " K"]:
-    """m_k: what the residual variance of each expert exceeds the flux noise in its prediction by; at least 0.
+    """m_k: residual variance that flux noise does not explain (>= 0).
 
     Args:
         residual_variance: s_k^2.
-        coef: of the experts.
+        coef: coefficients of the experts.
         noise: mean variance of the flux noise of each expert's stars.
     """
     return jnp.maximum(jnp.asarray(residual_variance) - jnp.sum(coef**2 * noise, axis=1), 0.0)
@@ -231,8 +238,8 @@ def predictive_variance(
         leverage: 1/n_k + h_k.
         residual_variance: s_k^2.
         misfit: m_k.
-        gradient: of the mixture in the flux.
-        error: standard deviation of the flux.
+        gradient: derivative of the mixture in the flux.
+        error: standard deviation of the flux noise.
     """
     weights, expert_predictions = jnp.asarray(weights), jnp.asarray(expert_predictions)
     mixture = jnp.sum(weights * expert_predictions, axis=1, keepdims=True)
@@ -245,11 +252,11 @@ def predictive_variance(
 
 
 def fit_part_scales(variance: Float[AnyArray, "N 4"], residual: Float[AnyArray, " N"]) -> Float[np.ndarray, " 4"]:
-    """Factors >= 0 of the parts of the variance, by maximum likelihood of normal errors; that of the noise is 1. On the host.
+    """Factors (>= 0) of the parts of the variance, by maximum likelihood of normal errors; the factor of the noise is 1.
 
     Args:
-        variance: the parts of each star's ``PredictiveVariance``, in its order, of stars that nothing was fitted to.
-        residual: true less predicted value of the same stars.
+        variance: the parts of ``PredictiveVariance``, in its order, for held-out stars.
+        residual: true less predicted values of the same stars.
 
     Raises:
         InputError: shapes that disagree, parts that are negative, or numbers that are not finite.
@@ -269,5 +276,5 @@ def fit_part_scales(variance: Float[AnyArray, "N 4"], residual: Float[AnyArray, 
 
     start = np.full(len(mean), np.log(typical / len(mean)))
     bounds = [(start[0] - 12.0, start[0] + 4.0)] * len(mean)
-    found = optimize.minimize(negative_log_likelihood, start, jac=True, method="L-BFGS-B", bounds=bounds)
-    return np.append(np.exp(found.x) / mean, 1.0)
+    optimum = optimize.minimize(negative_log_likelihood, start, jac=True, method="L-BFGS-B", bounds=bounds)
+    return np.append(np.exp(optimum.x) / mean, 1.0)

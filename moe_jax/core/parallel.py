@@ -1,4 +1,4 @@
-"""One function over many inputs, on all devices at hand, in one compiled call."""
+"""Applies one function to many inputs, on all devices, in one compiled call."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def devices_for(n_inputs: int, devices: Sequence[jax.Device] | None = None) -> tuple[jax.Device, ...]:
-    """As many of the devices, by default all of this process, as there are inputs."""
+    """The first of the devices, no more than there are inputs; by default from all devices of this process."""
     return tuple(jax.local_devices() if devices is None else devices)[: max(n_inputs, 1)]
 
 
 def on_all(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """The arrays of a tree on each of the devices, wherever they were."""
+    """Copies the arrays of a tree to each of the devices."""
     return jax.device_put(tree, NamedSharding(Mesh(np.array(devices), ("inputs",)), PartitionSpec()))
 
 
 def map_devices(function: Callable[..., Any], inputs: Any, shared: Any = (), devices: Sequence[jax.Device] | None = None) -> Any:
     """``jax.vmap(function, in_axes=(0, None))(inputs, shared)``, with the inputs divided among devices.
 
-    A GPU takes its part in one vectorised program. A CPU takes it one by one: small matrix products, batched, are loops over
-    products in XLA, and what vectorising saves is lost in the cache; a branch that is not taken costs nothing then. Either way
-    each result is that of the function by itself, up to rounding.
+    A GPU computes its inputs in one vectorised program. A CPU computes them one by one: XLA turns a batch of small matrix
+    products into a loop anyway, each input alone fits the cache better, and branches that are not taken cost nothing. Either
+    way each result is that of the function alone, up to rounding.
 
-    Under ``jit``, the arguments must be on all of the devices, see ``on_all``; the results are divided among them.
+    Under ``jit`` the arguments must be on all of the devices (see ``on_all``). The results are divided among the devices.
 
     Args:
-        function: pure; from one input, and what all share, to a tree of arrays.
+        function: pure function of one input and the shared arrays; returns a tree of arrays.
         inputs: tree of arrays, each with a first dimension S.
         shared: tree of arrays.
-        devices: by default ``devices_for`` the inputs. A CPU has one unless JAX was told otherwise (``jax_num_cpu_devices``).
+        devices: by default ``devices_for`` the inputs. A CPU is one device unless ``jax_num_cpu_devices`` says otherwise.
 
     Returns:
-        What the function returns, with a first dimension S.
+        The results of the function, with a first dimension S.
     """
     n_inputs = len(jax.tree.leaves(inputs)[0])
     devices = devices_for(n_inputs) if devices is None else devices

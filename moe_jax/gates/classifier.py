@@ -23,7 +23,7 @@ class ClassifierFit(NamedTuple):
 
     params: Params
     C: float  #: inverse strength of the L2 penalty, chosen by cross-validation
-    accuracy: float  #: cross-validated, at that C
+    accuracy: float  #: cross-validated accuracy at that C
     at_edge: bool  #: whether C lies at an end of the grid
     converged: bool
 
@@ -36,17 +36,14 @@ def fit_classifier(
     n_folds: int = 5,
     seed: int = 0,
 ) -> ClassifierFit:
-    """The classification gate: multinomial logistic regression of the cell on the features, C by cross-validation.
-
-    By scikit-learn in float64; C is the one with the best cross-validated log loss, and the weights become the params of a
-    ``LinearGate``.
+    """Fits the classification gate in float64, with the C of the lowest cross-validated log loss.
 
     Args:
         features: standardised features of the covered training stars.
-        cell: their cells, 0 .. K - 1, each of which must occur.
+        cell: cell of each star, 0 .. K - 1; every cell must occur.
         C_grid: inverse penalties to choose from.
         n_folds: folds of the cross-validation.
-        seed: of the shuffle into folds.
+        seed: seed of the shuffle into folds.
 
     Raises:
         InputError: shapes that disagree, or a cell that is missing or holds fewer stars than folds.
@@ -57,8 +54,8 @@ def fit_classifier(
         k = int(counts.argmin())
         raise InputError(f"cell: found {counts[k]} stars in cell {k}, expected at least {n_folds} to cross-validate")
     x, cell, C_grid = np.asarray(features, np.float64), np.asarray(cell), tuple(sorted(C_grid))
-    # Newton steps on the exact Hessian: a dozen iterations, where L-BFGS needs hundreds at large C; along the grid each fit
-    # starts from the one before.
+    # Newton steps on the exact Hessian need a dozen iterations where L-BFGS needs hundreds at large C. Each fit starts from that
+    # of the next smaller C.
     model = LogisticRegression(solver="newton-cholesky", max_iter=200, warm_start=True)
     loss, accuracy = np.zeros((2, n_folds, len(C_grid)))
     for i, (train, held) in enumerate(StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(x, cell)):

@@ -1,7 +1,7 @@
 """The gate's features: depths and equivalent widths of the Ca II triplet and Na I, and four principal components.
 
-depth = 1 - min(f / c) and EW = sum(1 - f / c) over a line's window, c the median flux of its two sidebands. The report does
-not say where its sidebands lie; here they are the ``SIDEBAND`` Angstrom on either side of each window.
+Over the window of a line, depth = 1 - min(f / c) and EW = sum(1 - f / c), where c is the median flux of the line's two sidebands.
+The report does not say where its sidebands are; here they are the ``SIDEBAND`` Angstrom on either side of each window.
 """
 
 from __future__ import annotations
@@ -28,25 +28,29 @@ N_FEATURES = len(FEATURE_NAMES)
 
 
 class LinePixels(NamedTuple):
-    """Pixels of one line."""
+    """Indices of the pixels of one line."""
 
-    window: np.ndarray  #: indices of the window
-    sidebands: np.ndarray  #: indices of both sidebands
+    window: np.ndarray
+    sidebands: np.ndarray  #: both sidebands
 
 
 class FeatureModel(NamedTuple):
-    """What the features take from the training stars: components and standardisation."""
+    """Components and standardisation, both fitted to the training stars."""
 
     pca: PCA
-    mean: Float[jax.Array, " F"]  #: of the raw features
+    mean: Float[jax.Array, " F"]  #: mean of the raw features
     scale: Float[jax.Array, " F"]  #: standard deviation of the raw features
 
 
 def line_pixels(wave: AnyArray, source: str = "wave") -> dict[str, LinePixels]:
-    """Pixels of the window and the sidebands of each line; ``wave`` must be concrete.
+    """Pixels of the window and the sidebands of each line.
+
+    Args:
+        wave: vacuum wavelengths, Angstrom; concrete.
+        source: name of the file or argument in error messages.
 
     Raises:
-        InputError: in the name of ``source``, for fewer pixels than features, or a wavelength range that misses a window.
+        InputError: fewer pixels than features, or a wavelength range that misses a window.
     """
     wave = np.asarray(wave, np.float64)
     if len(wave) < N_FEATURES:
@@ -67,9 +71,9 @@ def line_pixels(wave: AnyArray, source: str = "wave") -> dict[str, LinePixels]:
 
 
 def line_features(flux: Float[AnyArray, "N P"], pixels: dict[str, LinePixels]) -> Float[jax.Array, "N 9"]:
-    """The nine features that come from lines, in the order of ``FEATURE_NAMES``; EW in pixels.
+    """The nine features of the lines, in the order of ``FEATURE_NAMES``; EW in pixels.
 
-    Where a star's continuum is not positive, its features of that line are those of no line at all: 0.
+    Where the continuum of a line is not positive, its depth and EW are 0, as if there were no line.
     """
     depth, width = {}, {}
     for name, (window, sidebands) in pixels.items():
@@ -91,7 +95,7 @@ def raw_features(flux: Float[AnyArray, "N P"], wave: AnyArray, pca: PCA) -> Floa
         pca: components of the training stars.
 
     Raises:
-        InputError: where the wavelengths miss a line window.
+        InputError: as ``line_pixels``.
     """
     return _raw_features(jnp.asarray(flux), tuple(line_pixels(wave).values()), pca)
 
@@ -104,25 +108,25 @@ def _raw_features(flux: jax.Array, pixels: tuple[LinePixels, ...], pca: PCA) -> 
 
 
 def fit_features(key: PRNGKeyArray, flux: Float[AnyArray, "N P"], wave: AnyArray) -> FeatureModel:
-    """Fits what the features take from training stars: the components, and the mean and scale of each raw feature."""
+    """Fits the components, and the mean and scale of each raw feature, to the training stars."""
     pca = fit_pca(key, flux, N_COMPONENTS)
     return standardize(pca, raw_features(flux, wave, pca))
 
 
 def standardize(pca: PCA, raw: Float[AnyArray, "N F"]) -> FeatureModel:
-    """The feature model with these components, given the raw features of the training stars."""
+    """The feature model of these components, standardised by the raw features of the training stars."""
     return FeatureModel(pca, *mean_and_scale(raw))
 
 
 def compute_features(model: FeatureModel, flux: Float[AnyArray, "N P"], wave: AnyArray) -> Float[jax.Array, "N F"]:
-    """The 13 standardised features of any stars, by the statistics of the training stars."""
+    """The 13 features of any stars, standardised by the mean and scale of the training stars."""
     return scale_features(model, raw_features(flux, wave, model.pca))
 
 
 def features_of_pixels(
     model: FeatureModel, flux: Float[AnyArray, "N P"], pixels: tuple[LinePixels, ...]
 ) -> Float[jax.Array, "N F"]:
-    """``compute_features`` with the pixels of the lines already found, so that it may be traced; in the order of the lines."""
+    """``compute_features`` given the values of ``line_pixels(wave)``, in their order; may be traced."""
     return scale_features(model, _raw_features(jnp.asarray(flux), pixels, model.pca))
 
 

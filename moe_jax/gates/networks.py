@@ -1,8 +1,8 @@
-"""Gates: from a star's features to the weights of the experts.
+"""Gates turn a star's features into the weights of the experts.
 
 A gate is a small frozen description (``LinearGate()``, ``MLPGate(hidden=64)``) with two pure functions: ``init`` makes its
-params, a nested dict of arrays, and ``apply`` turns features into weights. The networks behind them are Flax NNX modules,
-which appear nowhere else.
+params, a nested dict of arrays, and ``apply`` turns features into weights. Only this module knows that the networks behind
+them are Flax NNX modules.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _MLPNetwork(nnx.Module):
 
 @runtime_checkable
 class Gate(Protocol):
-    """What the training and the routing need of a gate."""
+    """The methods that training and routing call."""
 
     def build(self, n_features: int, n_experts: int, rngs: nnx.Rngs) -> nnx.Module:
         """The network, which maps (N, F) features to (N, K) logits."""
@@ -52,7 +52,7 @@ class Gate(Protocol):
         """Random params."""
 
     def from_linear(self, params: Params, linear: Params) -> Params:
-        """Params of the given shapes whose weights are those of a ``LinearGate`` with the params ``linear``."""
+        """Params, in the shapes of ``params``, that give the same weights as a ``LinearGate`` with ``linear``."""
 
     def apply(self, params: Params, features: Float[AnyArray, "N F"]) -> Float[jax.Array, "N K"]:
         """Weights of the experts for each star: positive, sum 1."""
@@ -75,7 +75,7 @@ class _FlaxGate:
         return _weights(self, params, features)
 
     def logits(self, params: Params, features: Float[AnyArray, "N F"]) -> Float[jax.Array, "N K"]:
-        """What the network gives before the softmax."""
+        """Output of the network, before the softmax."""
         return _logits(self, params, features)
 
 
@@ -120,10 +120,10 @@ class MLPGate(_FlaxGate):
         return _MLPNetwork(n_features, n_experts, self.hidden, rngs=rngs)
 
     def from_linear(self, params: Params, linear: Params) -> Params:
-        """Params whose weights are those of a ``LinearGate`` with the params ``linear``.
+        """Params that give the same weights as a ``LinearGate`` with ``linear``.
 
-        As x = relu(x) - relu(-x), the first 2 F hidden units carry +x and -x; the others keep their random kernels, and start
-        with no say in the head.
+        The first 2 F hidden units compute relu(x) and relu(-x), whose difference is x. The others keep their random kernels;
+        their weights in the head are 0.
 
         Raises:
             InputError: for fewer than 2 F hidden units.
@@ -133,8 +133,8 @@ class MLPGate(_FlaxGate):
             raise InputError(
                 f"hidden is {self.hidden}, expected at least {2 * n_features}, twice the features, to start at a linear gate"
             )
-        one, kernel = jnp.eye(n_features), linear["head"]["kernel"]
-        carried = jnp.concatenate([one, -one], axis=1)
+        identity, kernel = jnp.eye(n_features), linear["head"]["kernel"]
+        carried = jnp.concatenate([identity, -identity], axis=1)
         rest = jnp.zeros((self.hidden - 2 * n_features, n_experts))
         hidden = params["hidden"]
         start = {

@@ -1,4 +1,4 @@
-"""Routing: from gate weights and expert predictions to one prediction for each star. All pure."""
+"""Routing combines gate weights and expert predictions into one prediction for each star."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def route_soft(weights: Float[AnyArray, "N K"], expert_predictions: Float[AnyArr
 
 @jax.jit
 def route_hard(weights: Float[AnyArray, "N K"], expert_predictions: Float[AnyArray, "N K"]) -> Float[jax.Array, " N"]:
-    """The prediction of the expert with the largest weight; of several, the first."""
+    """The prediction of the expert with the largest weight; the first of several equal ones."""
     _require_weights(weights, expert_predictions)
     return select_expert(expert_predictions, jnp.argmax(jnp.asarray(weights), axis=1))
 

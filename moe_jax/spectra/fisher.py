@@ -1,8 +1,9 @@
-"""The Cramer-Rao floor: how well any unbiased method can know log g from a spectrum with given errors.
+"""The Cramer-Rao floor: the least standard deviation of log g that an unbiased method can reach for a spectrum.
 
-With J the derivatives of the noise-free spectrum in the four labels, computed by ``jax.jacfwd`` through the interpolation of
-the grid, and independent Gaussian errors sigma, the Fisher information is J' diag(1 / sigma^2) J. The floor of log g, the other
-labels unknown, is the root of its element in the inverse. What the errors themselves say of the labels is left out.
+Let J be the derivatives of the noise-free spectrum in the four labels (by ``jax.jacfwd`` through the interpolation of the grid).
+With independent Gaussian errors sigma, the Fisher information is J' diag(1 / sigma^2) J. The floor of log g, with the other
+labels unknown, is the root of its diagonal element in the inverse. The errors depend on the labels too; the information in
+that is left out.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from moe_jax.spectra.grid import SpectralGrid, load_grid
 from moe_jax.spectra.simulate import LABEL_LATTICE, MEDIAN_FLUX, unscaled_flux
 from moe_jax.spectra.survey import Labels
 
-#: The labels of the grid, and the step in which each is counted, so that the information matrix is well scaled.
+#: Unit of each label of the grid, chosen so that the information matrix is well scaled.
 LABEL_UNITS = {"T_eff": 100.0, "log_g": 0.1, "M_H": 0.1, "a_M": 0.1}
 _BATCH = 32
 
@@ -52,12 +53,12 @@ def _information(
 def fisher_information(
     labels: Labels, error: Float[AnyArray, "N P"], grid: SpectralGrid | None = None
 ) -> Float[np.ndarray, "N 4 4"]:
-    """Fisher information of T_eff, log g, [M/H] and [alpha/M] in the steps of ``LABEL_UNITS``; float64.
+    """Fisher information of T_eff, log g, [M/H] and [alpha/M] in the units of ``LABEL_UNITS``; float64.
 
     Args:
-        labels: of the stars.
-        error: standard deviation of the flux of spectra scaled to median 0.5, > 0.
-        grid: by default the one that ships with the package.
+        labels: labels of the stars.
+        error: standard deviation of the flux, > 0, for spectra scaled to median 0.5.
+        grid: model spectra; by default the grid that ships with the package.
 
     Raises:
         InputError: shapes that disagree, or errors that are not positive.
@@ -74,21 +75,21 @@ def fisher_information(
 def cramer_rao(
     labels: Labels, error: Float[AnyArray, "N P"], grid: SpectralGrid | None = None, *, prior: bool = False
 ) -> Float[np.ndarray, " N"]:
-    """Least standard deviation of log g that an unbiased method can reach for each star, the other three labels unknown.
+    """Least standard deviation of log g that an unbiased method can reach for each star; the other labels are unknown.
 
     Args:
-        labels: as those of ``fisher_information``, like the arguments that follow.
-        error: of the flux.
-        grid: of model spectra.
-        prior: adds what the range of the labels in a survey says of them before a spectrum is seen: the information of
-            normal distributions with the variance of the survey's uniform ones (van Trees). A method that was trained on such
-            a survey knows it, and may lie below the floor without it.
+        labels: as in ``fisher_information``.
+        error: as in ``fisher_information``.
+        grid: as in ``fisher_information``.
+        prior: adds what is known of the labels before a spectrum is seen (van Trees): the information of normal distributions
+            with the variance of the survey's uniform ones. A method that was trained on such a survey has this knowledge, and
+            can lie below the floor without the prior.
     """
     return log_g_floor(fisher_information(labels, error, grid), prior=prior)
 
 
 def log_g_floor(information: Float[np.ndarray, "N 4 4"], *, prior: bool = False) -> Float[np.ndarray, " N"]:
-    """``cramer_rao`` from the Fisher information."""
+    """``cramer_rao`` for a given Fisher information."""
     if prior:
         widths = [(LABEL_LATTICE[name][1] - LABEL_LATTICE[name][0]) / unit for name, unit in LABEL_UNITS.items()]
         information = information + np.diag(12.0 / np.square(widths))[None]

@@ -1,8 +1,8 @@
-"""The grid of LTE model spectra that ships with the package: compressed, read, interpolated.
+"""The grid of LTE model spectra that ships with the package: compressing, reading, interpolating.
 
-The continuum-normalised flux of the nodes and the log of their continuum are kept as principal components. A spectrum between
-the nodes is a tensor product of not-a-knot cubic splines (a parabola along an axis of three nodes) in the coefficients,
-which is the same as in every pixel, since both are linear.
+The continuum-normalised flux of the nodes and the log of their continuum are stored as principal components. Between the nodes
+the coefficients are interpolated by a tensor product of not-a-knot cubic splines (a parabola along an axis of three nodes).
+Interpolating every pixel would give the same spectrum, since both operations are linear.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SpectralGrid(NamedTuple):
 
 
 class GridSpectra(NamedTuple):
-    """Spectra of the grid; a spectrum is norm * exp(log_continuum), up to a constant factor."""
+    """Spectra of the grid: norm * exp(log_continuum), up to a constant factor."""
 
     norm: Float[jax.Array, "*nodes P"]  #: continuum-normalised flux
     log_continuum: Float[jax.Array, "*nodes P"]
@@ -55,7 +55,7 @@ def compress_grid(
     n_components: int = 320,
     n_continuum_components: int = 24,
 ) -> SpectralGrid:
-    """Compresses computed nodes into principal components; float64 inside, float32 out.
+    """Compresses computed nodes into principal components: computed in float64, returned in float32.
 
     Args:
         axes: increasing nodes of T_eff, log g, [M/H] and [alpha/M].
@@ -115,10 +115,10 @@ def _expand(grid: SpectralGrid, norm_coef: jax.Array, continuum_coef: jax.Array)
 
 
 def spline_weights(nodes: Float[np.ndarray, " n"], x: Float[AnyArray, " N"]) -> Float[jax.Array, "N n"]:
-    """Weights of the nodes' values in the not-a-knot cubic spline at ``x``; they sum to 1 and are one-hot at a node.
+    """Weights that the not-a-knot cubic spline at ``x`` gives to the values at the nodes; each row sums to 1.
 
-    The spline is linear in the values, so its weights are the splines through the unit vectors: their polynomial
-    coefficients are computed once by SciPy from the (static) nodes. Outside the nodes the end polynomials go on.
+    A spline is linear in the values. So weight j is the spline whose value is 1 at node j and 0 at the others. SciPy computes
+    the polynomials of these splines from the nodes, which must be concrete. Beyond the nodes the end polynomials continue.
     """
     coefficients = jnp.asarray(CubicSpline(nodes, np.eye(len(nodes))).c, x.dtype)  # (4, n - 1, n), highest power first
     starts = jnp.asarray(nodes, x.dtype)
@@ -134,7 +134,7 @@ def interpolate_grid(grid: SpectralGrid, labels: Float[AnyArray, "N 4"]) -> Grid
     """Spectra at any labels inside the grid, by tensor-product cubic splines.
 
     Args:
-        grid: its axes must be concrete arrays (the splines are set up while tracing), its coefficients may be traced.
+        grid: the axes must be concrete, since SciPy sets the splines up; the coefficients may be traced.
         labels: T_eff, log g, [M/H], [alpha/M] of N stars.
 
     Returns:

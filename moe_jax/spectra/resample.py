@@ -1,7 +1,7 @@
-"""From the pixels of a spectrograph to those of a model, with the flux conserved; and pixels that are masked, filled.
+"""Brings spectra to the pixels of a model, with the flux conserved, and fills masked pixels.
 
-A pixel reaches half-way to its neighbours. What falls into a pixel of the model is the sum of the flux densities of the given
-pixels, weighted by the width of their overlap, so that the integral over wavelength is the same on both grids.
+A pixel reaches half-way to its neighbours. The flux density in a new pixel is the mean of the flux densities of the old pixels,
+weighted by the widths of their overlaps with it. So the integral over wavelength is the same on both grids.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from scipy import sparse
 
 from moe_jax.core.arrays import AnyArray, InputError, matmul
 
-LEAST_OVERLAP = 0.5  # part of a pixel that good pixels must cover
+LEAST_OVERLAP = 0.5  # part of a new pixel that good pixels must cover; otherwise it is masked
 _FILL_SHRINKAGE = 1e-6
 
 
-class Resampled(NamedTuple):
-    """Spectra on other pixels."""
+class MaskedSpectra(NamedTuple):
+    """Spectra some of whose pixels cannot be used."""
 
-    flux: Float[np.ndarray, "N P"]
-    error: Float[np.ndarray, "N P"]
-    good: Bool[np.ndarray, "N P"]  #: False where good pixels cover less than half of a pixel
+    flux: Float[np.ndarray, "N P"]  #: 0 where masked
+    error: Float[np.ndarray, "N P"]  #: standard deviation of the flux; 0 where masked; all NaN where it is not known
+    good: Bool[np.ndarray, "N P"]  #: False where masked
 
 
 def pixel_edges(wave: Float[AnyArray, " P"]) -> Float[np.ndarray, " P1"]:
@@ -58,14 +58,16 @@ def resample(
     good: Bool[AnyArray, "N Q"],
     overlap: sparse.csr_matrix,
     target: Float[AnyArray, " P"],
-) -> Resampled:
-    """Flux densities on other pixels, the integral conserved; errors as those of independent pixels.
+) -> MaskedSpectra:
+    """Spectra on other pixels, with the flux conserved.
+
+    A new pixel is masked where good pixels cover less than half of it. The errors are those of independent pixels.
 
     Args:
-        flux: flux density by wavelength.
-        error: its standard deviation.
-        good: False for pixels that are masked, which count for nothing, whatever they hold.
-        overlap: of ``overlaps``.
+        flux: flux density per unit wavelength.
+        error: standard deviation of the flux.
+        good: False for masked pixels; what these hold does not matter.
+        overlap: result of ``overlaps`` for the old and new wavelengths.
         target: wavelengths of the new pixels.
     """
     good = np.asarray(good)
@@ -76,20 +78,20 @@ def resample(
     variance = (overlap.power(2) @ np.where(good, error, 0.0).T.astype(np.float64) ** 2).T / safe**2
     enough = covered >= LEAST_OVERLAP * width[None, :]
     dtype = np.asarray(flux).dtype
-    return Resampled(np.where(enough, new, 0.0).astype(dtype), np.where(enough, np.sqrt(variance), 0.0).astype(dtype), enough)
+    return MaskedSpectra(np.where(enough, new, 0.0).astype(dtype), np.where(enough, np.sqrt(variance), 0.0).astype(dtype), enough)
 
 
 @jax.jit
 def fill_masked(
     flux: Float[AnyArray, "N P"], good: Bool[AnyArray, "N P"], center: Float[AnyArray, " P"], basis: Float[AnyArray, "R P"]
 ) -> Float[jax.Array, "N P"]:
-    """Puts what the good pixels suggest in the place of the masked ones: the least-squares fit of the basis to them.
+    """Replaces masked pixels by the least-squares fit of the basis to the good pixels of the same star.
 
     Args:
-        flux: whatever masked pixels hold is not looked at.
+        flux: spectra; what masked pixels hold does not matter.
         good: False for masked pixels.
         center: mean flux of the training stars.
-        basis: orthonormal directions in which they vary.
+        basis: R orthonormal directions in which the training stars vary.
     """
     weight = jnp.asarray(good).astype(basis.dtype)
     x = jnp.where(good, flux - center[None, :], 0.0)

@@ -1,4 +1,4 @@
-"""A survey drawn from the model grid: labels, clean spectra and the errors of a 1 mag range of red-arm exposures."""
+"""Simulates a survey: random labels, noise-free spectra from the model grid, and their errors for the red arm."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ MEDIAN_FLUX = 0.5
 PHOTON_VARIANCE = 0.00062  #: variance of the star's own photons at mag 21.5, flux 0.5 and throughput 1
 SKY_VARIANCE = 0.00428  #: variance of the median sky at mag 21.5
 
-_BATCH = 500  # stars that are interpolated at a time, which bounds the memory
+_BATCH = 500  # stars that are interpolated at a time; bounds the memory
 
 
 def draw_labels(key: PRNGKeyArray, n_stars: int, label_sampling: LabelSampling = "lattice") -> dict[str, jax.Array]:
-    """Labels of N stars by name.
+    """Random labels of N stars, by name; each label is uniform in its range.
 
-    ``"lattice"``: each label is uniform in its range and then moved to the nearest node of its lattice, but for one label of
-    each star, drawn at random, which stays continuous. ``"uniform"``: all stay continuous.
+    With ``"lattice"`` each label is then moved to the nearest node of its lattice, except for one randomly drawn label of each
+    star, which stays continuous. With ``"uniform"`` all labels stay continuous.
     """
     key_values, key_free, key_mag = jax.random.split(key, 3)
     low, high, step = (jnp.array(column)[:, None] for column in zip(*LABEL_LATTICE.values(), strict=True))
@@ -57,9 +57,10 @@ _draw_labels = jax.jit(draw_labels, static_argnames=("n_stars", "label_sampling"
 
 
 def median_rows(x: Float[AnyArray, "N P"]) -> Float[jax.Array, " N"]:
-    """Exact median of each row of non-negative numbers, several times faster on a CPU than a sort.
+    """Exact median of each row of non-negative numbers; on a CPU several times faster than a sort.
 
-    The bits of a non-negative float, read as an integer, are ordered like the number: the k-th smallest is found bit by bit.
+    Non-negative floats are ordered like the integers with the same bits. So the k-th smallest is found bit by bit, from the
+    highest: a bit is set if no more than k numbers lie below the result.
     """
     n_pixels = x.shape[1]
     integer = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
@@ -67,15 +68,15 @@ def median_rows(x: Float[AnyArray, "N P"]) -> Float[jax.Array, " N"]:
     order = lax.bitcast_convert_type(jnp.abs(x), integer)
     rank = (n_pixels - 1) // 2
 
-    def add_bit(i: jax.Array, found: jax.Array) -> jax.Array:
-        candidate = found | jnp.left_shift(jnp.ones((), integer), (n_bits - 1 - i).astype(integer))
-        return jnp.where(jnp.sum(order < candidate[:, None], axis=1) <= rank, candidate, found)
+    def add_bit(i: jax.Array, prefix: jax.Array) -> jax.Array:
+        candidate = prefix | jnp.left_shift(jnp.ones((), integer), (n_bits - 1 - i).astype(integer))
+        return jnp.where(jnp.sum(order < candidate[:, None], axis=1) <= rank, candidate, prefix)
 
     lower_bits = lax.fori_loop(0, n_bits, add_bit, jnp.zeros(len(x), integer))
     lower = lax.bitcast_convert_type(lower_bits, x.dtype)
     if n_pixels % 2:
         return lower
-    # The next in order: the same value where it occurs often enough, otherwise the smallest that is larger.
+    # The upper of the two middle numbers equals the lower if that is repeated; otherwise it is the smallest larger number.
     larger = order > lower_bits[:, None]
     next_larger = jnp.min(jnp.where(larger, jnp.abs(x), jnp.inf), axis=1)
     repeated = jnp.sum(~larger, axis=1) > rank + 1
@@ -95,15 +96,16 @@ def model_flux(
 
 
 def unscaled_flux(grid: SpectralGrid, labels: Float[AnyArray, "N 4"]) -> Float[jax.Array, "N P"]:
-    """Likewise, up to a factor for each star; labels as those of ``interpolate_grid``."""
+    """``model_flux`` up to a factor for each star; labels as in ``interpolate_grid``."""
     spectra = interpolate_grid(grid, labels)
     return jnp.maximum(spectra.norm * jnp.exp(spectra.log_continuum), 0.0)
 
 
 def flux_error(mag: Float[AnyArray, " N"], flux: Float[AnyArray, "N P"]) -> Float[jax.Array, "N P"]:
-    """Standard deviation of the flux at noise level 1: the star's photons and the sky, whose weight grows for faint stars.
+    """Standard deviation of the flux at noise level 1, from the photons of the star and of the sky.
 
-    error^2 = 0.00062 x (flux / 0.5) / T(wave) + 0.00428 x^2 S(wave) with x = 10^(0.4 (mag - 21.5)), sky S and throughput T.
+    error^2 = 0.00062 x (flux / 0.5) / T(wave) + 0.00428 x^2 S(wave) with x = 10^(0.4 (mag - 21.5)), sky S and
+    throughput T. The sky dominates for faint stars.
     """
     x = 10.0 ** (0.4 * (mag - 21.5))[:, None]
     inverse_throughput = jnp.asarray(1.0 / throughput(), flux.dtype)[None, :]
@@ -116,8 +118,8 @@ def simulate_survey(
 ) -> Survey:
     """Draws a survey: labels, noise-free spectra scaled to median 0.5, and their errors at noise level 1.
 
-    Pure and jitted, in batches of stars, so that the memory is that of the result. C_M is drawn but has no effect on the
-    spectra (the grid holds atomic lines only); the redshift is 0.
+    The stars are computed in batches, which need little memory beside the result. C_M is drawn but has no effect on the spectra,
+    since the grid holds atomic lines only. The redshift is 0.
 
     Args:
         key: random key.
@@ -134,9 +136,9 @@ def simulate_survey(
 
 
 class SimulatedSpectra:
-    """A simulated survey whose labels are drawn at once and whose spectra are computed in parts; ``labels.snr`` is NaN.
+    """``simulate_survey`` in parts: labels are drawn at once, spectra are computed when they are read.
 
-    The spectra are those of ``simulate_survey`` with the same arguments, whatever the parts.
+    The spectra do not depend on the parts in which they are read. ``labels.snr`` is NaN.
     """
 
     wave: Float[jax.Array, " P"]
@@ -171,7 +173,7 @@ class SimulatedSpectra:
 def _spectra(
     labels: dict[str, jax.Array], axes: tuple[tuple[float, ...], ...], components: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    """Flux and error of some stars, in batches, so that the memory is that of the result."""
+    """Flux and error of some stars, in batches."""
     grid = SpectralGrid(*map(np.array, axes), *components)
 
     def spectrum(star: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:

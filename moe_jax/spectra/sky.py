@@ -1,8 +1,8 @@
 """The night sky of the error model: a smooth floor and the Meinel bands of OH at R = 5000, in units of its median.
 
-The lines are computed, not listed: term values of OH X 2Pi by Hill & Van Vleck (1928, Phys. Rev. 32, 250) with the
-constants of Huber & Herzberg (1979), hung on the band origins of Chamberlain (1961, Physics of the Aurora and Airglow),
-populated at a rotational temperature of 190 K. Wavelengths are right to a few Angstrom, which is what an error model needs.
+The lines are computed. The term values of OH X 2Pi follow Hill & Van Vleck (1928, Phys. Rev. 32, 250) with the constants of
+Huber & Herzberg (1979). The band origins are those of Chamberlain (1961, Physics of the Aurora and Airglow). The levels are
+populated at a rotational temperature of 190 K. The wavelengths are accurate to a few Angstrom, which an error model can bear.
 """
 
 from __future__ import annotations

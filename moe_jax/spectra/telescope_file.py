@@ -1,0 +1,121 @@
+"""Spectra as a telescope gives them, in HDF5 or FITS files: read in parts, with the unusable pixels masked.
+
+HDF5: ``spectrumdataset/wave`` (P,), ``dataset/arrays/flux/value`` (N, P), and optionally ``dataset/arrays/error/value`` or
+``dataset/arrays/ivar/value`` (N, P): the layout of ``moe_jax.spectra.survey_file``, without labels. FITS (needs astropy): image
+extensions WAVELENGTH (or WAVE), FLUX, and optionally ERROR or IVAR, of the same shapes. Wavelengths are in vacuum, in Angstrom.
+
+A pixel is masked where its flux or error is not finite, its error is not positive, or its inverse variance is not positive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from jaxtyping import Float
+
+from moe_jax.core.arrays import InputError
+from moe_jax.core.files import import_extra
+from moe_jax.spectra.resample import MaskedSpectra
+from moe_jax.spectra.survey_file import ERROR_FIELD, FLUX_FIELD, WAVE_FIELD, require_numbers, require_wave
+
+IVAR_FIELD = "dataset/arrays/ivar/value"
+FITS_SUFFIXES = (".fits", ".fit", ".fits.gz", ".fz")
+_FITS_NAMES = {"wave": ("WAVELENGTH", "WAVE"), "flux": ("FLUX",), "error": ("ERROR",), "ivar": ("IVAR",)}
+_HDF5_NAMES = {"wave": (WAVE_FIELD,), "flux": (FLUX_FIELD,), "error": (ERROR_FIELD,), "ivar": (IVAR_FIELD,)}
+
+
+class TelescopeFile:
+    """A file of telescope spectra: wavelengths are read at once, spectra in parts.
+
+    Args:
+        path: an HDF5 or FITS file in the layout of this module; FITS by its suffix.
+
+    Raises:
+        InputError: one sentence that names the file, the field, what was found and what is expected.
+        ModuleNotFoundError: for a FITS file, where astropy is not installed.
+    """
+
+    wave: Float[np.ndarray, " P"]
+    n_stars: int
+    has_errors: bool
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        all_names = _FITS_NAMES if _is_fits(self.path) else _HDF5_NAMES
+        with _open(self.path) as arrays:
+            self._fields = fields = {
+                kind: name
+                for kind, names in all_names.items()
+                if (name := next((name for name in names if name in arrays), None)) is not None
+            }
+            for kind in ("wave", "flux"):
+                if kind not in fields:
+                    raise InputError(f"{path}: {' or '.join(all_names[kind])}: found nothing, expected an array of numbers")
+            if "error" in fields:
+                fields.pop("ivar", None)  # both say the same, and the errors need no conversion
+            for kind, field in fields.items():
+                require_numbers(self.path, field, arrays[field], 1 if kind == "wave" else 2)
+            wave, flux = arrays[fields["wave"]], arrays[fields["flux"]]
+            if flux.shape[0] < 1 or wave.shape[0] < 2 or flux.shape[1] != wave.shape[0]:
+                raise InputError(
+                    f"{path}: {fields['flux']} has shape {tuple(flux.shape)}, expected (N, {wave.shape[0]}), at least one star of "
+                    f"at least 2 pixels, as {fields['wave']} has {wave.shape[0]}"
+                )
+            for kind in fields.keys() & {"error", "ivar"}:
+                if (shape := tuple(arrays[fields[kind]].shape)) != tuple(flux.shape):
+                    expected = f"expected {tuple(flux.shape)} like {fields['flux']}"
+                    raise InputError(f"{path}: {fields[kind]} has shape {shape}, {expected}")
+            self.wave = np.asarray(wave[...], np.float64)
+            self.n_stars = int(flux.shape[0])
+        self.has_errors = "error" in fields or "ivar" in fields
+        require_wave(self.path, fields["wave"], self.wave)
+
+    def read(self, start: int, stop: int) -> MaskedSpectra:
+        """The stars ``start`` to ``stop - 1``, float32. Errors are NaN where the file has neither errors nor ivar."""
+        with _open(self.path) as arrays:
+            stars = {kind: arrays[field][start:stop] for kind, field in self._fields.items() if kind != "wave"}
+        values = {kind: np.asarray(array, np.float32) for kind, array in stars.items()}
+        flux = values["flux"]
+        good = np.isfinite(flux)
+        if not self.has_errors:
+            return MaskedSpectra(np.where(good, flux, 0.0), np.full_like(flux, np.nan), good)
+        if "error" in values:
+            error = values["error"]
+        else:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                error = np.reciprocal(np.sqrt(values["ivar"]))
+        good &= np.isfinite(error) & (error > 0)
+        return MaskedSpectra(np.where(good, flux, 0.0), np.where(good, error, 0.0), good)
+
+
+def _is_fits(path: Path) -> bool:
+    return path.name.lower().endswith(FITS_SUFFIXES)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[dict[str, Any]]:
+    """The arrays of a file by name; none is read before it is sliced."""
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        raise InputError(f"{path}: found {found}, expected an HDF5 or FITS file with spectra")
+    try:
+        if _is_fits(path):
+            fits = import_extra("astropy.io.fits", "FITS")
+            with fits.open(path, memmap=False, lazy_load_hdus=False) as hdus:
+                yield {hdu.name.upper(): hdu.section for hdu in hdus if hdu.is_image and hdu.shape}
+        elif h5py.is_hdf5(path):
+            with h5py.File(path, "r") as file:
+                names = [name for names in _HDF5_NAMES.values() for name in names]
+                yield {name: file[name] for name in names if isinstance(file.get(name), h5py.Dataset)}
+        else:
+            raise InputError(f"{path}: found a file that is not HDF5, expected an HDF5 file, or a FITS file named *.fits")
+    except (InputError, ModuleNotFoundError):
+        raise
+    except Exception as reason:  # h5py and astropy raise a dozen types for a damaged file
+        summary = str(reason).split("\n")[0]
+        raise InputError(f"{path}: found a file that cannot be read ({summary}), expected a whole one") from reason
