@@ -185,7 +185,7 @@ def complex_flux(folder, valid):
     observed(folder, valid, flux=lambda flux: flux.astype("complex64"))
 
 
-@malformed(rf"{WAVE_FIELD}: found nan at row 2106 \(1990 in all\), expected finite numbers")
+@malformed(rf"{WAVE_FIELD}: found nan at row 2107 \(1989 in all\), expected finite numbers")
 def nan_wave(folder, valid):
     observed(folder, valid, wave=lambda wave: np.where(wave > 8000, np.nan, wave))
 
