@@ -78,22 +78,13 @@ class RidgeMixtureRegressor(RegressorMixin, BaseEstimator):
         gate = self._gate()
         state = check_random_state(self.random_state)
         n_folds = min(self.n_folds, len(y) // 2)
-        with jax.enable_x64(True):
-            self._x_scaling, self._y_scaling = (tuple(map(np.asarray, mean_and_scale(columns))) for columns in (X, y[:, None]))
-            x, standardised_y = self._standardise(X), np.asarray(scale_columns(y[:, None], *self._y_scaling))[:, 0]
-        self.cell_ = self._clusters(x, n_folds, state) if cell is None else np.asarray(cell)
         config = GateConfig(epochs=self.epochs, learning_rate=self.learning_rate, batch_size=min(256, len(y)), patience=20)
         with jax.enable_x64(True):
-            fitted = fit_moe(
-                jax.random.key(state.randint(2**31)),
-                x,
-                standardised_y,
-                self.cell_,
-                alphas=tuple(self.alphas),
-                n_folds=n_folds,
-                gate=gate,
-                config=config,
-            )
+            self._x_scaling, self._y_scaling = (tuple(map(np.asarray, mean_and_scale(columns))) for columns in (X, y[:, None]))
+            x, target = self._standardise(X), scale_columns(y[:, None], *self._y_scaling)[:, 0]
+            self.cell_ = self._clusters(x, n_folds, state) if cell is None else np.asarray(cell)
+            key, alphas = jax.random.key(state.randint(2**31)), tuple(self.alphas)
+            fitted = fit_moe(key, x, target, self.cell_, alphas=alphas, n_folds=n_folds, gate=gate, config=config)
             self.mixture_ = jax.tree.map(np.asarray, fitted, is_leaf=lambda leaf: leaf is gate)._replace(gate=gate)
         return self
 

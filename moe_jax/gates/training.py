@@ -136,7 +136,7 @@ def require_informative(features: AnyArray, expert_predictions: AnyArray, y: Any
             raise InputError(f"{name}: found {np.asarray(array)[~finite][0]}, expected finite numbers")
     predictions, y = np.asarray(expert_predictions), np.asarray(y)
     if len(y) > 1 and (y == y[0]).all():
-        raise InputError(f"y: found {y[0]:g} for all {len(y)} stars, expected a target that varies")
+        raise InputError(f"y: found the same value for all {len(y)} stars, expected a target that varies")
     if predictions.shape[1] > 1 and (predictions == predictions[:, :1]).all():
         raise InputError(
             "expert_predictions: found the same prediction of all experts for every star, expected experts that differ"

@@ -115,7 +115,7 @@ def test_data_without_information(mixture):
     keys = jax.random.split(jax.random.key(0), 2)
     for arrays, message in (
         ((features, np.repeat(predictions[:, :1], 3, axis=1), y), "found the same prediction of all experts for every star"),
-        ((features, predictions, np.full_like(y, 2.5)), "y: found 2.5 for all 2000 stars"),
+        ((features, predictions, np.full_like(y, 2.5)), "y: found the same value for all 2000 stars"),
         ((unknown, predictions, y), "features: found nan, expected finite numbers"),
     ):
         with pytest.raises(InputError, match=message):
