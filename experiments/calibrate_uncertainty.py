@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from experiments.pipeline.calibration import CalibrationConfig, Judged, add_uncertainty, judge, model_of
+from experiments.pipeline.calibration import CalibrationConfig, Judged, add_uncertainty, judge, keep_calibration_stars, model_of
 from experiments.pipeline.config import SMALL, StudyConfig, draw_keys
 from experiments.pipeline.observation import Observation, Part
 from experiments.pipeline.prepare import prepare
@@ -248,6 +248,7 @@ def report_of(config: UncertaintyConfig, found: Found, n_test: int) -> str:
 def main(config: UncertaintyConfig) -> Found:
     """Judges the uncertainties and writes the results."""
     stages, folder = Stages(), output_folder(config, "calibrate_uncertainty")
+    config = keep_calibration_stars(config, config.calibration, stages)
     found, judged = judge_uncertainty(config, stages)
     with stages("figures"):
         drawn = {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ from moe_jax.spectra.simulate import SimulatedSpectra
 from moe_jax.spectra.survey import Spectra
 from moe_jax.spectra.survey_file import SurveyFile
 
+Config = TypeVar("Config", bound=DataConfig)
 SCALING = 4  # of so many stars to calibrate on, one is for the factors of the variance's parts, the others for the quantiles
 LEAST_SCALING = 100  # with fewer stars the factors stay at 1
 SCALED = 0.05  # spectra whose medians scatter by less than this part were scaled to a common median
@@ -49,7 +51,8 @@ class CalibrationConfig:
     n_stars: int = 4_000
     """Stars on which intervals are calibrated, at most; they are neither trained nor tested on. 0: not calibrated."""
     file: Path | None = None
-    """HDF5 survey with such stars; by default those of the training file after the first n_train, or simulated ones."""
+    """HDF5 survey with such stars. By default they are simulated, or those of the training file after the first n_train; without
+    n_train, its last tenth is kept for them."""
     n_training: int = 8_192
     """Training stars from which the covariance of the flux is taken, at most."""
 
@@ -72,6 +75,19 @@ def model_of(prepared: Prepared, gate: Gate, gate_params: Params) -> Model:
         classification_params=prepared.classifier.params,
         provenance={},
     )
+
+
+def keep_calibration_stars(config: Config, settings: CalibrationConfig, stages: Stages) -> Config:
+    """The configuration with a number of training stars that leaves the last tenth of a training file to calibrate on.
+
+    Nothing changes where stars are simulated, a number of training stars was given, or the calibration needs none of them.
+    """
+    if config.train_file is None or config.n_train or settings.file is not None or settings.n_stars == 0:
+        return config
+    n_stars = SurveyFile(config.train_file).n_stars
+    n_kept = min(settings.n_stars, n_stars // 10)
+    stages.note(f"{config.train_file}: the last {n_kept:,} of {n_stars:,} stars are kept to calibrate the uncertainties on")
+    return dataclasses.replace(config, n_train=n_stars - n_kept)
 
 
 def calibration_part(config: DataConfig, settings: CalibrationConfig) -> Part | None:

@@ -62,6 +62,9 @@ def prepare_each(configs: Sequence[DataConfig], stages: Stages, cache: Cache) ->
         )
         if found:
             stages.note("data, experts, features, classification gate: found in the cache")
+        for path, stars in ((config.train_file, prepared.train), (config.test_file, prepared.test)):
+            if path is not None:
+                stages.note(f"{path}: {len(stars.log_g):,} stars")
         params, C, accuracy, at_edge, converged = prepared.classifier
         classifier = ClassifierFit(jax.tree.map(jnp.asarray, params), float(C), float(accuracy), bool(at_edge), bool(converged))
         yield prepared._replace(classifier=classifier)

@@ -25,7 +25,7 @@ def open_surveys(config: DataConfig) -> tuple[Spectra, Spectra]:
         train_key, test_key, sampling = _simulation(config)
         simulated = SimulatedSpectra(train_key, config.n_train, label_sampling=config.label_sampling)
         return simulated, SimulatedSpectra(test_key, config.n_test, label_sampling=sampling)
-    train, test = SurveyFile(config.train_file, config.n_train), SurveyFile(config.test_file, config.n_test)
+    train, test = SurveyFile(config.train_file, config.n_train or None), SurveyFile(config.test_file, config.n_test or None)
     for path, survey in ((config.train_file, train), (config.test_file, test)):
         line_pixels(survey.wave, f"{path}: {WAVE_FIELD}")
     if train.wave.shape != test.wave.shape or not np.allclose(train.wave, test.wave, rtol=0, atol=1e-3):
