@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from experiments import regress_gate
-from experiments.pipeline.calibration import CalibrationConfig, calibration_part, keep_calibration_stars
+from experiments.pipeline.calibration import CalibrationConfig, keep_calibration_stars, observe_calibration_stars
 from experiments.pipeline.config import DataConfig
 from experiments.pipeline.surveys import open_surveys
 from experiments.runner.command_line import parse_config
@@ -48,8 +48,8 @@ def test_the_last_tenth_of_a_training_file_is_kept_to_calibrate_on(files, capsys
     kept = keep_calibration_stars(config, CalibrationConfig(), Stages())
     assert kept.n_train == 108
     assert "the last 12 of 120 stars are kept" in " ".join(capsys.readouterr().out.split())
-    part = calibration_part(kept, CalibrationConfig())
-    assert (part.start, part.stop) == (108, 120)
+    stars, start = observe_calibration_stars(kept, CalibrationConfig())
+    assert (start, stars.n_stars) == (108, 120)
     assert keep_calibration_stars(config, CalibrationConfig(n_stars=5), Stages()).n_train == 115
     given = dataclasses.replace(config, n_train=100)
     for unchanged, settings in (
