@@ -98,7 +98,7 @@ def _require_shape(source: str, path: str, leaf: np.ndarray, annotation: Any, si
         (int(name),) if name.isdecimal() else sizes.setdefault(name, size) for name, size in zip(["*", *names], found, strict=False)
     ]
     if found != expected or leaf.ndim < len(names):
-        shown = " ".join([*map(str, expected[0]), *(f"{name} = {sizes[name][0]}" if name in sizes else name for name in names)])
+        shown = ", ".join([*map(str, expected[0]), *(str(sizes[name][0]) if name in sizes else name for name in names)])
         raise InputError(f"{source}: {path} has shape {leaf.shape}, expected ({shown}) beside the other arrays")
     if leaf.dtype.name not in annotation.dtypes:
         raise InputError(f"{source}: {path} holds {leaf.dtype}, expected {annotation.__name__}")
