@@ -3,11 +3,13 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 from experiments import regress_gate
 from experiments.pipeline.calibration import CalibrationConfig, keep_calibration_stars, observe_calibration_stars
 from experiments.pipeline.config import DataConfig
+from experiments.pipeline.stars import Stars, finish
 from experiments.pipeline.surveys import open_surveys
 from experiments.runner.command_line import parse_config
 from experiments.runner.stages import Stages
@@ -59,3 +61,11 @@ def test_the_last_tenth_of_a_training_file_is_kept_to_calibrate_on(files, capsys
         (DataConfig(), CalibrationConfig()),
     ):
         assert keep_calibration_stars(unchanged, settings, Stages()) == unchanged
+
+
+def test_experts_that_all_predict_the_same_are_refused():
+    ones, cell = np.ones(45), np.arange(45) % 9
+    features = np.random.default_rng(0).normal(size=(45, 13))
+    stars = Stars(features, np.ones((45, 9)), ones, ones, ones, np.arange(45.0), cell)
+    with pytest.raises(InputError, match="training survey: all experts predict the same for every star, expected experts"):
+        finish(DataConfig(), stars, stars, None, None, None, ones, Stages())
