@@ -301,7 +301,7 @@ def main(config: CalibrateConfig) -> dict[str, pd.DataFrame]:
         "population",
         settings | {"n": config.n_population},
         [__file__],
-        Population(*[np.zeros(0)] * 3),
+        Population,
         lambda: simulate_population(config, prepared, stages),
     )
     truth = truth_of(population)

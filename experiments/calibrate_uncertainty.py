@@ -20,12 +20,18 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from experiments.pipeline.calibration import CalibrationConfig, Judged, add_uncertainty, judge, model_of
+from experiments.pipeline.calibration import (
+    CalibrationConfig,
+    LabelledPrediction,
+    add_uncertainty,
+    keep_calibration_stars,
+    model_of,
+    predict_labelled,
+)
 from experiments.pipeline.config import SMALL, StudyConfig, draw_keys
-from experiments.pipeline.observation import Observation, Part
+from experiments.pipeline.observation import Observation, observe_surveys
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared, Stars
-from experiments.pipeline.surveys import open_surveys
 from experiments.report import figures
 from experiments.report.markdown import table_markdown
 from experiments.report.results import output_folder, write_results
@@ -78,22 +84,20 @@ def train_model(config: UncertaintyConfig, prepared: Prepared) -> Model:
     return model_of(prepared, gate, fit.params)
 
 
-def leverage_check(config: UncertaintyConfig, prepared: Prepared, model: Model, test: Part) -> pd.DataFrame:
+def leverage_check(prepared: Prepared, model: Model, train: Observation, test: Observation) -> pd.DataFrame:
     """The model's leverage of test stars beside the exact one, for the expert of the smallest and of the largest cell."""
-    keys, (source, _) = draw_keys(config.seed), open_surveys(config.data)
-    train = Observation.of(source, keys.train_noise, config.data)
     cell = np.asarray(prepared.train.cell)
     counts = np.bincount(cell[cell >= 0])
     flux = next(test.slices())[1][:500]
     assert model.uncertainty is not None
     approximate = np.asarray(approximate_leverage(model.uncertainty.leverage, flux))
     chosen: dict[int, list[np.ndarray]] = {int(counts.argmin()): [], int(counts.argmax()): []}
-    for part, x in train.slices(0, source.n_stars):
-        for k, own in chosen.items():
-            own.append(np.asarray(x)[cell[part] == k])
+    for part, x, _ in train.slices():
+        for k, spectra in chosen.items():
+            spectra.append(np.asarray(x)[cell[part] == k])
     rows = []
-    for k, own in chosen.items():
-        exact = np.asarray(ridge_leverage(np.concatenate(own), float(prepared.experts.alpha[k]), flux))
+    for k, spectra in chosen.items():
+        exact = np.asarray(ridge_leverage(np.concatenate(spectra), float(prepared.experts.alpha[k]), flux))
         ratio = approximate[:, k] / exact
         row = {"expert": CELL_NAMES[k], "n": int(counts[k]), "exact_median": float(np.median(exact))}
         row |= {"ratio_median": float(np.median(ratio)), "ratio_low": float(np.quantile(ratio, 0.05))}
@@ -102,17 +106,17 @@ def leverage_check(config: UncertaintyConfig, prepared: Prepared, model: Model, 
     return pd.DataFrame(rows)
 
 
-def floor_table(config: UncertaintyConfig, prepared: Prepared, model: Model, test: Part) -> pd.DataFrame:
+def floor_table(config: UncertaintyConfig, prepared: Prepared, model: Model, test: Observation) -> pd.DataFrame:
     """RMSE of every method and the floor by magnitude, for covered test stars."""
-    labels = test.observation.spectra.labels
+    labels = test.labels
     stars: Stars = prepared.test
     rows = np.flatnonzero(np.asarray(stars.cell) >= 0)
     rows = rows[rows < config.n_floor]
     chosen = stars.select(rows)
     information = []
-    for part, _, error in test.observation.slices_with_errors(0, int(rows.max()) + 1):
-        own = Labels(*(jnp.asarray(column)[part] for column in labels))
-        information.append(fisher_information(own, error))
+    for part, _, error in test.slices(0, int(rows.max()) + 1):
+        labels_of_part = Labels(*(jnp.asarray(column)[part] for column in labels))
+        information.append(fisher_information(labels_of_part, error))
     floor, bayes = (log_g_floor(np.concatenate(information)[rows], prior=prior) for prior in (False, True))
     classify = LinearGate().apply(prepared.classifier.params, chosen.features)
     predictions = {
@@ -151,7 +155,7 @@ class Found(NamedTuple):
     notes: list[str]
 
 
-def judge_uncertainty(config: UncertaintyConfig, stages: Stages) -> tuple[Found, Judged]:
+def judge_uncertainty(config: UncertaintyConfig, stages: Stages) -> tuple[Found, LabelledPrediction]:
     """Trains, calibrates, and judges; also what the model says of the covered test stars."""
     prepared = prepare(config.data, stages, config.cache)
     with stages("MLP gate"):
@@ -163,12 +167,11 @@ def judge_uncertainty(config: UncertaintyConfig, stages: Stages) -> tuple[Found,
     if not levels:
         raise InputError("no stars were left to calibrate on, expected --calibration.file, or fewer stars to train on")
     with stages("test stars"):
-        keys, (_, source) = draw_keys(config.seed), open_surveys(config.data)
-        test = Part(Observation.of(source, keys.test_noise, config.data), 0, source.n_stars)
-        everyone = judge(config.data, model, test)
+        train, test = observe_surveys(config.data)
+        everyone = predict_labelled(model, test)
         judged, outside = everyone.select(everyone.cell >= 0), everyone.select(everyone.cell < 0)
     with stages("exact leverage"):
-        leverage = leverage_check(config, prepared, model, test)
+        leverage = leverage_check(prepared, model, train, test)
     with stages("Cramer-Rao floor"):
         floor = floor_table(config, prepared, model, test)
     groups = {"cell": judged.cell, "mag": np.digitize(judged.mag, MAG_EDGES) - 1}
@@ -247,6 +250,7 @@ def report_of(config: UncertaintyConfig, found: Found, n_test: int) -> str:
 def main(config: UncertaintyConfig) -> Found:
     """Judges the uncertainties and writes the results."""
     stages, folder = Stages(), output_folder(config, "calibrate_uncertainty")
+    config = keep_calibration_stars(config, config.calibration, stages)
     found, judged = judge_uncertainty(config, stages)
     with stages("figures"):
         drawn = {

@@ -16,16 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import jax
-
 from experiments import regress_gate
 from experiments.pipeline.config import DataConfig, draw_keys
+from experiments.pipeline.observation import observe
 from experiments.pipeline.surveys import open_surveys
 from experiments.runner.command_line import run_command
 from experiments.runner.stages import Stages, console
-from moe_jax.core.arrays import AnyArray
 from moe_jax.spectra.simulate import LabelSampling
-from moe_jax.spectra.survey import Spectra, add_star_noise, star_keys
+from moe_jax.spectra.survey import Spectra
 from moe_jax.spectra.survey_file import save_spectra
 
 
@@ -47,19 +45,6 @@ class MakeSurveyConfig:
     """Where train.h5 and test.h5 go."""
 
 
-class Noisy:
-    """Spectra with the noise that an experiment draws for them, and its standard deviation."""
-
-    def __init__(self, spectra: Spectra, key: jax.Array, noise_level: float) -> None:
-        self.wave, self.labels, self.n_stars = spectra.wave, spectra.labels, spectra.n_stars
-        self._spectra, self._keys, self._noise_level = spectra, star_keys(key, spectra.n_stars), noise_level
-
-    def read(self, start: int, stop: int) -> tuple[AnyArray, AnyArray]:
-        """Noisy flux and error of the stars ``start`` to ``stop - 1``."""
-        flux, error = self._spectra.read(start, stop)
-        return add_star_noise(self._keys[start:stop], flux, error, self._noise_level), error * self._noise_level
-
-
 PRESETS = {name: MakeSurveyConfig(config.preset, config.n_train, config.n_test) for name, config in regress_gate.PRESETS.items()}
 
 
@@ -76,7 +61,7 @@ def main(config: MakeSurveyConfig) -> None:
     keys = draw_keys(config.seed)
     noise = {"train": keys.train_noise, "test": keys.test_noise}
     for (name, key), source in zip(noise.items(), open_surveys(drawn), strict=True):
-        spectra: Spectra = Noisy(source, key, config.noise_level) if config.noise_level > 0 else source
+        spectra: Spectra = observe(key, source, drawn) if config.noise_level > 0 else source
         path = config.output_dir / f"{name}.h5"
         with stages.chunks(f"{name}.h5", spectra.n_stars) as advance:
             save_spectra(path, spectra, on_written=advance)

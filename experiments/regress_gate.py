@@ -23,7 +23,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from experiments.pipeline.calibration import CalibrationConfig, add_uncertainty, model_of
+from experiments.pipeline.calibration import CalibrationConfig, add_uncertainty, keep_calibration_stars, model_of
 from experiments.pipeline.config import StudyConfig, draw_keys
 from experiments.pipeline.gates import training_stars
 from experiments.pipeline.methods import (
@@ -64,7 +64,7 @@ class RegressGateConfig(StudyConfig):
     preset: Literal["default", "smoke", "large_test"] = "default"
     """What the other options start from."""
     n_test: int = 1_000
-    """Test stars; of a file, the most that are read."""
+    """Test stars; likewise."""
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
     in_sample_fraction: float = 0.2
     """Part of the covered training stars on which the in-sample gates are trained."""
@@ -291,6 +291,7 @@ def main(config: RegressGateConfig) -> Results:
     config.cluster.start()
     stages = Stages()
     folder = output_folder(config, "regress_gate")
+    config = keep_calibration_stars(config, config.calibration, stages)
     results = run(config, stages)
     with stages("figures"):
         drawn = draw_figures(results, config.confidence_level)

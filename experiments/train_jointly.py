@@ -21,9 +21,9 @@ import pandas as pd
 
 from experiments.pipeline.config import SMALL, StudyConfig, draw_keys
 from experiments.pipeline.gates import mix_by_class
-from experiments.pipeline.prepare import observe, prepare
+from experiments.pipeline.observation import observe_surveys
+from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
-from experiments.pipeline.surveys import load_surveys
 from experiments.report.markdown import table_markdown
 from experiments.report.results import output_folder
 from experiments.report.variants import compare_by, write_variants
@@ -97,17 +97,6 @@ class Round(NamedTuple):
     gate: GateFit
 
 
-_LEAF: Any = np.zeros(0)
-GATE_FIT = GateFit(
-    {"head": {"bias": _LEAF, "kernel": _LEAF}, "hidden": {"bias": _LEAF, "kernel": _LEAF}},
-    *[_LEAF] * 6,
-)
-ROUND = Round(
-    Backfit(Ridge(_LEAF, _LEAF), Ridge(_LEAF, _LEAF), *[_LEAF] * 4),
-    GATE_FIT,
-)
-
-
 @functools.partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("gate", "alpha", "n_stars"))
 @dataclass(frozen=True)
 class JointObjective:
@@ -128,15 +117,10 @@ class JointObjective:
 
 def load_data(config: JointConfig, prepared: Prepared) -> Data:
     """Observes the surveys again, and keeps the covered stars."""
-    keys = draw_keys(config.seed)
-    observed = []
-    for key, survey in zip((keys.train_noise, keys.test_noise), load_surveys(config.data), strict=True):
-        stars = observe(key, survey, config.data)
-        covered = np.flatnonzero(np.asarray(stars.cell) >= 0)
-        observed.append((jnp.asarray(stars.flux)[covered], jnp.asarray(stars.log_g)[covered], np.asarray(stars.cell)[covered]))
-    (flux, y, cell), (test_flux, test_y, _) = observed
-    features, test_features = (jnp.asarray(stars.covered().features) for stars in (prepared.train, prepared.test))
-    folds = np.asarray(assign_folds(keys.folds, cell, config.n_folds))
+    train, test = prepared.train.covered(), prepared.test.covered()
+    flux, test_flux = (o.flux()[np.flatnonzero(np.asarray(o.cell) >= 0)] for o in observe_surveys(config.data))
+    folds = np.asarray(assign_folds(draw_keys(config.seed).folds, train.cell, config.n_folds))
+    y, features, test_y, test_features = map(jnp.asarray, (train.log_g, train.features, test.log_g, test.features))
     return Data(flux, y, features, folds, test_flux, test_y, test_features)
 
 
@@ -231,7 +215,7 @@ def main(config: JointConfig) -> pd.DataFrame:
 
     def run_round(weights: jax.Array, start: Params, path: list[float]) -> Round:
         return config.cache.load_or_compute(
-            "joint", settings | {"path": path}, [__file__], ROUND, lambda: alternate(config, data, weights, path[-1], start)
+            "joint", settings | {"path": path}, [__file__], Round, lambda: alternate(config, data, weights, path[-1], start)
         )[0]
 
     history: list[dict[str, Any]] = []

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.pipeline.config import DataConfig, draw_keys
-from experiments.pipeline.observation import SLICE, Observation, Part
+from experiments.pipeline.observation import SLICE, Observation, observe, observe_surveys
 from experiments.pipeline.stars import Prepared
-from experiments.pipeline.surveys import experts_of, open_surveys
 from experiments.runner.stages import Stages
 from moe_jax.apply.conformal import LEVELS, Calibration, calibrate
 from moe_jax.apply.model import Model, Uncertainty, predict_model
@@ -36,6 +36,7 @@ from moe_jax.spectra.simulate import SimulatedSpectra
 from moe_jax.spectra.survey import Spectra
 from moe_jax.spectra.survey_file import SurveyFile
 
+Config = TypeVar("Config", bound=DataConfig)
 SCALING = 4  # of so many stars to calibrate on, one is for the factors of the variance's parts, the others for the quantiles
 LEAST_SCALING = 100  # with fewer stars the factors stay at 1
 SCALED = 0.05  # spectra whose medians scatter by less than this part were scaled to a common median
@@ -48,7 +49,8 @@ class CalibrationConfig:
     n_stars: int = 4_000
     """Stars on which intervals are calibrated, at most; they are neither trained nor tested on. 0: not calibrated."""
     file: Path | None = None
-    """HDF5 survey with such stars; by default those of the training file after the first n_train, or simulated ones."""
+    """HDF5 survey with such stars. By default they are simulated, or those of the training file after the first n_train; without
+    n_train, its last tenth is kept for them."""
     n_training: int = 8_192
     """Training stars from which the covariance of the flux is taken, at most."""
 
@@ -73,23 +75,32 @@ def model_of(prepared: Prepared, gate: Gate, gate_params: Params) -> Model:
     )
 
 
-def calibration_part(config: DataConfig, settings: CalibrationConfig) -> Part | None:
-    """The stars to calibrate on; None where there are none."""
-    key = jax.random.fold_in(draw_keys(config.seed).train, 1)
-    key_stars, key_noise = jax.random.split(key)
+def keep_calibration_stars(config: Config, settings: CalibrationConfig, stages: Stages) -> Config:
+    """The configuration with a number of training stars that leaves the last tenth of a training file to calibrate on.
+
+    Nothing changes where stars are simulated, a number of training stars was given, or the calibration needs none of them.
+    """
+    if config.train_file is None or config.n_train or settings.file is not None or settings.n_stars == 0:
+        return config
+    n_stars = SurveyFile(config.train_file).n_stars
+    n_kept = min(settings.n_stars, n_stars // 10)
+    stages.note(f"{config.train_file}: the last {n_kept:,} of {n_stars:,} stars are kept to calibrate the uncertainties on")
+    return dataclasses.replace(config, n_train=n_stars - n_kept)
+
+
+def observe_calibration_stars(config: DataConfig, settings: CalibrationConfig) -> tuple[Observation, int] | None:
+    """The stars to calibrate on, and the first of them; None where there are none."""
     if settings.n_stars == 0:
         return None
+    key_stars, key_noise = jax.random.split(jax.random.fold_in(draw_keys(config.seed).train, 1))
+    start = 0 if settings.file is not None or config.train_file is None else config.n_train
+    path = settings.file or config.train_file
     spectra: Spectra
-    if settings.file is not None or config.train_file is not None:
-        start = 0 if settings.file is not None else config.n_train
-        path = settings.file or config.train_file
-        assert path is not None
-        spectra = SurveyFile(path, start + settings.n_stars)
+    if path is None:
+        spectra = SimulatedSpectra(key_stars, settings.n_stars, label_sampling=config.label_sampling)
     else:
-        start, spectra = 0, SimulatedSpectra(key_stars, settings.n_stars, label_sampling=config.label_sampling)
-    if spectra.n_stars <= start:
-        return None
-    return Part(Observation.of(spectra, key_noise, config), start, spectra.n_stars)
+        spectra = SurveyFile(path, start + settings.n_stars)
+    return (observe(key_noise, spectra, config), start) if spectra.n_stars > start else None
 
 
 def add_uncertainty(
@@ -97,58 +108,49 @@ def add_uncertainty(
 ) -> tuple[Model, list[str]]:
     """The model with its uncertainties, and what there is to warn of."""
     with stages("uncertainties"):
-        known = fit_uncertainty(config, settings, prepared)
-        model = model._replace(uncertainty=known)
-        part = calibration_part(config, settings)
-        if part is None:
+        uncertainty = fit_uncertainty(config, settings, prepared)
+        model = model._replace(uncertainty=uncertainty)
+        stars = observe_calibration_stars(config, settings)
+        if stars is None:
             return model, [
                 "uncertainties are not calibrated: no stars were left for it; give --calibration.file, or a smaller --n-train "
                 "than the training file has stars"
             ]
-        part_scales, calibration = calibrate_model(config, model, part)
-    few = int((np.asarray(calibration.n_stars) < len(LEVELS) * 20).sum())
+        calibrated = calibrate_model(config, predict_labelled(model, *stars))
+    few = int((np.asarray(calibrated["calibration"].n_stars) < len(LEVELS) * 20).sum())
     notes = [f"{few} cells have fewer than {len(LEVELS) * 20} stars to calibrate on"] * bool(few)
-    dtype = jnp.asarray(known.misfit).dtype
-    found = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), {"part_scales": part_scales, "calibration": calibration})
-    return model._replace(uncertainty=known._replace(**found)), notes
+    dtype = jnp.asarray(uncertainty.misfit).dtype
+    calibrated = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), calibrated)
+    return model._replace(uncertainty=uncertainty._replace(**calibrated)), notes
 
 
 def fit_uncertainty(config: DataConfig, settings: CalibrationConfig, prepared: Prepared) -> Uncertainty:
     """All but the calibration, from the first training stars."""
-    keys, (source, _) = draw_keys(config.seed), open_surveys(config)
-    observation = Observation.of(source, keys.train_noise, config)
-    cell, n_experts = np.asarray(prepared.train.cell), config.n_experts
-    first, center, basis, sums, medians = None, None, None, None, []
-    for part, flux, error in observation.slices_with_errors(0, min(settings.n_training, source.n_stars)):
+    train, _ = observe_surveys(config)
+    n_stars, n_experts, experts = min(settings.n_training, train.n_stars), config.n_experts, prepared.experts
+    first = train.flux(0, min(SLICE, n_stars))
+    pca = fit_pca(draw_keys(config.seed).pca, first, min(N_DIRECTIONS, len(first)))
+    sums, medians = None, []
+    for rows, flux, error in train.slices(0, n_stars):
         medians.append(np.median(np.asarray(flux), axis=1))
-        if first is None:
-            first = flux
-            pca = fit_pca(keys.pca, flux, min(N_DIRECTIONS, len(flux)))
-            center, basis = pca.mean, pca.components
-        own = sum_flux(flux, error, jnp.asarray(cell[part]), center, basis, n_experts)
-        sums = own if sums is None else jax.tree.map(jnp.add, sums, own)
+        part = sum_flux(flux, error, train.cell[rows], pca.mean, pca.components, n_experts)
+        sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
     assert sums is not None
-    assert first is not None
-    assert center is not None
-    assert basis is not None
-    experts, n_stars = prepared.experts, np.bincount(cell[cell >= 0], minlength=n_experts)
     if (smallest := float(sums.n.min())) < 2:
         raise InputError(f"calibration.n_training is {settings.n_training}: a cell has {smallest:g} stars among them, expected 2")
-    noise = sums.noise / sums.n[:, None]
-    leverage = fit_leverage(sums, center, basis, experts.alpha, jnp.asarray(n_stars, experts.ridge.coef.dtype))
-    residual = residual_variance(
-        jnp.nanmin(experts.mse, axis=1), approximate_leverage(leverage, first), jnp.asarray(cell[: len(first)])
-    )
-    median = np.concatenate(medians)
+    cell, dtype = np.asarray(prepared.train.cell), jnp.asarray(experts.ridge.coef).dtype
+    counts = jnp.asarray(np.bincount(cell[cell >= 0], minlength=n_experts), dtype)
+    leverage = fit_leverage(sums, pca.mean, pca.components, experts.alpha, counts)
+    of_first = approximate_leverage(leverage, first)
+    residual = residual_variance(jnp.nanmin(experts.mse, axis=1), of_first, jnp.asarray(cell[: len(first)]))
+    median, covered = np.concatenate(medians), prepared.train.covered()
     scaled = median.std() < SCALED * abs(median.mean())
-    covered = prepared.train.covered()
-    dtype = jnp.asarray(experts.ridge.coef).dtype
     return Uncertainty(
         leverage=leverage,
         residual_variance=residual,
-        misfit=misfit_variance(residual, experts.ridge.coef, noise),
+        misfit=misfit_variance(residual, experts.ridge.coef, sums.noise / sums.n[:, None]),
         noise_variance=jnp.sum(sums.noise, axis=0) / jnp.sum(sums.n),
-        center=center,
+        center=pca.mean,
         rest_variance=sums.rest / jnp.sum(sums.n),
         flux_median=jnp.asarray(median.mean() if scaled else np.nan, dtype),
         feature_range=jax.tree.map(jnp.asarray, fit_feature_range(covered.features, covered.cell, n_experts)),
@@ -157,8 +159,8 @@ def fit_uncertainty(config: DataConfig, settings: CalibrationConfig, prepared: P
     )
 
 
-class Judged(NamedTuple):
-    """What a model says of stars whose log g is known."""
+class LabelledPrediction(NamedTuple):
+    """What a model predicts for stars whose log g is known."""
 
     log_g: np.ndarray  #: true
     prediction: np.ndarray
@@ -175,47 +177,36 @@ class Judged(NamedTuple):
         """True less predicted log g."""
         return self.log_g - self.prediction
 
-    def select(self, rows: np.ndarray) -> Judged:
+    def select(self, rows: np.ndarray) -> LabelledPrediction:
         """Some of the stars."""
-        return Judged(*(array[rows] for array in self))
+        return LabelledPrediction(*(array[rows] for array in self))
 
 
-def judge(config: DataConfig, model: Model, part: Part) -> Judged:
-    """Applies a model to the stars of a survey."""
-    found = []
-    for _, flux, error in part.slices():
-        said = predict_model(model, _pad(flux), _pad(error))
-        assert said.variance is not None
-        parts = jnp.stack(list(said.variance), axis=1)
-        columns = (
-            said.log_g,
-            said.sigma,
-            said.half_width,
-            said.cell,
-            said.distance,
-            parts,
-        )
-        found.append([np.asarray(column)[: len(flux)] for column in columns])
-    prediction, sigma, half_width, group, distance, variances = (np.concatenate(column) for column in zip(*found, strict=True))
-    rows, labels = slice(part.start, part.stop), part.observation.spectra.labels
-    cell = np.asarray(experts_of(labels, config))[rows]
-    log_g, mag = np.asarray(labels.log_g)[rows], np.asarray(labels.mag)[rows]
-    return Judged(log_g, prediction, sigma, half_width, group, cell, distance, variances, mag)
+def predict_labelled(model: Model, stars: Observation, start: int = 0) -> LabelledPrediction:
+    """Applies a model to the stars of a survey, from the star ``start`` on."""
+    log_g, mag, cell = (np.asarray(array)[start:] for array in (stars.labels.log_g, stars.labels.mag, stars.cell))
+    predictions = []
+    for _, flux, error in stars.slices(start):
+        # Padded to a whole slice, so that all slices share one compiled program.
+        padding = ((0, SLICE - len(flux)), (0, 0))
+        of_slice = predict_model(model, *(jnp.pad(array, padding, mode="edge") for array in (flux, error)))
+        assert of_slice.variance is not None
+        parts = jnp.stack(list(of_slice.variance), axis=1)
+        columns = (of_slice.log_g, of_slice.sigma, of_slice.half_width, of_slice.cell, of_slice.distance, parts)
+        predictions.append([np.asarray(column)[: len(flux)] for column in columns])
+    prediction, sigma, half_width, group, distance, variances = (
+        np.concatenate(column) for column in zip(*predictions, strict=True)
+    )
+    return LabelledPrediction(log_g, prediction, sigma, half_width, group, cell, distance, variances, mag)
 
 
-def _pad(array: jax.Array) -> jax.Array:
-    """Stars up to a whole slice, so that all slices share one compiled program."""
-    return jnp.pad(array, ((0, SLICE - len(array)), (0, 0)), mode="edge")
-
-
-def calibrate_model(config: DataConfig, model: Model, part: Part) -> tuple[np.ndarray, Calibration]:
-    """From the stars that the cells cover: factors of the variance's parts from some, split-conformal quantiles from the others."""
-    judged = judge(config, model, part)
-    judged = judged.select(judged.cell >= 0)
-    first = np.arange(len(judged.cell)) % SCALING == 0
-    scales = np.ones(judged.parts.shape[1])
+def calibrate_model(config: DataConfig, stars: LabelledPrediction) -> dict[str, Any]:
+    """From stars in the cells: factors of the variance's parts from some, split-conformal quantiles from the others."""
+    stars = stars.select(stars.cell >= 0)
+    first = np.arange(len(stars.cell)) % SCALING == 0
+    scales = np.ones(stars.parts.shape[1])
     if first.sum() >= LEAST_SCALING:
-        scales = fit_part_scales(judged.parts[first], judged.residual[first])
-        judged = judged.select(~first)
-    score = np.abs(judged.residual) / np.sqrt(judged.parts @ scales)
-    return scales, calibrate(score, judged.group, config.n_experts)
+        scales = fit_part_scales(stars.parts[first], stars.residual[first])
+        stars = stars.select(~first)
+    score = np.abs(stars.residual) / np.sqrt(stars.parts @ scales)
+    return {"part_scales": scales, "calibration": calibrate(score, stars.group, config.n_experts)}

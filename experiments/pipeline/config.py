@@ -29,9 +29,9 @@ class DataConfig:
     """Data, experts, features and classification gate; the defaults are the report's but for the number of test stars."""
 
     n_train: int = 32_000
-    """Training stars; of a file, the most that are read."""
+    """Training stars that are simulated. Of a file all are read, unless a number is given: then so many, from its start."""
     n_test: int = 10_000
-    """Test stars; of a file, the most that are read."""
+    """Test stars; likewise."""
     noise_level: float = 0.2
     """Factor on the errors of training and test spectra."""
     label_sampling: LabelSampling = "lattice"
@@ -66,8 +66,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         checks = {
-            "n_train": (self.n_train >= 1, "at least 1"),
-            "n_test": (self.n_test >= 1, "at least 1"),
+            "n_train": (
+                self.n_train >= (self.train_file is None),
+                "at least 1 without a file, and at least 0 (all stars) with one",
+            ),
+            "n_test": (self.n_test >= (self.test_file is None), "at least 1 without a file, and at least 0 (all stars) with one"),
             "noise_level": (0 <= self.noise_level < np.inf, "a finite number, at least 0"),
             "n_folds": (self.n_folds >= 2, "at least 2"),
             "alphas": (len(self.alphas) > 0 and all(0 < a < np.inf for a in self.alphas), "positive numbers"),

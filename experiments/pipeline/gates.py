@@ -53,9 +53,6 @@ class Sweep(NamedTuple):
     converged: AnyArray  #: (S,)
 
 
-SWEEP = Sweep(*[np.zeros(0)] * 9)
-
-
 def mix_by_class(prepared: Prepared, stars: Stars) -> np.ndarray:
     """(1, N) predictions of the mixture with the classification gate's weights."""
     weights = LinearGate().apply(prepared.classifier.params, stars.features)
@@ -78,7 +75,7 @@ def run_gates(config: StudyConfig, prepared: Prepared, run: GateRun) -> Sweep:
         return train_gates(gate_keys(config, run.n_seeds), prepared.classifier.params, stars, test, run.gate, run.training)
 
     settings = dataclasses.asdict(run) | {"gate": repr(run.gate), "data": dataclasses.asdict(config.data)}
-    return config.cache.load_or_compute("gates", settings, [prepare.__file__, __file__], SWEEP, compute)[0]
+    return config.cache.load_or_compute("gates", settings, [prepare.__file__, __file__], Sweep, compute)[0]
 
 
 def gate_keys(config: StudyConfig, n_seeds: int) -> jax.Array:

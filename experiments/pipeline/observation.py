@@ -1,66 +1,95 @@
-"""Noisy spectra of a survey, in parts."""
+"""The spectra of an experiment: surveys with the noise that is drawn for their stars, read all at once or slice by slice."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from experiments.pipeline.config import DataConfig
-from experiments.pipeline.surveys import noise_key
-from moe_jax.core.arrays import AnyArray
-from moe_jax.spectra.survey import Spectra, add_star_noise, star_keys
+from experiments.pipeline.config import DataConfig, draw_keys
+from experiments.pipeline.surveys import experts_of, open_surveys
+from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.experts.fit import require_cell_sizes
+from moe_jax.spectra.survey import Labels, Spectra, add_star_noise, star_keys
 
 SLICE = 2_048  # stars that are in memory at a time
 
 
 @dataclass(frozen=True)
 class Observation:
-    """A survey with the noise that is drawn for it."""
+    """A survey with noise: itself spectra that are read in parts. A star's noise does not depend on the parts."""
 
-    spectra: Spectra
-    keys: jax.Array  #: (N,) of each star's noise
+    spectra: Spectra  #: clean
+    noise_keys: jax.Array  #: (N,) one for each star
     noise_level: float
-    chunk_stars: int
+    cell: jax.Array  #: (N,) the expert of each star, -1 where it has none
 
-    @classmethod
-    def of(cls, spectra: Spectra, key: jax.Array, config: DataConfig) -> Observation:
-        """Spectra with the noise that a key and a configuration draw."""
-        keys = star_keys(noise_key(key, config), spectra.n_stars)
-        return cls(spectra, keys, config.noise_level, config.chunk_stars)
+    @property
+    def wave(self) -> AnyArray:
+        """(P,) vacuum wavelength, Angstrom."""
+        return self.spectra.wave
 
-    def own_chunks(self) -> list[tuple[int, int]]:
-        """First and last star (exclusive) of the chunks that are this process's turn."""
-        starts = range(0, self.spectra.n_stars, self.chunk_stars)[jax.process_index() :: jax.process_count()]
-        return [(start, min(start + self.chunk_stars, self.spectra.n_stars)) for start in starts]
+    @property
+    def labels(self) -> Labels:
+        """Labels of all stars."""
+        return self.spectra.labels
 
-    def slices(self, start: int, stop: int) -> Iterator[tuple[slice, jax.Array]]:
-        """The noisy flux of some stars, a slice at a time."""
-        return ((part, flux) for part, flux, _ in self._slices(start, stop))
+    @property
+    def n_stars(self) -> int:
+        """N."""
+        return self.spectra.n_stars
 
-    def slices_with_errors(self, start: int, stop: int) -> Iterator[tuple[slice, jax.Array, jax.Array]]:
-        """Likewise, with the standard deviation of the noise; at noise level 0 the spectra are taken as observed ones."""
-        for part, flux, error in self._slices(start, stop):
-            yield part, flux, jnp.asarray(error) * (self.noise_level or 1.0)
+    def flux(self, start: int = 0, stop: int | None = None) -> jax.Array:
+        """Noisy flux of the stars ``start`` to ``stop - 1``, by default of all; (n, P)."""
+        return self._observe(start, self.n_stars if stop is None else stop)[0]
 
-    def _slices(self, start: int, stop: int) -> Iterator[tuple[slice, jax.Array, AnyArray]]:
-        """Likewise, with the errors at noise level 1."""
-        for first in range(start, stop, SLICE):
-            part = slice(first, min(first + SLICE, stop))
-            flux, error = self.spectra.read(part.start, part.stop)
-            yield part, add_star_noise(self.keys[part], flux, error, self.noise_level), error
+    def read(self, start: int, stop: int) -> tuple[jax.Array, jax.Array]:
+        """Noisy flux of the stars ``start`` to ``stop - 1`` and the standard deviation of its noise; (n, P) each.
+
+        At noise level 0 the survey's spectra are taken as observed ones, with the errors that it gives.
+        """
+        flux, error = self._observe(start, stop)
+        return flux, jnp.asarray(error) * (self.noise_level or 1.0)
+
+    def slices(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[slice, jax.Array, jax.Array]]:
+        """Rows, noisy flux and its standard deviation of the stars ``start`` to ``stop - 1``, a slice at a time."""
+        return ((rows, *self.read(rows.start, rows.stop)) for rows in slices(start, self.n_stars if stop is None else stop))
+
+    def _observe(self, start: int, stop: int) -> tuple[jax.Array, AnyArray]:
+        """Noisy flux, and the errors at noise level 1."""
+        flux, error = self.spectra.read(start, stop)
+        return add_star_noise(self.noise_keys[start:stop], flux, error, self.noise_level), error
 
 
-class Part(NamedTuple):
-    """Stars of a survey: the spectra, and from which to which row."""
+def slices(start: int, stop: int) -> Iterator[slice]:
+    """The rows ``start`` to ``stop - 1``, at most ``SLICE`` at a time."""
+    return (slice(first, min(first + SLICE, stop)) for first in range(start, stop, SLICE))
 
-    observation: Observation
-    start: int
-    stop: int
 
-    def slices(self) -> Iterator[tuple[slice, jax.Array, jax.Array]]:
-        """Rows, noisy flux and its errors."""
-        return self.observation.slices_with_errors(self.start, self.stop)
+def observe(key: jax.Array, spectra: Spectra, config: DataConfig) -> Observation:
+    """Spectra with the noise of a key, in the draw that the configuration names."""
+    key = jax.random.fold_in(key, config.noise_draw) if config.noise_draw else key
+    keys = star_keys(key, spectra.n_stars)
+    return Observation(spectra, keys, config.noise_level, experts_of(spectra.labels, config))
+
+
+def observe_surveys(config: DataConfig, surveys: tuple[Spectra, Spectra] | None = None) -> tuple[Observation, Observation]:
+    """The training and the test survey with their noise; ``surveys`` are those of ``open_surveys`` by default.
+
+    Raises:
+        InputError: one sentence, where the stars are too few, or their log g is the same for all.
+    """
+    keys, (train, test) = draw_keys(config.seed), surveys or open_surveys(config)
+    observed = observe(keys.train_noise, train, config), observe(keys.test_noise, test, config)
+    names = [config.train_file or "the simulated training survey", config.test_file or "the simulated test survey"]
+    require_cell_sizes(f"{names[0]}: labels T_eff and M_H", observed[0].cell, config.n_experts, 2 * config.n_folds)
+    for name, observation in zip(names, observed, strict=True):
+        log_g = np.asarray(observation.labels.log_g)[np.asarray(observation.cell) >= 0]
+        if len(log_g) < 2:
+            raise InputError(f"{name}: labels T_eff and M_H: found {len(log_g)} stars in the nine cells, expected at least 2")
+        if (log_g == log_g[0]).all():
+            raise InputError(f"{name}: label log_g: found {log_g[0]:g} for all stars in the nine cells, expected different values")
+    return observed

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.pipeline.config import DataConfig, draw_keys
-from experiments.pipeline.stars import SKELETON, Observed, Prepared, Stars, classify, no_ridge
-from experiments.pipeline.stream import stream_stages
-from experiments.pipeline.surveys import experts_of, load_surveys, noise_key, require_covered, require_finite_features
+from experiments.pipeline.observation import observe_surveys
+from experiments.pipeline.stars import Prepared, Stars, finish
+from experiments.pipeline.stream import fit_by_chunks
+from experiments.pipeline.surveys import load_surveys, survey_settings
 from experiments.runner.cache import Cache
 from experiments.runner.stages import Stages
+from moe_jax.core.arrays import AnyArray
+from moe_jax.core.pca import fit_pca
+from moe_jax.experts.cross_validation import CrossValidatedRidge
 from moe_jax.experts.fit import assign_folds, fit_experts, fit_global, predict_experts
-from moe_jax.experts.ridge import predict_ridge
-from moe_jax.gates.classifier import ClassifierFit
-from moe_jax.gates.features import compute_features, fit_features
-from moe_jax.spectra.survey import Survey, add_noise
-
-
-def observe(key: jax.Array, survey: Survey, config: DataConfig) -> Observed:
-    """Draws the noise of a survey, and assigns its stars to experts."""
-    flux = add_noise(noise_key(key, config), jnp.asarray(survey.flux), jnp.asarray(survey.error), config.noise_level)
-    T_eff, M_H, log_g = (jnp.asarray(label) for label in (survey.labels.T_eff, survey.labels.M_H, survey.labels.log_g))
-    return Observed(flux, T_eff, M_H, log_g, experts_of(survey.labels, config))
+from moe_jax.experts.ridge import Ridge, predict_ridge
+from moe_jax.gates.features import N_COMPONENTS, raw_features
+from moe_jax.spectra.survey import Labels, Survey
 
 
 def prepare(config: DataConfig, stages: Stages, cache: Cache) -> Prepared:
@@ -36,36 +33,37 @@ def prepare(config: DataConfig, stages: Stages, cache: Cache) -> Prepared:
 
 def prepare_each(configs: Sequence[DataConfig], stages: Stages, cache: Cache) -> Iterator[Prepared]:
     """Prepares several configurations one after the other; neighbours with the same stars share their surveys."""
-    shared: tuple[DataConfig, Survey, Survey] | None = None
+    shared: dict[Any, tuple[Survey, Survey]] = {}
 
     def compute(config: DataConfig, following: DataConfig | None) -> Prepared:
-        nonlocal shared
         if config.chunk_stars:
-            return stream_stages(config, stages, cache)
-        if shared is None or shared[0] != _stars_of(config):
-            shared = None
+            return fit_by_chunks(config, stages, cache)
+        settings = survey_settings(config)
+        if settings not in shared:
+            shared.clear()
             with stages("surveys"):
-                shared = _stars_of(config), *jax.block_until_ready(load_surveys(config))
+                shared[settings] = jax.block_until_ready(load_surveys(config))
         with stages("noise and cells"):
-            keys, (_, train_survey, test_survey) = draw_keys(config.seed), shared
-            train = jax.block_until_ready(observe(keys.train_noise, train_survey, config))
-            test = jax.block_until_ready(observe(keys.test_noise, test_survey, config))
-            wave = np.asarray(train_survey.wave)
-        del train_survey, test_survey
-        if following is None or _stars_of(following) != _stars_of(config):
-            shared = None  # gives their memory back before the experts need it
-        return fit_stages(config, train, test, wave, stages)
+            observed = observe_surveys(config, shared[settings])
+            flux = [jax.block_until_ready(observation.flux()) for observation in observed]
+        labels, cells = [observation.labels for observation in observed], [observation.cell for observation in observed]
+        wave = np.asarray(observed[0].wave)
+        del observed
+        if following is None or survey_settings(following) != settings:
+            shared.clear()  # gives their memory back before the experts need it
+        return fit_in_memory(config, flux, labels, cells, wave, stages)
 
     for config, following in zip(configs, [*configs[1:], None], strict=True):
-        prepared, found = cache.load_or_compute(
-            "prepared", config, [__file__], SKELETON, functools.partial(compute, config, following)
-        )
-        if found:
+        compute_this = functools.partial(compute, config, following)
+        prepared, from_cache = cache.load_or_compute("prepared", config, [__file__], Prepared, compute_this)
+        if from_cache:
             stages.note("data, experts, features, classification gate: found in the cache")
         note_extended_grids(config, prepared, stages)
-        params, C, accuracy, at_edge, converged = prepared.classifier
-        classifier = ClassifierFit(jax.tree.map(jnp.asarray, params), float(C), float(accuracy), bool(at_edge), bool(converged))
-        yield prepared._replace(classifier=classifier)
+        for path, stars in ((config.train_file, prepared.train), (config.test_file, prepared.test)):
+            if path is not None:
+                stages.note(f"{path}: {len(stars.log_g):,} stars")
+        params = jax.tree.map(jnp.asarray, prepared.classifier.params)
+        yield prepared._replace(classifier=prepared.classifier._replace(params=params))
 
 
 def note_extended_grids(config: DataConfig, prepared: Prepared, stages: Stages) -> None:
@@ -80,51 +78,43 @@ def note_extended_grids(config: DataConfig, prepared: Prepared, stages: Stages) 
             stages.note(f"{name}: the best penalty lay at an end of its grid, so these were tried too: {listed}")
 
 
-def _stars_of(config: DataConfig) -> DataConfig:
-    """The part of a configuration on which its surveys depend."""
-    names = ("n_train", "n_test", "label_sampling", "test_sampling", "train_file", "test_file", "seed", "test_seed")
-    return DataConfig(**{name: getattr(config, name) for name in names})
-
-
-def fit_stages(config: DataConfig, train: Observed, test: Observed, wave: np.ndarray, stages: Stages) -> Prepared:
-    """Experts, global ridge, features and classification gate."""
-    keys = draw_keys(config.seed)
-    require_covered(config, train.cell, test.cell)
-    folds = np.asarray(assign_folds(keys.folds, train.cell, config.n_folds))
+def fit_in_memory(
+    config: DataConfig,
+    flux: Sequence[jax.Array],
+    labels: Sequence[Labels],
+    cells: Sequence[jax.Array],
+    wave: AnyArray,
+    stages: Stages,
+) -> Prepared:
+    """Experts, global ridge, features and classification gate from the noisy flux of the training and the test stars."""
+    keys, x, y = draw_keys(config.seed), flux[0], jnp.asarray(labels[0].log_g)
+    folds = np.asarray(assign_folds(keys.folds, cells[0], config.n_folds))
+    alphas, global_alphas = jnp.array(config.alphas), jnp.array(config.global_alphas)
     with stages.steps("experts, cross-validated", config.n_experts) as advance:
         experts = fit_experts(
-            train.flux,
-            train.log_g,
-            train.cell,
-            jnp.array(config.alphas),
-            folds,
-            n_experts=config.n_experts,
-            extend_decades=config.extend_decades,
-            on_fitted=advance,
+            x, y, cells[0], alphas, folds, n_experts=config.n_experts, extend_decades=config.extend_decades, on_fitted=advance
         )
-    if config.global_alphas:
-        with stages("global ridge, cross-validated"):
-            alphas = jnp.array(config.global_alphas)
-            global_ridge = fit_global(train.flux, train.log_g, alphas, folds, extend_decades=config.extend_decades)
-            jax.block_until_ready(global_ridge)
-    else:
-        global_ridge = no_ridge(*train.flux.shape)
+    with stages("global ridge, cross-validated"):
+        if config.global_alphas:
+            global_ridge = fit_global(x, y, global_alphas, folds, extend_decades=config.extend_decades)
+        else:
+            global_ridge = no_ridge(*x.shape)
+        jax.block_until_ready(global_ridge)
     with stages("features"):
-        model = fit_features(keys.pca, train.flux, wave)
-        train_features, test_features = (compute_features(model, stars.flux, wave) for stars in (train, test))
-        require_finite_features(config, train_features, test_features)
+        pca = fit_pca(keys.pca, x, N_COMPONENTS)
+        features = jax.block_until_ready([raw_features(part, wave, pca) for part in flux])
     with stages("expert predictions"):
-        seen_train, seen_test = (
-            Stars(
-                features,
-                predict_experts(experts, stars.flux),
-                predict_ridge(global_ridge.ridge, stars.flux),
-                stars.T_eff,
-                stars.M_H,
-                stars.log_g,
-                stars.cell,
-            )
-            for stars, features in ((train, train_features), (test, test_features))
+        train, test = jax.block_until_ready(
+            [
+                Stars.of(known, cell, raw, predict_experts(experts, part), predict_ridge(global_ridge.ridge, part))
+                for known, cell, raw, part in zip(labels, cells, features, flux, strict=True)
+            ]
         )
-        jax.block_until_ready((seen_train, seen_test))
-    return Prepared(seen_train, seen_test, experts, global_ridge, model, wave, classify(config, seen_train, stages))
+    return finish(config, train, test, experts, global_ridge, pca, wave, stages)
+
+
+def no_ridge(n_stars: int, n_pixels: int) -> CrossValidatedRidge:
+    """Stands for the global ridge where none was asked for: all that it predicts is NaN."""
+    nan, none = jnp.full((), jnp.nan), jnp.zeros((), bool)
+    ridge, nothing = Ridge(jnp.full(n_pixels, jnp.nan), nan), jnp.zeros(0)
+    return CrossValidatedRidge(ridge, nan, none, nothing, nothing, jnp.full(n_stars, jnp.nan))

@@ -1,4 +1,4 @@
-"""What all experiments start from: the configuration of data and experts, the keys, and what the stages before the gates give."""
+"""What all experiments start from: stars as gates see them, the experts, and the classification gate."""
 
 from __future__ import annotations
 
@@ -9,23 +9,13 @@ import numpy as np
 
 from experiments.pipeline.config import DataConfig
 from experiments.runner.stages import Stages
-from moe_jax.core.arrays import AnyArray, take_rows
+from moe_jax.core.arrays import AnyArray, InputError, take_rows
 from moe_jax.core.pca import PCA
 from moe_jax.experts.cross_validation import CrossValidatedRidge
 from moe_jax.experts.fit import cross_fitted_predictions
-from moe_jax.experts.ridge import Ridge
 from moe_jax.gates.classifier import ClassifierFit, fit_classifier
-from moe_jax.gates.features import FeatureModel
-
-
-class Observed(NamedTuple):
-    """Noisy spectra, and what is known of their stars."""
-
-    flux: AnyArray  #: (N, P) noisy
-    T_eff: AnyArray  #: (N,) K
-    M_H: AnyArray  #: (N,) dex
-    log_g: AnyArray  #: (N,)
-    cell: AnyArray  #: (N,) the expert of each star, -1 where it has none
+from moe_jax.gates.features import FeatureModel, scale_features, standardize
+from moe_jax.spectra.survey import Labels
 
 
 class Stars(NamedTuple):
@@ -39,6 +29,12 @@ class Stars(NamedTuple):
     log_g: AnyArray  #: (N,)
     cell: AnyArray  #: (N,) the expert of each star, -1 where it has none
 
+    @classmethod
+    def of(cls, labels: Labels, cell: AnyArray, features: AnyArray, predictions: AnyArray, global_prediction: AnyArray) -> Stars:
+        """The stars of a survey; features may be raw ones, which ``finish`` standardises."""
+        T_eff, M_H, log_g = map(jnp.asarray, (labels.T_eff, labels.M_H, labels.log_g))
+        return cls(features, predictions, global_prediction, T_eff, M_H, log_g, cell)
+
     def select(self, rows: AnyArray) -> Stars:
         """Some of the stars."""
         return Stars(*take_rows(tuple(jnp.asarray(array) for array in self), jnp.asarray(rows)))
@@ -46,13 +42,6 @@ class Stars(NamedTuple):
     def covered(self) -> Stars:
         """The stars that have an expert."""
         return self.select(np.flatnonzero(np.asarray(self.cell) >= 0))
-
-
-def no_ridge(n_stars: int, n_pixels: int) -> CrossValidatedRidge:
-    """Stands for the global ridge where none was asked for: all that it predicts is NaN."""
-    nan, none = jnp.full((), jnp.nan), jnp.zeros((), bool)
-    ridge, nothing = Ridge(jnp.full(n_pixels, jnp.nan), nan), jnp.zeros(0)
-    return CrossValidatedRidge(ridge, nan, none, nothing, nothing, jnp.full(n_stars, jnp.nan))
 
 
 class Prepared(NamedTuple):
@@ -78,21 +67,29 @@ class Prepared(NamedTuple):
         return train._replace(predictions=predictions).covered()
 
 
-_LEAF = np.zeros(0)
-_FIT = CrossValidatedRidge(Ridge(*[_LEAF] * 2), *[_LEAF] * 5)  # type: ignore[arg-type]
-SKELETON = Prepared(
-    train=Stars(*[_LEAF] * 7),
-    test=Stars(*[_LEAF] * 7),
-    experts=_FIT,
-    global_ridge=_FIT,
-    model=FeatureModel(PCA(*[_LEAF] * 2), _LEAF, _LEAF),  # type: ignore[arg-type]
-    wave=_LEAF,
-    classifier=ClassifierFit({"head": {"bias": _LEAF, "kernel": _LEAF}}, 0.0, 0.0, False, False),  # type: ignore[dict-item]
-)
+def finish(
+    config: DataConfig,
+    train: Stars,
+    test: Stars,
+    experts: CrossValidatedRidge,
+    global_ridge: CrossValidatedRidge,
+    pca: PCA,
+    wave: AnyArray,
+    stages: Stages,
+) -> Prepared:
+    """Standardises the raw features of the stars, and fits the classification gate.
 
-
-def classify(config: DataConfig, train: Stars, stages: Stages) -> ClassifierFit:
-    """The classification gate of the covered training stars."""
+    Raises:
+        InputError: one sentence, where features are not finite, or a gate would have nothing to choose from.
+    """
+    source = config.train_file or "the simulated training survey"
+    model = standardize(pca, train.features)
+    train, test = (stars._replace(features=scale_features(model, stars.features)) for stars in (train, test))
+    if not all(np.isfinite(np.asarray(stars.features)).all() for stars in (train, test)):
+        raise InputError(f"{source}: the gate features are not all finite, expected fluxes within float32's range")
+    covered = train.covered()
+    if (np.ptp(np.asarray(covered.predictions), axis=1) == 0).all():
+        raise InputError(f"{source}: all experts predict the same for every star, expected experts between which a gate can choose")
     with stages("classification gate"):
-        covered = train.covered()
-        return fit_classifier(covered.features, covered.cell, C_grid=config.C_grid, n_folds=config.n_folds, seed=config.seed)
+        classifier = fit_classifier(covered.features, covered.cell, C_grid=config.C_grid, n_folds=config.n_folds, seed=config.seed)
+    return Prepared(train, test, experts, global_ridge, model, wave, classifier)

@@ -8,34 +8,43 @@ chunk. Several processes take turns at the chunks, on all their devices; they mu
 from __future__ import annotations
 
 import functools
-import shutil
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.pipeline.config import DataConfig, draw_keys
-from experiments.pipeline.observation import SLICE, Observation
-from experiments.pipeline.stars import Prepared, Stars, classify, no_ridge
-from experiments.pipeline.surveys import experts_of, open_surveys, require_covered, require_finite_features
+from experiments.pipeline.observation import Observation, observe_surveys, slices
+from experiments.pipeline.stars import Prepared, Stars, finish
 from experiments.runner.cache import Cache
 from experiments.runner.stages import Stages
-from moe_jax.core.arrays import AnyArray
-from moe_jax.core.files import temporary_beside
+from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.core.pca import PCA, fit_pca_scatter
+from moe_jax.core.trees import load_tree, save_tree
 from moe_jax.experts.cross_validation import CrossValidatedRidge
 from moe_jax.experts.fit import assign_folds
 from moe_jax.experts.ridge import Ridge, predict_ridge
-from moe_jax.experts.streaming import Blocks, add_block, collect, device_mesh, empty_sums, fit_sums, sum_processes
+from moe_jax.experts.streaming import (
+    STARS,
+    Blocks,
+    add_block,
+    collect,
+    device_mesh,
+    empty_sums,
+    fit_sums,
+    sum_processes,
+)
 from moe_jax.experts.sums import Sums, moments
-from moe_jax.gates.features import N_COMPONENTS, N_FEATURES, raw_features, scale_features, standardize
+from moe_jax.gates.features import N_COMPONENTS, N_FEATURES, raw_features
 
 BLOCK_ROWS = 512
 
 
-class StreamedExperts(NamedTuple):
+class StreamedFit(NamedTuple):
     """All that the first pass gives."""
 
     cells: CrossValidatedRidge  #: the K experts
@@ -44,55 +53,63 @@ class StreamedExperts(NamedTuple):
     whole_by_fold: Ridge  #: (folds, P)
     pca: PCA
 
+    def ridges(self) -> Ridge:
+        """(R, P) all experts, the global ridge, and both fitted without each fold; R = K + 1 + (K + 1) * folds."""
+        fits = (self.cells.ridge, self.whole.ridge, self.cells_by_fold, self.whole_by_fold)
+        coef = [fit.coef.reshape(-1, fit.coef.shape[-1]) for fit in fits]
+        return Ridge(jnp.concatenate(coef), jnp.concatenate([fit.intercept.reshape(-1) for fit in fits]))
 
-_LEAF = np.zeros(0)
-_RIDGE = Ridge(_LEAF, _LEAF)  # type: ignore[arg-type]
-_FIT = CrossValidatedRidge(_RIDGE, *[_LEAF] * 5)  # type: ignore[arg-type]
-_SKELETON = StreamedExperts(_FIT, _RIDGE, _FIT, _RIDGE, PCA(_LEAF, _LEAF))  # type: ignore[arg-type]
+
+class Applied(NamedTuple):
+    """What the second pass gives for the stars of a chunk, or of a survey."""
+
+    features: AnyArray  #: (N, F) raw
+    predictions: AnyArray  #: (N, R) of ``StreamedFit.ridges``
+
+    def of_star(self, column: AnyArray) -> jax.Array:
+        """(N,) the prediction in a column of its own for each star."""
+        return jnp.take_along_axis(jnp.asarray(self.predictions), jnp.asarray(column)[:, None], axis=1)[:, 0]
 
 
-def stream_stages(config: DataConfig, stages: Stages, cache: Cache) -> Prepared:
+def fit_by_chunks(config: DataConfig, stages: Stages, cache: Cache) -> Prepared:
     """All stages before the regression gates, chunk by chunk."""
-    keys = draw_keys(config.seed)
-    sources = open_surveys(config)
-    cells = [experts_of(source.labels, config) for source in sources]
-    require_covered(config, *cells)
-    train, test = (
-        Observation.of(source, key, config) for source, key in zip(sources, (keys.train_noise, keys.test_noise), strict=True)
-    )
-    folds = assign_folds(keys.folds, cells[0], config.n_folds)
-    group = np.asarray(jnp.where(cells[0] < 0, config.n_experts, cells[0]) * config.n_folds + folds)
+    keys, n_experts, (train, test) = draw_keys(config.seed), config.n_experts, observe_surveys(config)
+    folds = assign_folds(keys.folds, train.cell, config.n_folds)
+    group = jnp.where(train.cell < 0, n_experts, train.cell) * config.n_folds + folds
     settings = asdict(config) | {"processes": jax.process_count(), "devices": device_mesh().size}
+    saved = cache.path("sums", settings | {"process": jax.process_index()}, [__file__])
 
-    def fit() -> StreamedExperts:
-        sums, offsets = accumulate(config, train, group, saved, stages)
+    def fit() -> StreamedFit:
+        sums, offsets = accumulate(config, train, np.asarray(group), saved, stages)
         with stages("experts and global ridge from sums"):
-            return jax.block_until_ready(fit_experts_from_sums(config, sums, offsets))
+            return jax.block_until_ready(fit_from_sums(config, sums, offsets))
 
-    saved = SavedSums(cache, settings)
-    fitted, found = cache.load_or_compute("streamed-experts", settings, [__file__], _SKELETON, fit)
-    if found:
+    fitted, from_cache = cache.load_or_compute("streamed-experts", settings, [__file__], StreamedFit, fit)
+    if from_cache:
         stages.note("experts: found in the cache")
-    saved.clear()
+    if saved is not None:
+        saved.unlink(missing_ok=True)
     fitted = jax.tree.map(jnp.asarray, fitted)
-    seen_train, seen_test = (
-        see(config, name, observation, fitted, cache, settings, stages) for name, observation in (("train", train), ("test", test))
-    )
-    model = standardize(fitted.pca, seen_train.raw_features)
-    features = [scale_features(model, seen.raw_features) for seen in (seen_train, seen_test)]
-    require_finite_features(config, *features)
-    stars = []
-    for x, seen, source, cell in zip(features, (seen_train, seen_test), sources, cells, strict=True):
-        T_eff, M_H, log_g = (jnp.asarray(getattr(source.labels, name)) for name in ("T_eff", "M_H", "log_g"))
-        stars.append(Stars(x, seen.predictions, seen.global_prediction, T_eff, M_H, log_g, cell))
-    own = jnp.where(cells[0] >= 0, seen_train.held_out(jnp.asarray(group)), jnp.nan)
-    experts = fitted.cells._replace(out_of_fold=own)
-    if config.global_alphas:
-        global_ridge = fitted.whole._replace(out_of_fold=seen_train.global_held_out(folds))
-    else:
-        global_ridge = no_ridge(train.spectra.n_stars, len(np.asarray(train.spectra.wave)))
-    wave = np.asarray(train.spectra.wave)
-    return Prepared(stars[0], stars[1], experts, global_ridge, model, wave, classify(config, stars[0], stages))
+    applied, stars = [], []
+    for name, observation in (("train", train), ("test", test)):
+        seen = apply_ridges(observation, fitted, config.chunk_stars, cache, settings | {"survey": name}, stages)
+        predictions = jnp.asarray(seen.predictions)
+        stars.append(
+            Stars.of(observation.labels, observation.cell, seen.features, predictions[:, :n_experts], predictions[:, n_experts])
+        )
+        applied.append(seen)
+    # The first K + 1 columns are those of all stars; then each group has its own.
+    out_of_fold = jnp.where(train.cell >= 0, applied[0].of_star(n_experts + 1 + group), jnp.nan)
+    global_out_of_fold = applied[0].of_star((n_experts + 1) + n_experts * config.n_folds + folds)
+    experts = fitted.cells._replace(out_of_fold=out_of_fold)
+    global_ridge = fitted.whole._replace(out_of_fold=global_out_of_fold)
+    return finish(config, stars[0], stars[1], experts, global_ridge, fitted.pca, np.asarray(train.wave), stages)
+
+
+def chunks_of_process(n_stars: int, chunk_stars: int) -> list[tuple[int, int]]:
+    """First and last star (exclusive) of the chunks that are this process's turn."""
+    starts = range(0, n_stars, chunk_stars)[jax.process_index() :: jax.process_count()]
+    return [(start, min(start + chunk_stars, n_stars)) for start in starts]
 
 
 class Offsets(NamedTuple):
@@ -102,74 +119,62 @@ class Offsets(NamedTuple):
     y: AnyArray
 
 
-def accumulate(config: DataConfig, train: Observation, group: np.ndarray, saved: SavedSums, stages: Stages) -> tuple[Sums, Offsets]:
-    """Sums of the training stars of each group: those of each cell's folds, and of the stars without an expert by fold."""
-    mesh, log_g = device_mesh(), np.asarray(train.spectra.labels.log_g, np.float32)
-    n_groups, n_pixels = (config.n_experts + 1) * config.n_folds, len(np.asarray(train.spectra.wave))
-    part, first = next(train.slices(0, min(SLICE, train.spectra.n_stars)))
-    offsets = Offsets(jnp.mean(first, axis=0), jnp.asarray(log_g[part].mean()))
-    done, sums = saved.load(empty_sums(n_groups, n_pixels, mesh), stages)
+class SavedSums(NamedTuple):
+    """The sums of the chunks that are done, as they are kept on disk."""
+
+    n_chunks: int
+    sums: Sums
+
+
+def accumulate(
+    config: DataConfig, train: Observation, group: np.ndarray, saved: Path | None, stages: Stages
+) -> tuple[Sums, Offsets]:
+    """Sums of the training stars of each group: those of each cell's folds, and of the stars without an expert by fold.
+
+    Args:
+        config: gives the number of groups and the size of chunks.
+        train: the stars.
+        group: (N,) of each star.
+        saved: file of the sums of the chunks that are done; None: nothing is kept.
+        stages: times the chunks.
+    """
+    mesh, log_g = device_mesh(), np.asarray(train.labels.log_g, np.float32)
+    n_groups, n_pixels = (config.n_experts + 1) * config.n_folds, len(np.asarray(train.wave))
+    first = next(slices(0, train.n_stars))
+    offsets = Offsets(jnp.mean(train.flux(first.start, first.stop), axis=0), jnp.asarray(log_g[first].mean()))
+    done, sums = load_sums(saved, mesh, stages) or SavedSums(0, empty_sums(n_groups, n_pixels, mesh))
     blocks = Blocks(n_groups, BLOCK_ROWS * mesh.size, n_pixels)
-    chunks = train.own_chunks()
-    with stages.chunks(
-        "sums of the training stars", sum(b - a for a, b in chunks), sum(b - a for a, b in chunks[:done])
-    ) as advance:
-        for i, (start, stop) in enumerate(chunks[done:], done):
-            for part, flux in train.slices(start, stop):
-                x, y = np.asarray(flux - offsets.x[None, :]), log_g[part] - np.asarray(offsets.y)
-                for block in blocks.add(x, y, group[part]):
+    chunks = chunks_of_process(train.n_stars, config.chunk_stars)
+    n_stars, n_done = (sum(stop - start for start, stop in part) for part in (chunks, chunks[:done]))
+    with stages.chunks("sums of the training stars", n_stars, n_done) as advance:
+        for i, (start, stop) in enumerate(chunks[done:], done + 1):
+            for rows in slices(start, stop):
+                x = np.asarray(train.flux(rows.start, rows.stop) - offsets.x[None, :])
+                for block in blocks.add(x, log_g[rows] - np.asarray(offsets.y), group[rows]):
                     sums = add_block(sums, block, mesh)
             for block in blocks.flush():
                 sums = add_block(sums, block, mesh)
             jax.block_until_ready(sums)
-            if i + 1 < len(chunks):
-                saved.save(sums, i + 1)
+            if saved is not None and i < len(chunks):
+                save_tree(saved, SavedSums(i, sums))
             advance(stop - start)
     return sums, offsets
 
 
-class SavedSums:
-    """The sums of the chunks that are done, on disk: whole or absent. The folder is cleared when the experts are fitted."""
-
-    def __init__(self, cache: Cache, settings: dict[str, Any]) -> None:
-        path = cache.path("sums", settings | {"process": jax.process_index()}, [__file__])
-        self._folder = None if path is None else path.with_suffix("")
-
-    def load(self, empty: Sums, stages: Stages) -> tuple[int, Sums]:
-        """How many chunks are done, and their sums."""
-        if self._folder is None or not (saved := sorted(self._folder.glob("chunks-*[0-9]"))):
-            return 0, empty
-        done = int(saved[-1].name.removeprefix("chunks-"))
-        try:
-            leaves = [np.load(saved[-1] / f"{name}.npy", mmap_mode="r") for name in Sums._fields]
-        except (OSError, ValueError, EOFError):
-            stages.note(f"{saved[-1]}: cannot be read, starts from the first chunk")
-            return 0, empty
-        stages.note(f"goes on after {done} chunk{'s' * (done > 1)}")
-        return done, Sums(*(jax.device_put(leaf, old.sharding) for leaf, old in zip(leaves, empty, strict=True)))
-
-    def save(self, sums: Sums, done: int) -> None:
-        """Keeps the sums of so many chunks, and drops older ones."""
-        if self._folder is None:
-            return
-        final = self._folder / f"chunks-{done:08}"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        partial = temporary_beside(final)
-        partial.mkdir()
-        for name, leaf in sums._asdict().items():
-            np.save(partial / f"{name}.npy", np.asarray(leaf))
-        partial.rename(final)
-        for other in self._folder.iterdir():
-            if other != final:
-                shutil.rmtree(other, ignore_errors=True)
-
-    def clear(self) -> None:
-        """Drops what was kept."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+def load_sums(path: Path | None, mesh: Mesh, stages: Stages) -> SavedSums | None:
+    """The sums of a run that was stopped, on the devices of the mesh; None where there are none that can be read."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        saved = load_tree(path, SavedSums)
+    except (OSError, InputError):
+        stages.note(f"{path}: cannot be read, starts from the first chunk")
+        return None
+    stages.note(f"goes on after {saved.n_chunks} chunk{'s' * (saved.n_chunks > 1)}")
+    return saved._replace(sums=jax.device_put(saved.sums, NamedSharding(mesh, PartitionSpec(STARS))))
 
 
-def fit_experts_from_sums(config: DataConfig, sums: Sums, offsets: Offsets) -> StreamedExperts:
+def fit_from_sums(config: DataConfig, sums: Sums, offsets: Offsets) -> StreamedFit:
     """Experts, global ridge and principal components from the sums of the groups."""
     n_folds, n_cells = config.n_folds, config.n_experts
     group = np.arange((n_cells + 1) * n_folds).reshape(n_cells + 1, n_folds)
@@ -179,65 +184,32 @@ def fit_experts_from_sums(config: DataConfig, sums: Sums, offsets: Offsets) -> S
     if config.global_alphas:
         whole = fit(everyone, jnp.array(config.global_alphas))
     else:
-        whole = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan) if leaf.dtype != bool else leaf, fits[0])
+        whole = jax.tree.map(lambda leaf: jnp.full_like(leaf, False if leaf.dtype == bool else jnp.nan), fits[0])
     total = moments(jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), everyone))
     pca = fit_pca_scatter(draw_keys(config.seed).pca, total.x_mean, total.xx, N_COMPONENTS)
     cells, cells_by_fold = jax.tree.map(lambda *leaves: jnp.stack(leaves), *fits)
-    return StreamedExperts(cells, cells_by_fold, *whole, pca._replace(mean=pca.mean + offsets.x))
+    return StreamedFit(cells, cells_by_fold, *whole, pca._replace(mean=pca.mean + offsets.x))
 
 
-class Seen(NamedTuple):
-    """What the second pass gives of a survey's stars."""
+def apply_ridges(
+    observation: Observation, fitted: StreamedFit, chunk_stars: int, cache: Cache, settings: dict[str, Any], stages: Stages
+) -> Applied:
+    """Raw features and all predictions of a survey's stars; each chunk's are cached under the settings."""
+    wave, ridges = np.asarray(observation.wave), fitted.ridges()
+    whole = Applied(*(np.zeros((observation.n_stars, n), np.float32) for n in (N_FEATURES, len(ridges.intercept))))
 
-    raw_features: AnyArray  #: (N, F)
-    outputs: AnyArray  #: (N, K + 1 + (K + 1) * folds) of all experts, the global ridge, and those fitted without each fold
-    n_experts: int
+    def apply_to(start: int, stop: int) -> Applied:
+        fluxes = (observation.flux(rows.start, rows.stop) for rows in slices(start, stop))
+        parts = [(raw_features(flux, wave, fitted.pca), predict_ridge(ridges, flux)) for flux in fluxes]
+        return Applied(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
-    @property
-    def predictions(self) -> jax.Array:
-        """(N, K) of all experts."""
-        return jnp.asarray(self.outputs)[:, : self.n_experts]
-
-    @property
-    def global_prediction(self) -> jax.Array:
-        """(N,) of the global ridge."""
-        return jnp.asarray(self.outputs)[:, self.n_experts]
-
-    def held_out(self, group: jax.Array) -> jax.Array:
-        """(N,) each star by the expert that was fitted without the star's group: its cell's fold."""
-        return jnp.take_along_axis(jnp.asarray(self.outputs), self.n_experts + 1 + group[:, None], axis=1)[:, 0]
-
-    def global_held_out(self, folds: jax.Array) -> jax.Array:
-        """(N,) each star by the global ridge that was fitted without its fold."""
-        n_folds = self.outputs.shape[1] // (self.n_experts + 1) - 1
-        return self.held_out(self.n_experts * n_folds + folds)
-
-
-def see(
-    config: DataConfig,
-    name: str,
-    observation: Observation,
-    fitted: StreamedExperts,
-    cache: Cache,
-    settings: dict[str, Any],
-    stages: Stages,
-) -> Seen:
-    """Raw features and all predictions of a survey's stars."""
-    wave = np.asarray(observation.spectra.wave)
-    fits = (fitted.cells.ridge, fitted.whole.ridge, fitted.cells_by_fold, fitted.whole_by_fold)
-    coef = jnp.concatenate([fit.coef.reshape(-1, len(wave)) for fit in fits])
-    ridges, n_stars = Ridge(coef, jnp.concatenate([fit.intercept.reshape(-1) for fit in fits])), observation.spectra.n_stars
-    raw, outputs = np.zeros((n_stars, N_FEATURES), np.float32), np.zeros((n_stars, len(coef)), np.float32)
-
-    def see_chunk(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        seen = [(raw_features(flux, wave, fitted.pca), predict_ridge(ridges, flux)) for _, flux in observation.slices(start, stop)]
-        features, predictions = zip(*seen, strict=True)
-        return np.concatenate(features), np.concatenate(predictions)
-
-    with stages.chunks(f"features and predictions, {name} stars", sum(b - a for a, b in observation.own_chunks())) as advance:
-        for start, stop in observation.own_chunks():
-            own = settings | {"survey": name, "start": start, "stop": stop}
-            found, _ = cache.load_or_compute("seen", own, [__file__], (_LEAF, _LEAF), functools.partial(see_chunk, start, stop))
-            raw[start:stop], outputs[start:stop] = found
+    chunks = chunks_of_process(observation.n_stars, chunk_stars)
+    title = f"features and predictions, {settings['survey']} stars"
+    with stages.chunks(title, sum(stop - start for start, stop in chunks)) as advance:
+        for start, stop in chunks:
+            compute = functools.partial(apply_to, start, stop)
+            chunk, _ = cache.load_or_compute("seen", settings | {"start": start, "stop": stop}, [__file__], Applied, compute)
+            for array, part in zip(whole, chunk, strict=True):
+                array[start:stop] = part
             advance(stop - start)
-    return Seen(*sum_processes((raw, outputs)), config.n_experts)
+    return sum_processes(whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -30,7 +31,10 @@ Config = TypeVar("Config", bound=HasPreset)
 
 
 def parse_config(presets: dict[str, Config], description: str | None, arguments: Sequence[str]) -> Config:
-    """The configuration of a command line: the preset that it names, with what else it sets."""
+    """The configuration of a command line: the preset that it names, with what else it sets.
+
+    A preset's numbers of stars are for simulated surveys: where a survey file is given without a number, all its stars are read.
+    """
     name = "default"
     for i, argument in enumerate(arguments):
         if argument == "--preset" and i + 1 < len(arguments):
@@ -39,7 +43,10 @@ def parse_config(presets: dict[str, Config], description: str | None, arguments:
             name = argument.partition("=")[2]
     default = presets.get(name, presets["default"])  # tyro rejects a name that is no preset
     config: Config = tyro.cli(type(default), default=default, description=description, args=list(arguments))
-    return config
+    options = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    whole = {f"n_{part}": 0 for part in ("train", "test") if f"--{part}-file" in options and f"--n-{part}" not in options}
+    changed: Config = dataclasses.replace(config, **whole)  # type: ignore[type-var]
+    return changed
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from moe_jax.apply.conformal import Calibration
 from moe_jax.apply.model import Model, Uncertainty
-from moe_jax.apply.novelty import FeatureRange
-from moe_jax.apply.uncertainty import Leverage, PredictiveVariance
-from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.core.arrays import InputError
 from moe_jax.core.files import atomic_path
-from moe_jax.core.pca import PCA
+from moe_jax.core.trees import build_tree, name_leaves
 from moe_jax.experts.cells import CELL_NAMES, M_H_EDGES, T_EFF_EDGES
 from moe_jax.experts.ridge import Ridge
 from moe_jax.gates.features import FEATURE_NAMES, LINE_WINDOWS, SIDEBAND, FeatureModel
@@ -36,7 +34,19 @@ FEATURE_DEFINITION: dict[str, Any] = {
     "sideband": SIDEBAND,
 }
 
-_PARTS: dict[str, Any] = {"leverage": Leverage, "feature_range": FeatureRange, "calibration": Calibration}
+#: What the file holds, by name; in the order of the fields of ``Model``.
+_KINDS: dict[str, Any] = {
+    "wave": Float[np.ndarray, " P"],
+    "experts": Ridge,
+    "global": Ridge,
+    "features": FeatureModel,
+    "gate": Params,
+    "classification": Params,
+    "uncertainty": Uncertainty | None,
+}
+#: Arrays whose name in the file is not their path in the tree.
+_NAME_IN_TREE = {"features/pca_mean": "features/pca/mean", "features/pca_components": "features/pca/components"}
+_NAME_IN_FILE = {path: name for name, path in _NAME_IN_TREE.items()}
 
 
 def save_model(folder: Path | str, model: Model) -> None:
@@ -46,7 +56,9 @@ def save_model(folder: Path | str, model: Model) -> None:
         InputError: for a gate that is neither linear nor an MLP.
     """
     folder = Path(folder)
-    data = save({name: np.asarray(array, order="C") for name, array in _arrays(model).items()})
+    trees = (model.wave, model.experts, model.global_ridge, model.features, model.gate_params, model.classification_params)
+    leaves = name_leaves(dict(zip(_KINDS, (*trees, model.uncertainty), strict=True)))
+    data = save({_NAME_IN_FILE.get(path, path): array for path, array in leaves.items()})
     meaning = {
         "schema_version": SCHEMA_VERSION,
         "arrays_sha256": hashlib.sha256(data).hexdigest(),
@@ -67,7 +79,7 @@ def load_model(folder: Path | str) -> Model:
 
     Raises:
         InputError: one sentence that names the file, what was found and what is expected, for a folder or file that is not
-            there, truncated, foreign, or written by a newer version.
+            there, truncated, foreign, or of another schema version.
     """
     folder = Path(folder)
     meaning = _read_meaning(folder / MEANING)
@@ -75,137 +87,47 @@ def load_model(folder: Path | str) -> Model:
     if not path.is_file():
         raise InputError(f"{path}: found no such file, expected the arrays of the model")
     data = path.read_bytes()
-    if (found := hashlib.sha256(data).hexdigest()) != meaning["arrays_sha256"]:
-        expected = str(meaning["arrays_sha256"])[:12]
+    found, expected = hashlib.sha256(data).hexdigest(), str(meaning["arrays_sha256"])
+    if found != expected:
         raise InputError(
-            f"{path}: found {len(data):,} bytes with hash {found[:12]}, expected those with hash {expected} that {MEANING} names: "
-            "it is truncated, or belongs to another model"
+            f"{path}: found {len(data):,} bytes with hash {found[:12]}, expected those with hash {expected[:12]} that {MEANING} "
+            "names: it is truncated, or belongs to another model"
         )
     try:
         arrays = load(data)
     except SafetensorError as reason:
         raise InputError(f"{path}: found a file that is not safetensors ({reason}), expected one") from reason
-    if meaning["schema_version"] == 2 and "uncertainty/misfit" in arrays:  # which had no factors
-        arrays["uncertainty/part_scales"] = np.ones(len(PredictiveVariance._fields), arrays["uncertainty/misfit"].dtype)
+    leaves = {_NAME_IN_TREE.get(name, name): array for name, array in arrays.items()}
     gate = _read_gate(folder / MEANING, meaning["gate"])
-    flat = {name: jnp.asarray(array) for name, array in arrays.items() if name != "wave"}
-    try:
-        model = Model(
-            wave=arrays["wave"],
-            experts=Ridge(flat["experts/coef"], flat["experts/intercept"]),
-            global_ridge=Ridge(flat["global/coef"], _scalar(flat["global/intercept"])),
-            features=FeatureModel(
-                PCA(flat["features/pca_mean"], flat["features/pca_components"]), flat["features/mean"], flat["features/scale"]
-            ),
-            gate=gate,
-            gate_params=_unflatten(flat, "gate"),
-            classification_params=_unflatten(flat, "classification"),
-            provenance=meaning["provenance"],
-            uncertainty=_read_tree(Uncertainty, arrays, "uncertainty") if "uncertainty/misfit" in arrays else None,
-        )
-    except KeyError as reason:
-        raise InputError(f"{path}: found no array {reason}, expected all of schema {SCHEMA_VERSION}") from reason
-    _check_shapes(path, model)
-    return model
-
-
-def _arrays(model: Model) -> dict[str, np.ndarray]:
-    named = {
-        "wave": model.wave,
-        "experts/coef": model.experts.coef,
-        "experts/intercept": model.experts.intercept,
-        "global/coef": model.global_ridge.coef,
-        "global/intercept": model.global_ridge.intercept,
-        "features/pca_mean": model.features.pca.mean,
-        "features/pca_components": model.features.pca.components,
-        "features/mean": model.features.mean,
-        "features/scale": model.features.scale,
-    }
-    for kind, params in (("gate", model.gate_params), ("classification", model.classification_params)):
-        named |= {f"{kind}/{layer}/{name}": array for layer, leaves in params.items() for name, array in leaves.items()}
-    if model.uncertainty is not None:
-        named |= _name_tree(model.uncertainty, "uncertainty")
-    return {name: np.asarray(array) for name, array in named.items()}
-
-
-def _name_tree(tree: Any, prefix: str) -> dict[str, AnyArray]:
-    """The arrays of a named tuple and of those within it, by path."""
-    named: dict[str, AnyArray] = {}
-    for name, value in tree._asdict().items():
-        named |= _name_tree(value, f"{prefix}/{name}") if name in _PARTS else {f"{prefix}/{name}": value}
-    return named
-
-
-def _read_tree(kind: Any, arrays: dict[str, np.ndarray], prefix: str) -> Any:
-    """The named tuple whose arrays ``_name_tree`` has named."""
-    fields = ((name, f"{prefix}/{name}") for name in kind._fields)
-    return kind(*(_read_tree(_PARTS[name], arrays, path) if name in _PARTS else jnp.asarray(arrays[path]) for name, path in fields))
-
-
-def _check_shapes(path: Path, model: Model) -> None:
-    """Raises an ``InputError`` where arrays do not fit together, or a parameter is not finite."""
-    n_pixels, (n_experts, n_features) = len(model.wave), (len(model.experts.intercept), len(model.features.mean))
-    hidden = model.gate.hidden if isinstance(model.gate, MLPGate) else None
-    layers: dict[str, tuple[int, ...]] = {"head": (hidden or n_features, n_experts)}
-    if hidden:
-        layers["hidden"] = (n_features, hidden)
-    expected: dict[str, tuple[int, ...]] = {
-        "wave": (n_pixels,),
-        "experts/coef": (n_experts, n_pixels),
-        "experts/intercept": (n_experts,),
-        "global/coef": (n_pixels,),
-        "global/intercept": (),
-        "features/pca_mean": (n_pixels,),
-        "features/mean": (len(FEATURE_NAMES),),
-        "features/scale": (len(FEATURE_NAMES),),
-        "features/pca_components": (len(model.features.pca.components), n_pixels),
-        "classification/head/kernel": (n_features, n_experts),
-        "classification/head/bias": (n_experts,),
-    }
-    for layer, shape in layers.items():
-        expected |= {f"gate/{layer}/kernel": shape, f"gate/{layer}/bias": shape[1:]}
-    if (known := model.uncertainty) is not None:
-        n_directions, n_levels = len(known.leverage.basis), len(known.calibration.levels)
-        by_expert = ("residual_variance", "misfit", "leverage/n_stars", "calibration/n_stars")
-        expected |= {f"uncertainty/{name}": (n_experts,) for name in by_expert}
-        by_pixel = ("noise_variance", "center", "rest_variance")
-        expected |= {f"uncertainty/{name}": (n_pixels,) for name in by_pixel}
-        expected |= {f"uncertainty/leverage/{name}": (n_experts, n_pixels) for name in ("mean", "inverse_diagonal")}
-        expected |= {
-            "uncertainty/leverage/basis": (n_directions, n_pixels),
-            "uncertainty/leverage/core": (n_experts, n_directions, n_directions),
-            "uncertainty/flux_median": (),
-            "uncertainty/part_scales": (len(PredictiveVariance._fields),),
-            "uncertainty/feature_range/mean": (n_experts, n_features),
-            "uncertainty/feature_range/precision": (n_experts, n_features, n_features),
-            "uncertainty/feature_range/limit": (),
-            "uncertainty/calibration/levels": (n_levels,),
-            "uncertainty/calibration/quantiles": (n_experts, n_levels),
-        }
-    arrays = _arrays(model)
-    for name, shape in expected.items():
-        if name not in arrays:
-            raise InputError(f"{path}: found no array {name!r}, expected all of schema {SCHEMA_VERSION}")
-        if arrays[name].shape != shape:
-            raise InputError(f"{path}: {name} has shape {arrays[name].shape}, expected {shape} beside the other arrays")
-        if not name.startswith("global/") and name != "uncertainty/flux_median" and not np.isfinite(arrays[name]).all():
+    sizes = _require_layers(path, gate, leaves)
+    wave, *trees = (build_tree(str(path), kind, leaves, name, sizes) for name, kind in _KINDS.items())
+    for name, array in leaves.items():
+        if not name.startswith("global/") and name != "uncertainty/flux_median" and not np.isfinite(array).all():
             raise InputError(f"{path}: {name} holds numbers that are not finite, expected a trained model")
+    experts, global_ridge, features, gate_params, classification_params, uncertainty = jax.tree.map(jnp.asarray, trees)
+    return Model(
+        wave, experts, global_ridge, features, gate, gate_params, classification_params, meaning["provenance"], uncertainty
+    )
 
 
-def _unflatten(flat: dict[str, Any], kind: str) -> Params:
-    params: Params = {}
-    for name, array in flat.items():
-        if name.startswith(f"{kind}/"):
-            _, layer, leaf = name.split("/")
-            params.setdefault(layer, {})[leaf] = array
-    if "head" not in params:
-        raise KeyError(f"{kind}/head/kernel")
-    return params
-
-
-def _scalar(array: jax.Array) -> jax.Array:
-    """Schema 1 held scalars as arrays of one number."""
-    return array.reshape(()) if array.shape == (1,) else array
+def _require_layers(path: Path, gate: Gate, leaves: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """The numbers of experts and features; raises an ``InputError`` unless experts and gates have the shapes that go with them."""
+    n_experts, n_features = np.size(leaves.get("experts/intercept", ())), len(FEATURE_NAMES)
+    hidden = gate.hidden if isinstance(gate, MLPGate) else None
+    layers: dict[str, tuple[int, ...]] = {
+        "classification/head": (n_features, n_experts),
+        "gate/head": (hidden or n_features, n_experts),
+    }
+    if hidden:
+        layers["gate/hidden"] = (n_features, hidden)
+    expected: dict[str, tuple[int, ...]] = {"experts/intercept": (n_experts,), "global/intercept": ()}
+    for layer, shape in layers.items():
+        expected |= {f"{layer}/kernel": shape, f"{layer}/bias": shape[1:]}
+    for name, shape in expected.items():
+        if name not in leaves or leaves[name].shape != shape:
+            found = f"{name} has shape {leaves[name].shape}" if name in leaves else f"found no array {name!r}"
+            raise InputError(f"{path}: {found}, expected {shape} beside the other arrays")
+    return {"K": (n_experts,), "F": (n_features,)}
 
 
 def _describe_gate(gate: Gate) -> dict[str, Any]:
@@ -235,13 +157,15 @@ def _read_meaning(path: Path) -> dict[str, Any]:
     version = meaning.get("schema_version") if isinstance(meaning, dict) else None
     if not isinstance(version, int):
         raise InputError(f"{path}: schema_version: found {version!r}, expected {SCHEMA_VERSION}: this is not a model")
-    if version > SCHEMA_VERSION:
-        raise InputError(f"{path}: schema_version: found {version}, expected at most {SCHEMA_VERSION}: install a newer moe_jax")
+    if version != SCHEMA_VERSION:
+        raise InputError(
+            f"{path}: schema_version: found {version}, expected {SCHEMA_VERSION}: make the model again with this version"
+        )
     for name in ("arrays_sha256", "gate", "provenance", *FEATURE_DEFINITION):
         if name not in meaning:
             raise InputError(f"{path}: {name}: found nothing, expected it in schema {SCHEMA_VERSION}")
     for name, expected in FEATURE_DEFINITION.items():
         if meaning[name] != expected:
             raise InputError(f"{path}: {name}: found {meaning[name]}, expected {expected} as this version computes them")
-    found: dict[str, Any] = meaning
-    return found
+    description: dict[str, Any] = meaning
+    return description

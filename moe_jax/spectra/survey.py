@@ -36,10 +36,19 @@ class Survey(NamedTuple):
     error: Float[AnyArray, "N P"]  #: standard deviation of the flux at noise level 1
     labels: Labels
 
+    @property
+    def n_stars(self) -> int:
+        """N."""
+        return len(self.flux)
+
+    def read(self, start: int, stop: int) -> tuple[AnyArray, AnyArray]:
+        """Clean flux and error of the stars ``start`` to ``stop - 1``; (n, P) each."""
+        return self.flux[start:stop], self.error[start:stop]
+
 
 @runtime_checkable
 class Spectra(Protocol):
-    """Spectra that are read in parts: from a file, or simulated."""
+    """Spectra that are read in parts: those of a file, simulated ones, or a survey in memory."""
 
     @property
     def wave(self) -> AnyArray:

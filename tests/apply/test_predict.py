@@ -1,7 +1,5 @@
 """Spectra as observed: files in, tables out."""
 
-import hashlib
-import json
 import shutil
 import subprocess
 import sys
@@ -12,12 +10,10 @@ import pandas as pd
 import pytest
 from astropy.io import fits
 from astropy.table import Table
-from safetensors.numpy import load_file, save_file
 
 from experiments.predict import PredictConfig, main
 from moe_jax import load_model, predict_model
 from moe_jax.apply.application import MANY_MASKED, NOT_PREDICTED, UNLIKE_TRAINING, apply_model, needs_scaling, prepare_application
-from moe_jax.apply.model_file import ARRAYS, MEANING
 from moe_jax.spectra.resample import MaskedSpectra, overlaps, resample
 from moe_jax.spectra.survey_file import ERROR_FIELD, FLUX_FIELD, WAVE_FIELD
 from moe_jax.spectra.telescope_file import IVAR_FIELD, TelescopeFile
@@ -75,16 +71,7 @@ def test_chunks_and_formats_change_nothing(trained, tmp_path, table):
             np.testing.assert_allclose(found[name], table[name], rtol=2e-5, atol=1e-6)
 
 
-def test_a_model_of_schema_2_has_factors_of_one(trained, tmp_path, spectra):
-    shutil.copytree(trained / "model", tmp_path / "model")
-    arrays = load_file(tmp_path / "model" / ARRAYS)
-    del arrays["uncertainty/part_scales"]
-    save_file(arrays, tmp_path / "model" / ARRAYS)
-    digest = hashlib.sha256((tmp_path / "model" / ARRAYS).read_bytes()).hexdigest()
-    meaning = json.loads((tmp_path / "model" / MEANING).read_text()) | {"schema_version": 2, "arrays_sha256": digest}
-    (tmp_path / "model" / MEANING).write_text(json.dumps(meaning))
-    said = predict_model(load_model(tmp_path / "model"), spectra.flux[:5], spectra.error[:5])
-    np.testing.assert_allclose(said.sigma, np.sqrt(np.sum(said.variance, axis=0)), rtol=1e-5)
+def test_the_parts_of_the_variance_are_scaled(trained, spectra):
     present = load_model(trained / "model").uncertainty
     assert not np.allclose(present.part_scales, 1)
     own = predict_model(load_model(trained / "model"), spectra.flux[:5], spectra.error[:5])

@@ -19,7 +19,7 @@ from experiments.build_lte_grid import PRESETS as BUILD_PRESETS
 from experiments.measure_interpolation import PRESETS as INTERPOLATION_PRESETS
 from experiments.pipeline.config import draw_keys
 from experiments.pipeline.methods import METHODS
-from experiments.pipeline.prepare import observe
+from experiments.pipeline.observation import observe
 from experiments.pipeline.surveys import load_surveys
 from experiments.runner.command_line import parse_config
 from experiments.runner.stages import Stages
@@ -92,9 +92,9 @@ def test_report_warns_of_gates_at_the_epoch_cap(results):
 def test_the_model_predicts_what_the_run_predicted(results, surveys):
     """The saved mixture, applied to the noisy test spectra, gives the column of the cross-fitted MLP gate."""
     model = load_model(results / "model")
-    test = observe(draw_keys(SMALL.seed).test_noise, load_survey(surveys / "test.h5"), SMALL.data)
+    test = observe(draw_keys(SMALL.seed).test_noise, load_survey(surveys / "test.h5"), SMALL.data).flux()
     table = pd.read_csv(results / "predictions.csv")
-    ours = predict_model(model, test.flux)
+    ours = predict_model(model, test)
     np.testing.assert_allclose(np.asarray(ours.log_g)[table["star"]], table["regress_mlp_cross_fitted"], atol=1e-4)
     overall = pd.read_csv(results / "overall.csv")
     cross_fitted = overall[(overall["method"] == "regress_mlp") & (overall["protocol"] == "cross-fitted")]
@@ -152,6 +152,8 @@ BAD = {
     "empty cell": (lambda train, test: relabel(train, M_H=-0.5), "found 0 stars in cell 0, expected at least 10"),
     "few in a cell": (lambda train, test: relabel(train, M_H=lambda t: t["M_H"].where(t.index < 90, -0.5)), "expected at least 10"),
     "nobody covered": (lambda train, test: relabel(test, M_H=-2.5), "found 0 stars in the nine cells"),
+    "one log g": (lambda train, test: relabel(train, log_g=4.5), "log_g: found 4.5 for all stars in the nine cells, expected diff"),
+    "one log g to test": (lambda train, test: relabel(test, log_g=1.0), "log_g: found 1 for all stars in the nine cells"),
     "NaN flux": (lambda train, test: edit(test, lambda file: file[FLUX_FIELD].__setitem__((0, 0), np.nan)), "found nan at star 0"),
 }
 

@@ -14,11 +14,11 @@ import pandas as pd
 import pytest
 
 from experiments import regress_gate
-from experiments.pipeline.stream import SavedSums
-from experiments.runner.cache import Cache
+from experiments.pipeline.stream import SavedSums, load_sums
 from experiments.runner.command_line import Cluster
 from experiments.runner.stages import Stages
 from moe_jax import InputError, Survey, save_survey, simulate_survey
+from moe_jax.core.trees import save_tree
 from moe_jax.experts.streaming import device_mesh, empty_sums
 
 SIZES = ["--preset", "smoke", "--n-train", "900", "--n-test", "300", "--alphas", "1", "10", "--gate.epochs", "3"]
@@ -56,7 +56,7 @@ def chunked(surveys, tmp_path_factory):
     """Predictions of a run in chunks of 200 stars."""
     folder = tmp_path_factory.mktemp("chunked")
     finish(start([*surveys, "--chunk-stars", "200"], folder / "out", folder / "cache"))
-    assert not list((folder / "cache").glob("sums-*/*"))
+    assert not list((folder / "cache").glob("sums-*"))
     return pd.read_csv(folder / "out" / "predictions.csv")
 
 
@@ -74,12 +74,12 @@ def test_a_killed_run_goes_on_from_its_last_chunk(surveys, chunked, tmp_path):
     arguments = [*surveys, "--chunk-stars", "200"]
     process = start(arguments, tmp_path / "out", tmp_path / "cache")
     deadline = time.monotonic() + 200
-    while not list((tmp_path / "cache").glob("sums-*/chunks-*")) and time.monotonic() < deadline:
+    while not list((tmp_path / "cache").glob("sums-*.npz")) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out").exists()
-    assert list((tmp_path / "cache").glob("sums-*/chunks-*[0-9]"))
+    assert list((tmp_path / "cache").glob("sums-*.npz"))
     output = finish(start(arguments, tmp_path / "out", tmp_path / "cache"))
     assert "goes on after" in output
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out" / "predictions.csv"), chunked)
@@ -87,19 +87,17 @@ def test_a_killed_run_goes_on_from_its_last_chunk(surveys, chunked, tmp_path):
 
 def test_sums_on_disk_that_cannot_be_read_are_made_again(tmp_path, capsys):
     """What was cut off is not taken for sums; what is whole is."""
-    mesh, stages = device_mesh(), Stages()
-    sums = empty_sums(2, 3, mesh)._replace(y=jnp.ones((1, 2)))
-    saved = SavedSums(Cache(tmp_path), {"a": 1})
-    saved.save(sums, 4)
-    done, found = saved.load(empty_sums(2, 3, mesh), stages)
-    assert (done, found.y.tolist()) == (4, [[1.0, 1.0]])
-    assert SavedSums(Cache(tmp_path), {"a": 2}).load(sums, stages)[0] == 0
-    for path in tmp_path.glob("sums-*/chunks-*/xx.npy"):
-        path.write_bytes(path.read_bytes()[:100])
-    assert saved.load(empty_sums(2, 3, mesh), stages)[0] == 0
+    mesh, stages, path = device_mesh(), Stages(), tmp_path / "sums.npz"
+    assert load_sums(None, mesh, stages) is None
+    assert load_sums(path, mesh, stages) is None
+    sums = empty_sums(2, 3, mesh)
+    save_tree(path, SavedSums(4, sums._replace(y=jnp.ones((1, 2)))))
+    n_chunks, found = load_sums(path, mesh, stages)
+    assert (n_chunks, found.y.tolist()) == (4, [[1.0, 1.0]])
+    assert found.xx.sharding == sums.xx.sharding
+    path.write_bytes(path.read_bytes()[:-100])
+    assert load_sums(path, mesh, stages) is None
     assert "cannot be read" in " ".join(capsys.readouterr().out.split())
-    saved.clear()
-    assert not list(tmp_path.glob("sums-*"))
 
 
 @pytest.mark.slow

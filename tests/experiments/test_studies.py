@@ -163,7 +163,7 @@ def test_a_second_run_refits_nothing(folder, tmp_path, monkeypatch):
     config = dataclasses.replace(config_of("measure_leakage", folder), output_dir=tmp_path / "out")
     first = measure_leakage.main(config)
     monkeypatch.setattr("experiments.pipeline.gates.train_gates", None)
-    monkeypatch.setattr("experiments.pipeline.prepare.fit_stages", None)
+    monkeypatch.setattr("experiments.pipeline.prepare.fit_in_memory", None)
     pd.testing.assert_frame_equal(measure_leakage.main(config), first)
 
 
