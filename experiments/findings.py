@@ -1,6 +1,6 @@
 """The report's claims against what we find, each with interval, command and figure, and a plain verdict.
 
-python -m experiments.findings        reads the results of the other experiments; about two minutes on 2 cores
+    python -m experiments.findings        reads the results of the other experiments; about two minutes on 2 cores
 
 Needs the default results of converge_gate, measure_leakage, replicate, calibrate_bootstrap, control_gate, ablate_gate,
 train_jointly, cover_all and scale under --results-dir. Writes FINDINGS.md there, and its own tables and figure to findings/.
@@ -8,6 +8,7 @@ train_jointly, cover_all and scale under --results-dir. Writes FINDINGS.md there
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,16 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.config import StudyConfig, draw_keys
+from experiments.pipeline.config import BootstrapOptions, DataConfig, OutputOptions, draw_keys
 from experiments.pipeline.gates import GateRun, gate_keys, run_gates, training_stars
 from experiments.pipeline.methods import PROTOCOLS
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
 from experiments.report.figures import interval_plot
 from experiments.report.markdown import interval, table_markdown
-from experiments.report.results import write_results
-from experiments.runner.command_line import run_command
-from experiments.runner.provenance import command_of, describe_run
+from experiments.report.results import Results, Study
+from experiments.runner.command_line import group, run_command
+from experiments.runner.provenance import command_of
 from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.core.files import atomic_path
@@ -43,18 +44,27 @@ from moe_jax.gates.training import entropy, fit_gate
 
 HOT_METAL_POOR = 6
 REPORT_STARS = 816
+RESAMPLES_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
-class FindingsConfig(StudyConfig):
+class FindingsConfig:
     """Where the results of the other experiments lie."""
 
     preset: Literal["default"] = "default"
-    """There is one."""
+    """Only ``default`` exists."""
     results_dir: Path = Path("results")
-    """Holds the results of the other experiments; FINDINGS.md is written here."""
+    """Folder of the results of the other commands; FINDINGS.md is written here."""
     n_seeds: int = 4
     """Gates whose squared errors are averaged."""
+    mlp: MLPGate = group(MLPGate())
+    data: DataConfig = group(DataConfig())
+    bootstrap: BootstrapOptions = group(BootstrapOptions(), without=("confidence_level",))
+    output: OutputOptions = group(OutputOptions())
+
+    def __post_init__(self) -> None:
+        if self.bootstrap.n_resamples < RESAMPLES_AT_ONCE:
+            raise InputError(f"n_resamples is {self.bootstrap.n_resamples}, expected at least {RESAMPLES_AT_ONCE}")
 
 
 PRESETS = {"default": FindingsConfig()}
@@ -85,16 +95,22 @@ def read(config: FindingsConfig, experiment: str, table: str) -> pd.DataFrame:
 def gather(config: FindingsConfig, prepared: Prepared) -> Evidence:
     """Delta R2 by cell with simultaneous intervals, how uniform the weights are, and hard against soft routing."""
     test = prepared.test.covered()
-    y, cell, key = jnp.asarray(test.log_g), jnp.asarray(test.cell), draw_keys(config.seed).bootstrap
+    y, cell, key = jnp.asarray(test.log_g), jnp.asarray(test.cell), draw_keys(config.data.seed).bootstrap
     classify = LinearGate().apply(prepared.classifier.params, test.features)
     soft = route_soft(classify, test.predictions)
     cells, rivals = [], []
     for protocol, fraction in zip(PROTOCOLS, (0.2, 1.0), strict=True):
-        run = GateRun(MLPGate(config.hidden), GateConfig(), protocol, fraction, config.n_seeds)
-        predictions = jnp.asarray(run_gates(config, prepared, run).predictions)
+        run = GateRun(config.mlp, GateConfig(), protocol, fraction, config.n_seeds)
+        predictions = jnp.asarray(run_gates(config.data, prepared, run, config.output.cache).predictions)
         gain = jnp.mean(squared_error_gain(y[None, :], predictions, soft[None, :]), axis=0)
         bootstrap = bootstrap_gain(
-            key, y, gain, n_resamples=config.n_resamples, method=config.interval_method, groups=cell, n_groups=N_CELLS
+            key,
+            y,
+            gain,
+            n_resamples=config.bootstrap.n_resamples,
+            method=config.bootstrap.interval_method,
+            groups=cell,
+            n_groups=N_CELLS,
         )
         low, high = np.asarray(bootstrap.simultaneous_low), np.asarray(bootstrap.simultaneous_high)
         n = np.bincount(np.asarray(cell), minlength=N_CELLS)
@@ -111,9 +127,11 @@ def gather(config: FindingsConfig, prepared: Prepared) -> Evidence:
                     "stars_needed_in_the_cell": required_stars(effect, n[k] * error**2),
                 }
             )
-        rivals += [{"protocol": protocol} | row for row in lead(resample_gain(key, y, gain, cell, config.n_resamples, N_CELLS))]
+        rivals += [
+            {"protocol": protocol} | row for row in lead(resample_gain(key, y, gain, cell, config.bootstrap.n_resamples, N_CELLS))
+        ]
     hard = bootstrap_gain(
-        key, y, squared_error_gain(y, soft, route_hard(classify, test.predictions)), n_resamples=config.n_resamples
+        key, y, squared_error_gain(y, soft, route_hard(classify, test.predictions)), n_resamples=config.bootstrap.n_resamples
     )
     return Evidence(
         pd.DataFrame(cells),
@@ -154,6 +172,7 @@ def uniformity(config: FindingsConfig, prepared: Prepared, classify: jax.Array, 
     """Entropy of the mean weights, and mean entropy of a star's weights: regression gates minus the classification gate."""
     kinds = {"MLP, in-sample 20 %": (PROTOCOLS[0], 0.2), "MLP, cross-fitted": (PROTOCOLS[1], 1.0)}
     rows = []
+    keys = jax.random.split(key, config.bootstrap.n_resamples // RESAMPLES_AT_ONCE)
 
     def measures(weights: jax.Array, own_entropy: jax.Array) -> jax.Array:
         return jnp.stack([entropy(jnp.mean(weights, axis=0, keepdims=True))[0], jnp.mean(own_entropy)])
@@ -165,7 +184,7 @@ def uniformity(config: FindingsConfig, prepared: Prepared, classify: jax.Array, 
         weights = gate_weights(config, prepared, protocol, fraction)
         arrays = (weights, entropy(weights), classify, entropy(classify))
         estimate = np.asarray(differences(*arrays))
-        parts = [paired_bootstrap(k, differences, arrays, 100) for k in jax.random.split(key, config.n_resamples // 100)]
+        parts = [paired_bootstrap(k, differences, arrays, RESAMPLES_AT_ONCE) for k in keys]
         low, high = np.quantile(np.concatenate([np.asarray(part) for part in parts]), [0.025, 0.975], axis=0)
         for i, measure in enumerate(("of the mean weights", "of a star's weights, mean")):
             rows.append({"gate": name, "entropy": measure, "difference": estimate[i], "low": low[i], "high": high[i]})
@@ -174,11 +193,10 @@ def uniformity(config: FindingsConfig, prepared: Prepared, classify: jax.Array, 
 
 def gate_weights(config: FindingsConfig, prepared: Prepared, protocol: str, fraction: float) -> jax.Array:
     """Weights of the first MLP gate of a protocol for the covered test stars."""
-    stars = training_stars(config, prepared, protocol, fraction)
+    stars = training_stars(config.data, prepared, protocol, fraction)
     x, yhat, y = map(jnp.asarray, (stars.features, stars.predictions, stars.log_g))
-    gate = MLPGate(config.hidden)
-    fit = fit_gate(gate_keys(config, 1)[0], gate, x, yhat, y)
-    return gate.apply(fit.params, prepared.test.covered().features)
+    fit = fit_gate(gate_keys(config.data, 1)[0], config.mlp, x, yhat, y)
+    return config.mlp.apply(fit.params, prepared.test.covered().features)
 
 
 def judge(low: float, high: float, stars: float | None = None) -> str:
@@ -378,14 +396,12 @@ def write_findings(config: FindingsConfig, evidence: Evidence, command: str) -> 
     return "\n\n".join(sections) + "\n"
 
 
-def main(config: FindingsConfig) -> Evidence:
-    """Gathers the evidence and writes FINDINGS.md."""
-    stages = Stages()
-    command = command_of("findings", config, PRESETS)
-    prepared = prepare(config.data, stages, config.cache)
+def compute(config: FindingsConfig, stages: Stages) -> Results:
+    """Gathers the evidence."""
+    prepared = prepare(config.data, stages, config.output.cache)
     with stages("cells, weights, hard routing"):
         evidence = gather(config, prepared)
-    text = write_findings(config, evidence, command)
+    text = write_findings(config, evidence, command_of("findings", config, PRESETS))
     cells = evidence.cells
     figure = interval_plot(
         [f"{row['cell']}, {row['protocol']}" for row in cells.to_dict("records")],
@@ -393,21 +409,33 @@ def main(config: FindingsConfig) -> Evidence:
         xlabel="$\\Delta R^2$ of the MLP gate against the classification gate;\n95 % intervals that hold all nine cells at once",
         groups=list(cells["protocol"]),
     )
-    run = describe_run(command, config, stages.seconds, soft_minus_hard=evidence.hard)
-    folder = config.output_dir or config.results_dir / "findings"
-    report = (
-        "# Evidence for FINDINGS.md\n\n" + f"Made by `{command}`.\n\n![By cell](cells.png)\n\n" + table_markdown(evidence.rivals)
+
+    def write_text(_folder: Path, _run: dict[str, Any]) -> None:
+        with atomic_path(config.results_dir / "FINDINGS.md") as temporary:
+            temporary.write_text(text)
+        console.print(f"written: {config.results_dir / 'FINDINGS.md'}", highlight=False)
+
+    return Results(
+        "Evidence for FINDINGS.md",
+        ["![By cell](cells.png)", table_markdown(evidence.rivals)],
+        {"cells": cells, "rivals": evidence.rivals, "weights": evidence.weights},
+        {"cells": figure},
+        {"soft_minus_hard": evidence.hard},
+        write_text,
     )
-    tables = {"cells": cells, "rivals": evidence.rivals, "weights": evidence.weights}
-    write_results(folder, tables, {"cells": figure}, report + "\n", run)
-    with atomic_path(config.results_dir / "FINDINGS.md") as temporary:
-        temporary.write_text(text)
-    console.print(f"written: {config.results_dir / 'FINDINGS.md'}", highlight=False)
-    return evidence
 
 
 def _columns(table: pd.DataFrame) -> tuple[AnyArray, AnyArray, AnyArray]:
     return table["delta_r2"].to_numpy(), table["low"].to_numpy(), table["high"].to_numpy()
+
+
+STUDY = Study("findings", PRESETS, compute)
+
+
+def main(config: FindingsConfig) -> Results:
+    """Writes FINDINGS.md, and the evidence to findings/ beside it."""
+    output_dir = config.output.output_dir or config.results_dir / "findings"
+    return STUDY(dataclasses.replace(config, output=dataclasses.replace(config.output, output_dir=output_dir)))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.pipeline import prepare
-from experiments.pipeline.config import StudyConfig, draw_keys
+from experiments.pipeline.config import DataConfig, draw_keys
 from experiments.pipeline.methods import PROTOCOLS
 from experiments.pipeline.stars import Prepared, Stars
+from experiments.runner.cache import Cache
 from moe_jax.core.arrays import AnyArray
 from moe_jax.core.parallel import devices_for, map_devices, on_all
 from moe_jax.gates.networks import Gate, LinearGate
@@ -62,7 +63,7 @@ def mix_by_class(prepared: Prepared, stars: Stars) -> np.ndarray:
     return np.asarray(route_soft(weights, stars.predictions))[None, :]
 
 
-def training_stars(config: StudyConfig, prepared: Prepared, protocol: str, fraction: float) -> Stars:
+def training_stars(config: DataConfig, prepared: Prepared, protocol: str, fraction: float) -> Stars:
     """Training stars of a gate: a part of the covered stars, the same for both protocols."""
     drawn = jax.random.permutation(draw_keys(config.seed).in_sample, prepared.n_covered)
     n = max(round(fraction * prepared.n_covered), 2)
@@ -70,7 +71,7 @@ def training_stars(config: StudyConfig, prepared: Prepared, protocol: str, fract
     return stars if n == prepared.n_covered else stars.select(drawn[:n])
 
 
-def run_gates(config: StudyConfig, prepared: Prepared, run: GateRun) -> Sweep:
+def run_gates(config: DataConfig, prepared: Prepared, run: GateRun, cache: Cache) -> Sweep:
     """Trains the gates of a run and applies them to the covered test stars; from the cache where they are known."""
 
     def compute() -> Sweep:
@@ -78,11 +79,11 @@ def run_gates(config: StudyConfig, prepared: Prepared, run: GateRun) -> Sweep:
         keys = gate_keys(config, run.n_seeds)
         return train_gates(keys, prepared.classifier.params, stars, prepared.test.covered(), run.gate, run.training)
 
-    settings = dataclasses.asdict(run) | {"gate": repr(run.gate), "data": dataclasses.asdict(config.data)}
-    return config.cache.load_or_compute("gates", settings, [prepare.__file__, __file__], SWEEP, compute)[0]
+    settings = dataclasses.asdict(run) | {"gate": repr(run.gate), "data": dataclasses.asdict(config)}
+    return cache.load_or_compute("gates", settings, [prepare.__file__, __file__], SWEEP, compute)[0]
 
 
-def gate_keys(config: StudyConfig, n_seeds: int) -> jax.Array:
+def gate_keys(config: DataConfig, n_seeds: int) -> jax.Array:
     """Keys of several gates: the same for every kind of gate, so that kinds are compared on the same draws."""
     return jax.random.split(jax.random.fold_in(draw_keys(config.seed).gates, 1_000), n_seeds)
 

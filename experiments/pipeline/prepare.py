@@ -77,20 +77,22 @@ def fit_stages(config: DataConfig, train: Observed, test: Observed, wave: np.nda
     """Experts, global ridge, features and classification gate."""
     keys = draw_keys(config.seed)
     require_covered(config, train.cell, test.cell)
-    folds = np.asarray(assign_folds(keys.folds, train.cell, config.n_folds))
+    folds = np.asarray(assign_folds(keys.folds, train.cell, config.experts.n_folds))
     with stages.steps("experts, cross-validated", config.n_experts) as advance:
         experts = fit_experts(
             train.flux,
             train.log_g,
             train.cell,
-            jnp.array(config.alphas),
+            jnp.array(config.experts.alphas),
             folds,
             n_experts=config.n_experts,
             on_fitted=advance,
         )
-    if config.global_alphas:
+    if config.experts.global_alphas:
         with stages("global ridge, cross-validated"):
-            global_ridge = jax.block_until_ready(fit_global(train.flux, train.log_g, jnp.array(config.global_alphas), folds))
+            global_ridge = jax.block_until_ready(
+                fit_global(train.flux, train.log_g, jnp.array(config.experts.global_alphas), folds)
+            )
     else:
         global_ridge = no_ridge(*train.flux.shape)
     with stages("features"):

@@ -93,4 +93,6 @@ def classify(config: DataConfig, train: Stars, stages: Stages) -> ClassifierFit:
     """The classification gate of the covered training stars."""
     with stages("classification gate"):
         covered = train.covered()
-        return fit_classifier(covered.features, covered.cell, C_grid=config.C_grid, n_folds=config.n_folds, seed=config.seed)
+        return fit_classifier(
+            covered.features, covered.cell, C_grid=config.experts.C_grid, n_folds=config.experts.n_folds, seed=config.seed
+        )

@@ -57,8 +57,8 @@ def stream_stages(config: DataConfig, stages: Stages, cache: Cache) -> Prepared:
     train, test = (
         Observation.of(source, key, config) for source, key in zip(sources, (keys.train_noise, keys.test_noise), strict=True)
     )
-    folds = assign_folds(keys.folds, cells[0], config.n_folds)
-    group = np.asarray(jnp.where(cells[0] < 0, config.n_experts, cells[0]) * config.n_folds + folds)
+    folds = assign_folds(keys.folds, cells[0], config.experts.n_folds)
+    group = np.asarray(jnp.where(cells[0] < 0, config.n_experts, cells[0]) * config.experts.n_folds + folds)
     settings = asdict(config) | {"processes": jax.process_count(), "devices": device_mesh().size}
 
     def fit() -> StreamedExperts:
@@ -85,7 +85,7 @@ def stream_stages(config: DataConfig, stages: Stages, cache: Cache) -> Prepared:
     own = jnp.where(cells[0] >= 0, seen_train.held_out(jnp.asarray(group)), jnp.nan)
     fits = fitted.cells
     experts = Experts(fits.coef, fits.intercept, fits.alpha, fits.at_edge, fits.mse, own)
-    if config.global_alphas:
+    if config.experts.global_alphas:
         whole = fitted.whole
         held_out = seen_train.global_held_out(folds)
         global_ridge = CrossValidatedRidge(Ridge(whole.coef, whole.intercept), whole.alpha, whole.at_edge, whole.mse, held_out)
@@ -105,7 +105,7 @@ class Offsets(NamedTuple):
 def accumulate(config: DataConfig, train: Observation, group: np.ndarray, saved: SavedSums, stages: Stages) -> tuple[Sums, Offsets]:
     """Sums of the training stars of each group: those of each cell's folds, and of the stars without an expert by fold."""
     mesh, log_g = device_mesh(), np.asarray(train.spectra.labels.log_g, np.float32)
-    n_groups, n_pixels = (config.n_experts + 1) * config.n_folds, len(np.asarray(train.spectra.wave))
+    n_groups, n_pixels = (config.n_experts + 1) * config.experts.n_folds, len(np.asarray(train.spectra.wave))
     part, first = next(train.slices(0, min(SLICE, train.spectra.n_stars)))
     offsets = Offsets(jnp.mean(first, axis=0), jnp.asarray(log_g[part].mean()))
     done, sums = saved.load(empty_sums(n_groups, n_pixels, mesh), stages)
@@ -171,12 +171,12 @@ class SavedSums:
 
 def fit_experts_from_sums(config: DataConfig, sums: Sums, offsets: Offsets) -> StreamedExperts:
     """Experts, global ridge and principal components from the sums of the groups."""
-    n_folds, n_cells = config.n_folds, config.n_experts
+    n_folds, n_cells = config.experts.n_folds, config.n_experts
     group = np.arange((n_cells + 1) * n_folds).reshape(n_cells + 1, n_folds)
-    cells = [fit_sums(collect(sums, group[k][:, None]), jnp.array(config.alphas), *offsets) for k in range(n_cells)]
+    cells = [fit_sums(collect(sums, group[k][:, None]), jnp.array(config.experts.alphas), *offsets) for k in range(n_cells)]
     everyone = collect(sums, group.T)
-    if config.global_alphas:
-        whole = fit_sums(everyone, jnp.array(config.global_alphas), *offsets)
+    if config.experts.global_alphas:
+        whole = fit_sums(everyone, jnp.array(config.experts.global_alphas), *offsets)
     else:
         whole = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan) if leaf.dtype != bool else leaf, cells[0])
     total = moments(jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), everyone))

@@ -60,14 +60,14 @@ def noise_key(key: jax.Array, config: DataConfig) -> jax.Array:
 def experts_of(labels: Labels, config: DataConfig) -> jax.Array:
     """The expert of each star, -1 where it has none."""
     T_eff, M_H = jnp.asarray(labels.T_eff), jnp.asarray(labels.M_H)
-    cell = nearest_cells(T_eff, M_H) if config.coverage == "edge_clamp" else assign_cells(T_eff, M_H)
-    return jnp.where(cell < 0, N_CELLS, cell) if config.coverage == "tenth_expert" else cell
+    cell = nearest_cells(T_eff, M_H) if config.experts.coverage == "edge_clamp" else assign_cells(T_eff, M_H)
+    return jnp.where(cell < 0, N_CELLS, cell) if config.experts.coverage == "tenth_expert" else cell
 
 
 def require_covered(config: DataConfig, train_cell: AnyArray, test_cell: AnyArray) -> None:
     """Raises an ``InputError`` where too few stars have an expert."""
     source = config.train_file or "the simulated training survey"
-    require_cell_sizes(f"{source}: labels T_eff and M_H", train_cell, config.n_experts, 2 * config.n_folds)
+    require_cell_sizes(f"{source}: labels T_eff and M_H", train_cell, config.n_experts, 2 * config.experts.n_folds)
     n_covered = int(np.sum(np.asarray(test_cell) >= 0))
     if n_covered < 2:
         where = config.test_file or "the simulated test survey"

@@ -91,12 +91,15 @@ def warnings(fits: Mapping[Method, GateFit], at_edge: list[str], n_undefined: in
         n_undefined: resamples of single cells without an R2.
     """
     found = []
-    for method, fit in fits.items():
-        if not bool(fit.stopped_early):
-            found.append(
-                f"{method.title}: stopped at the epoch cap (best epoch {int(fit.best_epoch) + 1} of {len(fit.train_loss)}); "
-                "it has not converged, and what it scores is no evidence against its form."
-            )
+    capped = [
+        f"{method.title} (best epoch {int(fit.best_epoch) + 1} of {len(fit.train_loss)})"
+        for method, fit in fits.items()
+        if not bool(fit.stopped_early)
+    ]
+    if capped:
+        found.append(
+            f"Stopped at the epoch cap: {', '.join(capped)}. A gate that has not converged is no evidence against its form."
+        )
     if at_edge:
         found.append(f"{', '.join(at_edge)}: the chosen value lies at an edge of its grid; the best may lie outside.")
     if n_undefined:
@@ -104,10 +107,8 @@ def warnings(fits: Mapping[Method, GateFit], at_edge: list[str], n_undefined: in
     return found
 
 
-def write_report(
+def report_sections(
     *,
-    title: str,
-    command: str,
     setup: str,
     overall: pd.DataFrame,
     bins: pd.DataFrame,
@@ -117,8 +118,8 @@ def write_report(
     notes: list[str],
     weights: Mapping[Method, Any],
     in_sample_fraction: float,
-) -> str:
-    """The whole report; every figure it names lies beside it."""
+) -> list[str]:
+    """The paragraphs of the report; every figure that they name lies beside it."""
     published = load_published()
     epochs = markdown_table(
         ["gate", "protocol", "best epoch", "epochs run", "validation loss", "report: best epoch, loss"],
@@ -154,8 +155,7 @@ def write_report(
         [[CELL_NAMES[k], *(f"{float(weight[:, k].mean()):.3f}" for weight in weights.values())] for k in range(len(CELL_NAMES))],
     )
     sections = [
-        f"# {title}",
-        f"Made by `{command}`.\n\n{setup}",
+        setup,
         "\n".join(f"> **Warning.** {note}\n>" for note in notes).rstrip("\n>") if notes else "",
         "## Every method on the same covered test stars",
         overall_markdown(overall, published),
@@ -180,7 +180,7 @@ def write_report(
         "![Mean weights](mean_weights.png)",
         "![Predicted against true log g](predicted_against_true.png)",
     ]
-    return "\n\n".join(filter(None, sections)) + "\n"
+    return list(filter(None, sections))
 
 
 def table_markdown(table: pd.DataFrame, formats: Mapping[str, str] | None = None) -> str:
