@@ -13,7 +13,8 @@ OUT has one row for each star, with these columns (NaN where nothing is predicte
     star               number of the star in SPECTRA, from 0
     log_g              predicted surface gravity, log10 of cm / s^2
     uncertainty        half-width of the 68 % interval; standard deviation where the model is not calibrated
-    half_width_90, 95  half-widths of the 90 % and 95 % intervals, where the model is calibrated
+    half_width_90      half-width of the 90 % interval, where the model is calibrated
+    half_width_95      likewise of the 95 % interval
     weight_0 to 8      weight of each expert in the prediction; they sum to 1
     distance           distance from the training stars in feature space, in units of the limit for unlike_training
     n_masked           masked pixels, of the model's

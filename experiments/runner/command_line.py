@@ -99,7 +99,7 @@ def _shown_options(presets: Mapping[str, Config], default: Config) -> Constructo
             for name, groups in values.items():
                 value = getattr(groups[info.type], field.name)
                 if name != default.preset and field.name != "preset" and not dataclasses.is_dataclass(value):
-                    text += f" ({name}: {as_typed(value)})" * (value != field.default)
+                    text += f" (preset {name}: {as_typed(value)})" * (value != field.default)
             markers = [tyro.conf.Suppress] if field.name in without[info.type] else []
             markers += [tyro.conf.OmitArgPrefixes] if metadata[field.name].get("prefix") is False else []
             kind: Any = field.type
