@@ -136,11 +136,7 @@ def simulate_population(config: CalibrateConfig, prepared: Prepared, stages: Sta
             covered = np.flatnonzero(cell >= 0)
             chunks.append(Population(np.asarray(y)[covered], cell[covered], np.stack(gains)[:, covered]))
             advance()
-    return Population(
-        np.concatenate([c.y for c in chunks]),
-        np.concatenate([c.cell for c in chunks]),
-        np.concatenate([c.gains for c in chunks], axis=1),
-    )
+    return Population(*(np.concatenate(column, axis=-1) for column in zip(*chunks, strict=True)))
 
 
 @functools.partial(jax.jit, static_argnames=("set_size", "n_resamples"))
@@ -152,11 +148,11 @@ def intervals_of_sets(keys: jax.Array, y: jax.Array, gain: jax.Array, cell: jax.
         rows = jax.random.randint(key_stars, (set_size,), 0, len(y))
         resampled = resample_gain(key_resamples, y[rows], gain[rows], cell[rows], n_resamples, N_CELLS)
         by_cell = Resampled(*(column[..., 1:] for column in resampled))
-        own = [[confidence_interval(resampled, method, level) for method in METHODS] for level in LEVELS]
+        single = [[confidence_interval(resampled, method, level) for method in METHODS] for level in LEVELS]
         at_once = [simultaneous_interval(by_cell, level) for level in LEVELS]
         return Ends(
-            jnp.stack([jnp.stack([interval.low for interval in row]) for row in own]),
-            jnp.stack([jnp.stack([interval.high for interval in row]) for row in own]),
+            jnp.stack([jnp.stack([interval.low for interval in row]) for row in single]),
+            jnp.stack([jnp.stack([interval.high for interval in row]) for row in single]),
             jnp.stack([interval.low for interval in at_once]),
             jnp.stack([interval.high for interval in at_once]),
         )
