@@ -1,7 +1,7 @@
 """What does the MLP regression gate owe to its features, its size, its penalties, its stars? One change at a time.
 
-python -m experiments.ablate_gate                  about 3 min on 2 cores
-python -m experiments.ablate_gate --preset smoke   small; about two minutes
+    python -m experiments.ablate_gate                  about 3 min on 2 cores
+    python -m experiments.ablate_gate --preset smoke   small; about two minutes
 
 Results go to results/ablate_gate/PRESET.
 """
@@ -14,16 +14,16 @@ from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-import pandas as pd
 
-from experiments.pipeline.config import SMALL, StudyConfig
-from experiments.pipeline.gates import CONVERGED_LINEAR, GateRun, Sweep, gate_keys, mix_by_class, run_gates, train_gates
+from experiments.pipeline.config import SMALL, BootstrapOptions, DataConfig, OutputOptions
+from experiments.pipeline.gates import CONVERGED_LINEAR, GateRun, gate_keys, mix_by_class, run_gates, train_gates
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
-from experiments.report.results import output_folder
-from experiments.report.variants import compare_by, write_variants
-from experiments.runner.command_line import run_command
+from experiments.report.results import Results, Study
+from experiments.report.variants import compare_by, variants_results
+from experiments.runner.command_line import group, run_command
 from experiments.runner.stages import Stages
+from moe_jax.core.arrays import AnyArray
 from moe_jax.gates.features import FEATURE_NAMES
 from moe_jax.gates.networks import MLPGate
 from moe_jax.gates.training import GateConfig, Hyper
@@ -55,35 +55,33 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class AblateConfig(StudyConfig):
+class AblateConfig:
     """The baseline, and what is changed."""
 
     preset: Literal["default", "smoke"] = "default"
-    """What the other options start from."""
+    """Preset from which the other options start."""
     n_seeds: int = 4
-    """Gates of each kind."""
-    gate: GateConfig = dataclasses.field(default_factory=GateConfig)
-    """Of the baseline."""
+    """Gates of each variant."""
+    gate: GateConfig = group(GateConfig(), prefix=True)
     widths: tuple[int, ...] = (8, 16, 32, 128, 256)
-    """Hidden units."""
+    """Numbers of hidden units."""
     weight_decays: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2)
+    """Factors of the squared kernel weights in the loss."""
     entropy_penalties: tuple[float, ...] = (-1e-2, -1e-3, 1e-3, 1e-2)
+    """Factors of the weights' entropy in the loss."""
     temperatures: tuple[float, ...] = (0.5, 0.75, 1.5, 2.0)
-    """At which the trained baseline's weights are used."""
+    """Temperatures at which the weights of the trained baseline are used."""
     fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5)
-    """Part of the covered training stars that the gate is trained on."""
+    """Fractions of the covered training stars that the gate is trained on."""
+    mlp: MLPGate = group(MLPGate())
+    data: DataConfig = group(DataConfig())
+    bootstrap: BootstrapOptions = group(BootstrapOptions())
+    output: OutputOptions = group(OutputOptions())
 
 
 PRESETS = {
     "default": AblateConfig(),
-    "smoke": AblateConfig(
-        preset="smoke",
-        **SMALL,
-        n_seeds=2,
-        gate=GateConfig(epochs=5),
-        widths=(8,),
-        fractions=(0.5,),
-    ),
+    "smoke": AblateConfig(preset="smoke", data=SMALL, n_seeds=2, gate=GateConfig(epochs=5), widths=(8,), fractions=(0.5,)),
 }
 
 
@@ -91,27 +89,27 @@ def train_variants(config: AblateConfig, prepared: Prepared) -> dict[Variant, np
     """Predictions by seed of all variants whose arrays have the baseline's shapes: one vectorised call."""
     stars, test = prepared.gate_stars(), prepared.test.covered()
     n_features, n_seeds = len(FEATURE_NAMES), config.n_seeds
-    default = Hyper.of(config.gate)
+    baseline = Hyper.of(config.gate)
     variants: list[tuple[Variant, Hyper, np.ndarray, float]] = []
     everything = np.ones(n_features, np.float32)
     for name, kept in FEATURE_GROUPS.items():
         mask = np.isin(FEATURE_NAMES, kept).astype(np.float32)
-        variants.append(((f"features: {name}", "features", name), default, mask, 1.0))
+        variants.append(((f"features: {name}", "features", name), baseline, mask, 1.0))
     for value in config.weight_decays:
         variant = (f"weight decay {value:g}", "weight decay", f"{value:g}")
-        variants.append((variant, default._replace(weight_decay=value), everything, 1.0))
+        variants.append((variant, baseline._replace(weight_decay=value), everything, 1.0))
     for value in config.entropy_penalties:
         variant = (f"entropy penalty {value:g}", "entropy penalty", f"{value:g}")
-        variants.append((variant, default._replace(entropy_penalty=value), everything, 1.0))
+        variants.append((variant, baseline._replace(entropy_penalty=value), everything, 1.0))
     for value in config.temperatures:
-        variants.append(((f"temperature {value:g} after training", "temperature", f"{value:g}"), default, everything, value))
+        variants.append(((f"temperature {value:g} after training", "temperature", f"{value:g}"), baseline, everything, value))
     hyper = Hyper(*(jnp.repeat(jnp.array(column), n_seeds) for column in zip(*(v[1] for v in variants), strict=True)))
     sweep = train_gates(
-        jnp.tile(gate_keys(config, n_seeds), len(variants)),
+        jnp.tile(gate_keys(config.data, n_seeds), len(variants)),
         prepared.classifier.params,
         stars,
         test,
-        MLPGate(config.hidden),
+        config.mlp,
         config.gate,
         hyper=hyper,
         mask=np.repeat(np.stack([v[2] for v in variants]), n_seeds, axis=0),
@@ -121,64 +119,57 @@ def train_variants(config: AblateConfig, prepared: Prepared) -> dict[Variant, np
     return {variant: predictions for (variant, *_), predictions in zip(variants, by_variant, strict=True)}
 
 
-def main(config: AblateConfig) -> pd.DataFrame:
-    """Trains all variants and writes the results."""
-    stages = Stages()
-    output_folder(config, "ablate_gate")
-    prepared = prepare(config.data, stages, config.cache)
-    baseline_run = GateRun(MLPGate(config.hidden), config.gate, n_seeds=config.n_seeds)
-    variants: dict[Variant, np.ndarray] = {}
+def compute(config: AblateConfig, stages: Stages) -> Results:
+    """Trains all variants."""
+    cache = config.output.cache
+    prepared = prepare(config.data, stages, cache)
+    test = prepared.test.covered()
+    baseline_run = GateRun(config.mlp, config.gate, n_seeds=config.n_seeds)
+    predictions: dict[Variant, AnyArray] = {}
 
-    def keep(name: str, changed: str, value: object, sweep: Sweep) -> None:
-        variants[name, changed, str(value)] = np.asarray(sweep.predictions)
+    def train(name: str, changed: str, value: object, run: GateRun) -> None:
+        predictions[name, changed, str(value)] = run_gates(config.data, prepared, run, cache).predictions
 
     with stages("baseline"):
-        keep("baseline", "", "", run_gates(config, prepared, baseline_run))
-        keep("linear gate, converged", "form", "linear", run_gates(config, prepared, CONVERGED_LINEAR))
+        train("baseline", "", "", baseline_run)
+        train("linear gate, converged", "form", "linear", CONVERGED_LINEAR)
     with stages("features, penalties and temperatures"):
-        variants |= train_variants(config, prepared)
+        predictions |= train_variants(config, prepared)
     with stages("widths"):
         for width in config.widths:
-            run = dataclasses.replace(baseline_run, gate=MLPGate(width))
-            keep(f"{width} hidden units", "hidden units", width, run_gates(config, prepared, run))
+            train(f"{width} hidden units", "hidden units", width, dataclasses.replace(baseline_run, gate=MLPGate(width)))
     with stages("numbers of stars"):
         for fraction in config.fractions:
-            run = dataclasses.replace(baseline_run, fraction=fraction)
             n_stars = round(fraction * prepared.n_covered)
-            keep(f"{n_stars:,} gate stars", "gate stars", n_stars, run_gates(config, prepared, run))
+            train(f"{n_stars:,} gate stars", "gate stars", n_stars, dataclasses.replace(baseline_run, fraction=fraction))
     # Trained on stars with uniform labels, and judged on the same test stars.
-    if config.train_file is None:
-        other = dataclasses.replace(config, label_sampling="uniform", test_sampling=config.test_sampling or config.label_sampling)
-        uniform = prepare(other.data, stages, config.cache)
+    if config.data.train_file is None:
+        test_sampling = config.data.test_sampling or config.data.label_sampling
+        other = dataclasses.replace(config.data, label_sampling="uniform", test_sampling=test_sampling)
+        uniform = prepare(other, stages, cache)
         with stages("gates of uniform labels"):
-            keep("trained on uniform labels", "labels", "uniform", run_gates(other, uniform, baseline_run))
+            sweep = run_gates(other, uniform, baseline_run, cache)
+            predictions["trained on uniform labels", "labels", "uniform"] = sweep.predictions
             classified = mix_by_class(uniform, uniform.test.covered())
-            variants["classification gate, uniform labels", "form and labels", "classification, uniform"] = classified
-    test = prepared.test.covered()
-    variants["classification gate", "form", "classification"] = mix_by_class(prepared, test)
+            predictions["classification gate, uniform labels", "form and labels", "classification, uniform"] = classified
+    predictions["classification gate", "form", "classification"] = mix_by_class(prepared, test)
     with stages("bootstrap"):
-        table = compare_by(
-            config,
-            test.log_g,
-            {name: predictions for (name, _, _), predictions in variants.items()},
-            variants["baseline", "", ""],
-        )
-    table[["changed", "value"]] = [(changed, value) for _, changed, value in variants]
-    write_variants(
-        "ablate_gate",
+        named = {name: prediction for (name, _, _), prediction in predictions.items()}
+        table = compare_by(config, test.log_g, named, named["baseline"])
+    table[["changed", "value"]] = [(changed, value) for _, changed, value in predictions]
+    return variants_results(
         "One change at a time",
-        config,
-        PRESETS,
-        stages,
+        config.bootstrap,
         table,
-        setup=f"The baseline is the MLP gate with {config.hidden} hidden units, all 13 features, cross-fitted expert predictions "
-        f"of {prepared.n_covered:,} stars, Adam for {config.gate.epochs} epochs. {len(test.log_g):,} covered test stars, the same "
-        "for all. A positive entropy penalty asks for sharper weights.",
+        setup=f"The baseline is the MLP gate with {config.mlp.hidden} hidden units, all 13 features, cross-fitted expert "
+        f"predictions of {prepared.n_covered:,} stars, Adam for {config.gate.epochs} epochs. {len(test.log_g):,} covered test "
+        "stars, the same for all. A positive entropy penalty asks for sharper weights.",
         against="the baseline",
-        groups=[KINDS.get(changed, "gates and labels") for _, changed, _ in variants],
+        groups=[KINDS.get(changed, "gates and labels") for _, changed, _ in predictions],
     )
-    return table
 
+
+main = Study("ablate_gate", PRESETS, compute)
 
 if __name__ == "__main__":
     run_command(main, PRESETS, __doc__)

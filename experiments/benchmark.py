@@ -1,7 +1,7 @@
 """How fast is it, against what a user would write otherwise and against what the machine allows?
 
-python -m experiments.benchmark                  all rows; about 15 minutes on 2 cores
-python -m experiments.benchmark --quick          the short rows, under two minutes, compared with the committed ones
+    python -m experiments.benchmark                  all rows; about 15 minutes on 2 cores
+    python -m experiments.benchmark --quick          the short rows, under two minutes, compared with the committed ones
 
 Each row is timed side by side with its peer, in turns and in one run: the ratio is the median over the pairs, the first call
 of ours (which compiles) is apart. The floor is what the row's dense linear algebra takes by itself, in the same pair. Results
@@ -19,21 +19,17 @@ from matplotlib.figure import Figure
 
 from experiments.report.figures import BLACK, BLUE, GREY, new_figure
 from experiments.report.markdown import table_markdown
-from experiments.report.results import write_results
+from experiments.report.results import Results, Study
 from experiments.runner.command_line import run_command
-from experiments.runner.provenance import describe_machine
 from experiments.runner.stages import Stages, console
 from experiments.timing.rows import GROUPS, BenchmarkConfig
 from moe_jax.core.arrays import InputError
 
 MUST_STAND = 0.7  # of a committed ratio; what is below fell by more than the noise of these machines
 
-
 PRESETS = {
     "default": BenchmarkConfig(),
-    "quick": BenchmarkConfig(
-        preset="quick", quick=True, rows=("experts", "gates", "bootstrap"), n_train=9_600, n_gates=16, n_pairs=2
-    ),
+    "quick": BenchmarkConfig(preset="quick", rows=("experts", "gates", "bootstrap"), n_train=9_600, n_gates=16, n_pairs=2),
 }
 
 
@@ -53,18 +49,18 @@ def draw_figure(table: pd.DataFrame) -> Figure:
 
 
 def fallen(table: pd.DataFrame, committed: Path) -> list[str]:
-    """What the rows say beside those of an earlier run."""
+    """A line for each row that an earlier run has too: whether its ratio stands or fell."""
     if not committed.is_file():
         return [f"{committed} is not there: nothing to compare with"]
     before = pd.read_csv(committed).set_index(["row", "peer"])["ratio"]
-    found = []
+    lines = []
     for row in table.to_dict("records"):
         key = (row["row"], row["peer"])
         if key in before.index:
             old = float(before[key])
             verdict = "fell" if row["ratio"] < MUST_STAND * old else "stands"
-            found.append(f"{verdict}: {row['row']} against {row['peer']}: {row['ratio']:.1f}x, was {old:.1f}x")
-    return found
+            lines.append(f"{verdict}: {row['row']} against {row['peer']}: {row['ratio']:.1f}x, was {old:.1f}x")
+    return lines
 
 
 def summary(table: pd.DataFrame) -> str:
@@ -82,17 +78,15 @@ def summary(table: pd.DataFrame) -> str:
     return table_markdown(pd.DataFrame(rows))
 
 
-def report_of(command: str, table: pd.DataFrame) -> str:
-    """report.md."""
+def sections_of(table: pd.DataFrame) -> list[str]:
+    """The paragraphs of report.md."""
     shown = table[
         ["row", "ours_s", "compile_s", "peer", "peer_s", "ratio", "ratio_low", "ratio_high", "pairs", "target", "over_floor"]
     ]
     formats = dict.fromkeys(("ours_s", "peer_s"), ".4g") | dict.fromkeys(("ratio", "ratio_low", "ratio_high", "target"), ".3g")
     formats |= {"compile_s": ".2f", "over_floor": ".2f"}
     notes = [f"- {row['row']} ({row['peer']}): {row['note']}." for row in table.to_dict("records") if row["note"]]
-    sections = [
-        "# Benchmark",
-        f"Made by `{command}`.",
+    return [
         "Seconds are medians; the ratio is the median over pairs that were timed in turns in one run, with its range. compile_s is "
         "what the first call took longer; over_floor compares with the row's dense linear algebra alone: for the experts one "
         "float32 Gram matrix and per alpha one potrf and one potri by SciPy's LAPACK; for the gates their multiplications at "
@@ -101,21 +95,17 @@ def report_of(command: str, table: pd.DataFrame) -> str:
         "![Ratios](ratios.png)",
         *(["\n".join(notes)] if notes else []),
     ]
-    return "\n\n".join(sections) + "\n"
 
 
-def main(config: BenchmarkConfig) -> pd.DataFrame:
-    """Times all rows and writes the results."""
-    if config.quick and config.preset != "quick":
-        config = dataclasses.replace(PRESETS["quick"], output_dir=config.output_dir)
-    folder = config.output_dir or (None if config.preset == "quick" else Path("results/benchmark/default"))
-    stages, records = Stages(), []
+def compute(config: BenchmarkConfig, stages: Stages) -> Results:
+    """Times all rows."""
+    records = []
     for name in config.rows:
         with stages(name):
             for row in GROUPS[name](config):
-                records.append(row.record())
-                found = records[-1]
-                times = f"{found['ours_s']:.4g} s; {row.peer}: {found['peer_s']:.4g} s; {found['ratio']:.1f}x"
+                record = row.record()
+                records.append(record)
+                times = f"{record['ours_s']:.4g} s; {row.peer}: {record['peer_s']:.4g} s; {record['ratio']:.1f}x"
                 console.print(f"  {row.name}: {times}", highlight=False)
     if not records:
         raise InputError("no row could be timed, expected the packages of the extra 'benchmark'")
@@ -123,11 +113,16 @@ def main(config: BenchmarkConfig) -> pd.DataFrame:
     if config.preset == "quick":
         for line in fallen(table, Path("results/benchmark/quick/benchmark.csv")):
             console.print(line, highlight=False)
-    if folder is not None:
-        command = "python -m experiments.benchmark" + (" --quick --output-dir results/benchmark/quick" if config.quick else "")
-        run = {"command": command} | describe_machine() | {"seconds": stages.seconds}
-        write_results(folder, {"benchmark": table}, {"ratios": draw_figure(table)}, report_of(command, table), run)
-    return table
+    return Results("Benchmark", sections_of(table), {"benchmark": table}, {"ratios": draw_figure(table)})
+
+
+def main(config: BenchmarkConfig) -> Results:
+    """Times all rows and writes the results; of the quick ones only where a folder is given."""
+    if config.quick:
+        config = dataclasses.replace(PRESETS["quick"], output=config.output)
+    if config.preset == "quick" and config.output.output_dir is None:
+        return compute(config, Stages())
+    return Study("benchmark", PRESETS, compute)(config)
 
 
 if __name__ == "__main__":

@@ -30,18 +30,23 @@ class BuildConfig:
     """Axes of the grid and where its files go."""
 
     preset: Literal["default", "smoke"] = "default"
+    """Preset from which the other options start."""
     T_eff: tuple[float, ...] = (3750.0, 4000.0, 4500.0, 5000.0, 5500.0, 6000.0)
     """Effective temperatures, K."""
     log_g: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0)
+    """Surface gravities, log10 of cm / s^2."""
     M_H: tuple[float, ...] = (-2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 0.75)
+    """Metallicities, dex."""
     a_M: tuple[float, ...] = (-0.25, 0.125, 0.5)
+    """Alpha enhancements [alpha/M], dex."""
     n_components: int = 320
-    """Principal components that are kept of the normalised flux."""
+    """Principal components of the normalised flux."""
     jobs: int = os.cpu_count() or 1
     """Nodes computed at the same time."""
     nodes_dir: Path = Path(".cache/lte_grid")
-    """Where each finished node is kept."""
+    """Folder of the finished nodes."""
     output: Path = GRID_FILE
+    """File of the grid."""
 
 
 PRESETS: dict[str, BuildConfig] = {

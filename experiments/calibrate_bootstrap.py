@@ -1,7 +1,7 @@
 """Do the intervals hold what they promise? Thousands of test sets from one simulated population, with frozen gates.
 
-python -m experiments.calibrate_bootstrap                  2,000 test sets of 816 from 100,000 stars; about 3 min on 2 cores
-python -m experiments.calibrate_bootstrap --preset smoke   40 test sets; about a minute
+    python -m experiments.calibrate_bootstrap                  2,000 test sets of 816 from 100,000 stars; about 3 min on 2 cores
+    python -m experiments.calibrate_bootstrap --preset smoke   40 test sets; about a minute
 
 Each test set is drawn with replacement from the population, so that the population's Delta R2 is the exact truth for it.
 Results go to results/calibrate_bootstrap/PRESET.
@@ -21,18 +21,17 @@ import pandas as pd
 from jax import lax
 from matplotlib.figure import Figure
 
-from experiments.pipeline.config import SMALL, StudyConfig, draw_keys
+from experiments.pipeline.config import SMALL, BootstrapOptions, DataConfig, OutputOptions, draw_keys
 from experiments.pipeline.gates import CONVERGED, training_stars
 from experiments.pipeline.methods import PROTOCOLS
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
 from experiments.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure
 from experiments.report.markdown import table_markdown
-from experiments.report.results import output_folder, write_results
-from experiments.runner.command_line import run_command
-from experiments.runner.provenance import command_of, describe_run
+from experiments.report.results import Results, Study
+from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages, console
-from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.core.arrays import AnyArray
 from moe_jax.evaluate.bootstrap import resample_gain, squared_error_gain
 from moe_jax.evaluate.intervals import METHODS, confidence_interval, simultaneous_interval
 from moe_jax.experts.cells import CELL_NAMES, N_CELLS, assign_cells
@@ -50,36 +49,35 @@ _SETS = 50  # test sets between two steps of the progress
 
 
 @dataclass(frozen=True)
-class CalibrateConfig(StudyConfig):
+class CalibrateConfig:
     """The population and the test sets."""
 
     preset: Literal["default", "smoke"] = "default"
-    """What the other options start from."""
+    """Preset from which the other options start."""
     n_population: int = 100_000
     """Stars of the population; those that the cells cover are drawn from."""
     n_sets: int = 2_000
     """Test sets."""
     set_size: int = 816
     """Covered stars of a test set."""
-    gate: GateConfig = dataclasses.field(default_factory=GateConfig)
+    gate: GateConfig = group(GateConfig(), prefix=True)
+    mlp: MLPGate = group(MLPGate())
+    data: DataConfig = group(DataConfig(), without=("train_file", "test_file"))
+    bootstrap: BootstrapOptions = group(BootstrapOptions(), without=("confidence_level", "interval_method"))
+    output: OutputOptions = group(OutputOptions())
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, least in (("n_population", 100), ("n_sets", 2), ("set_size", 2)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least {least}")
-        if self.train_file is not None:
-            raise InputError("--train-file was given, expected none: the population is simulated")
+        require_at_least(self, n_population=100, n_sets=2, set_size=2)
 
 
 PRESETS = {
     "default": CalibrateConfig(),
     "smoke": CalibrateConfig(
         preset="smoke",
-        **SMALL,
+        data=SMALL,
         n_population=5_000,
         n_sets=50,
-        n_resamples=200,
+        bootstrap=BootstrapOptions(n_resamples=200),
         gate=GateConfig(epochs=5),
     ),
 }
@@ -107,17 +105,17 @@ PAIRS = ("MLP, cross-fitted", "linear, converged", "linear, in-sample 20 %")
 
 def simulate_population(config: CalibrateConfig, prepared: Prepared, stages: Stages) -> Population:
     """Trains the gates, and has them predict the population, chunk by chunk."""
-    keys = draw_keys(config.seed)
+    keys = draw_keys(config.data.seed)
     logistic = prepared.classifier.params
     fits = []
     with stages("gates"):
         settings: tuple[tuple[Gate, GateConfig, str, float], ...] = (
-            (MLPGate(config.hidden), config.gate, PROTOCOLS[1], 1.0),
+            (config.mlp, config.gate, PROTOCOLS[1], 1.0),
             (LinearGate(), CONVERGED, PROTOCOLS[1], 1.0),
             (LinearGate(), config.gate, PROTOCOLS[0], 0.2),
         )
         for i, (gate, gate_config, protocol, fraction) in enumerate(settings):
-            stars = training_stars(config, prepared, protocol, fraction)
+            stars = training_stars(config.data, prepared, protocol, fraction)
             x, yhat, y = map(jnp.asarray, (stars.features, stars.predictions, stars.log_g))
             fit = fit_gate(jax.random.fold_in(keys.gates, i), gate, x, yhat, y, gate_config, logistic=logistic)
             fits.append((gate, fit.params))
@@ -126,8 +124,8 @@ def simulate_population(config: CalibrateConfig, prepared: Prepared, stages: Sta
     with stages.steps("population", len(sizes)) as advance:
         for i, size in enumerate(sizes):
             key_stars, key_noise = jax.random.split(jax.random.fold_in(keys.test, 1_000 + i))
-            survey = simulate_survey(key_stars, size, label_sampling=config.label_sampling)
-            flux = add_noise(key_noise, jnp.asarray(survey.flux), jnp.asarray(survey.error), config.noise_level)
+            survey = simulate_survey(key_stars, size, label_sampling=config.data.label_sampling)
+            flux = add_noise(key_noise, jnp.asarray(survey.flux), jnp.asarray(survey.error), config.data.noise_level)
             features = compute_features(prepared.model, flux, survey.wave)
             yhat = predict_experts(prepared.experts, flux)
             baseline = route_soft(LinearGate().apply(logistic, features), yhat)
@@ -137,11 +135,7 @@ def simulate_population(config: CalibrateConfig, prepared: Prepared, stages: Sta
             covered = np.flatnonzero(cell >= 0)
             chunks.append(Population(np.asarray(y)[covered], cell[covered], np.stack(gains)[:, covered]))
             advance()
-    return Population(
-        np.concatenate([c.y for c in chunks]),
-        np.concatenate([c.cell for c in chunks]),
-        np.concatenate([c.gains for c in chunks], axis=1),
-    )
+    return Population(*(np.concatenate(column, axis=-1) for column in zip(*chunks, strict=True)))
 
 
 @functools.partial(jax.jit, static_argnames=("set_size", "n_resamples"))
@@ -153,11 +147,11 @@ def intervals_of_sets(keys: jax.Array, y: jax.Array, gain: jax.Array, cell: jax.
         rows = jax.random.randint(key_stars, (set_size,), 0, len(y))
         resampled = resample_gain(key_resamples, y[rows], gain[rows], cell[rows], n_resamples, N_CELLS)
         by_cell = resampled.columns(slice(1, None))
-        own = [[confidence_interval(resampled, method, level) for method in METHODS] for level in LEVELS]
+        single = [[confidence_interval(resampled, method, level) for method in METHODS] for level in LEVELS]
         at_once = [simultaneous_interval(by_cell, level) for level in LEVELS]
         return Ends(
-            jnp.stack([jnp.stack([interval.low for interval in row]) for row in own]),
-            jnp.stack([jnp.stack([interval.high for interval in row]) for row in own]),
+            jnp.stack([jnp.stack([interval.low for interval in row]) for row in single]),
+            jnp.stack([jnp.stack([interval.high for interval in row]) for row in single]),
             jnp.stack([interval.low for interval in at_once]),
             jnp.stack([interval.high for interval in at_once]),
         )
@@ -253,8 +247,8 @@ def draw_figure(coverage: pd.DataFrame) -> Figure:
     return fig
 
 
-def report_of(config: CalibrateConfig, command: str, tables: dict[str, pd.DataFrame], truth: np.ndarray, n: int) -> str:
-    """report.md."""
+def sections_of(config: CalibrateConfig, tables: dict[str, pd.DataFrame], truth: np.ndarray, n: int) -> list[str]:
+    """The paragraphs of report.md."""
     coverage, ranking = tables["coverage"], tables["ranking"]
     wide = coverage[coverage["stars"] == "all stars"].copy()
     wide["coverage"] = [f"{c:.1%} ± {e:.1%}" for c, e in zip(wide["coverage"], wide["monte_carlo_error"], strict=True)]
@@ -268,11 +262,9 @@ def report_of(config: CalibrateConfig, command: str, tables: dict[str, pd.DataFr
     ]
     best = ranking["method"].iloc[0]
     truths = ", ".join(f"{name} {value[0]:+.4f}" for name, value in zip(PAIRS, truth, strict=True))
-    sections = [
-        "# Do the intervals hold what they promise?",
-        f"Made by `{command}`.",
+    return [
         f"{config.n_sets:,} test sets of {config.set_size} stars, drawn with replacement from {n:,} covered stars of a simulated "
-        f"population; {config.n_resamples:,} resamples of each. The gates are frozen; the true Delta R2 against the "
+        f"population; {config.bootstrap.n_resamples:,} resamples of each. The gates are frozen; the true Delta R2 against the "
         f"classification gate are those of the population: {truths}.",
         f"**{best}** comes closest to what it promises.",
         table_markdown(ranking, dict.fromkeys(ranking.columns[1:], ".2f")),
@@ -288,16 +280,14 @@ def report_of(config: CalibrateConfig, command: str, tables: dict[str, pd.DataFr
         "## All nine cells at once (max-t)",
         table_markdown(simultaneous[["comparison", "level", "all_nine_inside", "mean_width"]], {"level": ".0%"}),
     ]
-    return "\n\n".join(sections) + "\n"
 
 
-def main(config: CalibrateConfig) -> dict[str, pd.DataFrame]:
-    """Measures the coverage and writes the results."""
-    stages = Stages()
-    folder = output_folder(config, "calibrate_bootstrap")
-    prepared = prepare(config.data, stages, config.cache)
-    settings = {"data": dataclasses.asdict(config.data), "gate": dataclasses.asdict(config.gate), "hidden": config.hidden}
-    population, _ = config.cache.load_or_compute(
+def compute(config: CalibrateConfig, stages: Stages) -> Results:
+    """Measures the coverage."""
+    cache = config.output.cache
+    prepared = prepare(config.data, stages, cache)
+    settings = {"data": dataclasses.asdict(config.data), "gate": dataclasses.asdict(config.gate), "hidden": config.mlp.hidden}
+    population, _ = cache.load_or_compute(
         "population",
         settings | {"n": config.n_population},
         [__file__],
@@ -306,13 +296,13 @@ def main(config: CalibrateConfig) -> dict[str, pd.DataFrame]:
     )
     truth = truth_of(population)
     y, cell, gains = map(jnp.asarray, population)
-    keys = jax.random.split(draw_keys(config.seed).bootstrap, config.n_sets)
+    keys = jax.random.split(draw_keys(config.data.seed).bootstrap, config.n_sets)
     ends = []
     for name, gain in zip(PAIRS, gains, strict=True):
         parts = []
         with stages.steps(f"intervals: {name}", -(-config.n_sets // _SETS)) as advance:
             for i in range(0, config.n_sets, _SETS):
-                part = intervals_of_sets(keys[i : i + _SETS], y, gain, cell, config.set_size, config.n_resamples)
+                part = intervals_of_sets(keys[i : i + _SETS], y, gain, cell, config.set_size, config.bootstrap.n_resamples)
                 parts.append(jax.tree.map(np.asarray, part))
                 advance()
         ends.append(Ends(*(np.concatenate(column) for column in zip(*parts, strict=True))))
@@ -320,15 +310,18 @@ def main(config: CalibrateConfig) -> dict[str, pd.DataFrame]:
     tables["ranking"] = rank_methods(tables["coverage"])
     shown = tables["coverage"][tables["coverage"]["stars"] == "all stars"]
     for row in shown.to_dict("records"):
-        found = f"{row['coverage']:.3f} +- {row['monte_carlo_error']:.3f}"
-        text = f"{row['comparison']:<24} {row['method']:<12} {row['level']:.0%}  {found}"
-        console.print(text, highlight=False)
-    command = command_of("calibrate_bootstrap", config, PRESETS)
-    report = report_of(config, command, tables, truth, len(y))
-    run = describe_run(command, config, stages.seconds, truth=truth, n_covered_population=len(y))
-    write_results(folder, tables, {"coverage": draw_figure(tables["coverage"])}, report, run)
-    return tables
+        coverage = f"{row['coverage']:.3f} +- {row['monte_carlo_error']:.3f}"
+        console.print(f"{row['comparison']:<24} {row['method']:<12} {row['level']:.0%}  {coverage}", highlight=False)
+    return Results(
+        "Do the intervals hold what they promise?",
+        sections_of(config, tables, truth, len(y)),
+        tables,
+        {"coverage": draw_figure(tables["coverage"])},
+        {"truth": truth, "n_covered_population": len(y)},
+    )
 
+
+main = Study("calibrate_bootstrap", PRESETS, compute)
 
 if __name__ == "__main__":
     run_command(main, PRESETS, __doc__)

@@ -1,7 +1,7 @@
 """Can the uncertainties be trusted? Coverage of the calibrated intervals, and how far every method stands from the floor.
 
-python -m experiments.calibrate_uncertainty                  about three minutes on 2 cores
-python -m experiments.calibrate_uncertainty --preset smoke   small; about half a minute
+    python -m experiments.calibrate_uncertainty                  about three minutes on 2 cores
+    python -m experiments.calibrate_uncertainty --preset smoke   small; about half a minute
 
 A model is trained as by regress_gate (MLP gate, cross-fitted), its intervals are calibrated on stars of their own, and judged
 on test stars that nothing was fitted, chosen or calibrated on. Results go to results/calibrate_uncertainty/PRESET.
@@ -28,15 +28,14 @@ from experiments.pipeline.calibration import (
     model_of,
     predict_labelled,
 )
-from experiments.pipeline.config import SMALL, StudyConfig, draw_keys
+from experiments.pipeline.config import SMALL, DataConfig, OutputOptions, draw_keys
 from experiments.pipeline.observation import Observation, observe_surveys
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared, Stars
 from experiments.report import figures
 from experiments.report.markdown import table_markdown
-from experiments.report.results import output_folder, write_results
-from experiments.runner.command_line import run_command
-from experiments.runner.provenance import command_of, describe_run
+from experiments.report.results import Results, Study
+from experiments.runner.command_line import group, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.apply.conformal import coverage_table
 from moe_jax.apply.model import Model
@@ -54,22 +53,25 @@ MAG_NAMES = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(MAG_EDGE
 
 
 @dataclass(frozen=True)
-class UncertaintyConfig(StudyConfig):
+class UncertaintyConfig:
     """The model, its calibration, and its judgement."""
 
     preset: Literal["default", "smoke"] = "default"
-    """What the other options start from."""
-    gate: GateConfig = dataclasses.field(default_factory=GateConfig)
-    calibration: CalibrationConfig = dataclasses.field(default_factory=CalibrationConfig)
+    """Preset from which the other options start."""
     n_floor: int = 4_000
     """Test stars for which the Cramer-Rao floor is computed."""
+    gate: GateConfig = group(GateConfig(), prefix=True)
+    mlp: MLPGate = group(MLPGate())
+    data: DataConfig = group(DataConfig())
+    calibration: CalibrationConfig = group(CalibrationConfig(), prefix=True)
+    output: OutputOptions = group(OutputOptions())
 
 
 PRESETS = {
     "default": UncertaintyConfig(),
     "smoke": UncertaintyConfig(
         preset="smoke",
-        **SMALL,
+        data=SMALL,
         gate=GateConfig(epochs=30),
         calibration=CalibrationConfig(n_stars=2_000, n_training=1_200),
         n_floor=200,
@@ -79,9 +81,9 @@ PRESETS = {
 
 def train_model(config: UncertaintyConfig, prepared: Prepared) -> Model:
     """The mixture with a cross-fitted MLP gate."""
-    stars, gate = prepared.gate_stars(), MLPGate(config.hidden)
-    fit = fit_gate(draw_keys(config.seed).gates, gate, stars.features, stars.predictions, stars.log_g, config.gate)
-    return model_of(prepared, gate, fit.params)
+    stars = prepared.gate_stars()
+    fit = fit_gate(draw_keys(config.data.seed).gates, config.mlp, stars.features, stars.predictions, stars.log_g, config.gate)
+    return model_of(prepared, config.mlp, fit.params)
 
 
 def leverage_check(prepared: Prepared, model: Model, train: Observation, test: Observation) -> pd.DataFrame:
@@ -139,7 +141,7 @@ def floor_table(config: UncertaintyConfig, prepared: Prepared, model: Model, tes
     return pd.DataFrame(table)
 
 
-class Found(NamedTuple):
+class Judgement(NamedTuple):
     """All that is reported."""
 
     coverage: pd.DataFrame
@@ -155,9 +157,9 @@ class Found(NamedTuple):
     notes: list[str]
 
 
-def judge_uncertainty(config: UncertaintyConfig, stages: Stages) -> tuple[Found, LabelledPrediction]:
+def judge_uncertainty(config: UncertaintyConfig, stages: Stages) -> tuple[Judgement, LabelledPrediction]:
     """Trains, calibrates, and judges; also what the model says of the covered test stars."""
-    prepared = prepare(config.data, stages, config.cache)
+    prepared = prepare(config.data, stages, config.output.cache)
     with stages("MLP gate"):
         model = jax.block_until_ready(train_model(config, prepared))
     model, notes = add_uncertainty(config.data, config.calibration, prepared, model, stages)
@@ -187,7 +189,7 @@ def judge_uncertainty(config: UncertaintyConfig, stages: Stages) -> tuple[Found,
     flagged = [
         {"stars": name, "n": len(s.mag), "flagged": float(np.mean(s.distance > 1))} for name, s in both.items() if len(s.mag)
     ]
-    found = Found(
+    judgement = Judgement(
         coverage=coverage_table(judged.residual, judged.half_width, np.array(levels), groups, names),
         outside=coverage_table(outside.residual, outside.half_width, np.array(levels), {}, {}),
         variance=pd.DataFrame(parts_table),
@@ -200,73 +202,73 @@ def judge_uncertainty(config: UncertaintyConfig, stages: Stages) -> tuple[Found,
         n_calibration=int(n_stars.sum()),
         notes=notes,
     )
-    return found, judged
+    return judgement, judged
 
 
-def report_of(config: UncertaintyConfig, found: Found, n_test: int) -> str:
-    """report.md."""
-    levels = sorted(found.coverage["level"].unique())
+def sections_of(config: UncertaintyConfig, judgement: Judgement, n_test: int) -> list[str]:
+    """The paragraphs of report.md."""
+    levels = sorted(judgement.coverage["level"].unique())
     thirds = dict.fromkeys(["coverage", "low", "high", "half_width", "ratio_median", "ratio_low", "ratio_high"], ".3f")
     shape = thirds | {"level": ".2f", "share": ".1%", "flagged": ".2%", "mean_variance": ".5f", "factor": ".3g"}
     normal = ", ".join(f"{stats.norm.ppf(0.5 + level / 2):.2f}" for level in levels)
-    sections = [
-        "# Can the uncertainties be trusted?",
-        f"Made by `{command_of('calibrate_uncertainty', config, PRESETS)}`.",
-        f"Nine ridge experts and a cross-fitted MLP gate, trained on {found.n_covered:,} covered stars; intervals calibrated on "
-        f"{found.n_calibration:,} others, by the likeliest cell (split-conformal); judged on {n_test:,} covered test stars. Noise "
-        f"level {config.noise_level:g}, seed {config.seed}.",
-        *[f"Warning: {note}." for note in found.notes],
+    return [
+        f"Nine ridge experts and a cross-fitted MLP gate, trained on {judgement.n_covered:,} covered stars; intervals "
+        f"calibrated on {judgement.n_calibration:,} others, by the likeliest cell (split-conformal); judged on {n_test:,} "
+        f"covered test stars. Noise level {config.data.noise_level:g}, seed {config.data.seed}.",
+        *[f"Warning: {note}." for note in judgement.notes],
         "## Coverage",
-        table_markdown(found.coverage, shape),
+        table_markdown(judgement.coverage, shape),
         "*low*, *high*: 95 % interval of the coverage (Clopper-Pearson); *half width*: mean over the stars. Intervals promise "
         "their level to the stars that the classification gate puts into one cell, not to those of one true cell or magnitude.",
         "![Coverage](coverage.png)",
         "![Error against uncertainty](error_against_uncertainty.png)",
-        f"Rank correlation of |error| and uncertainty: {found.rank:.3f}.",
+        f"Rank correlation of |error| and uncertainty: {judgement.rank:.3f}.",
         "## What the variance is made of",
-        table_markdown(found.variance, shape),
+        table_markdown(judgement.variance, shape),
         "*mean variance*: over the test stars; *factor*: by which a part counts, from the errors of other calibration stars, a "
         "third as many (maximum likelihood; the noise counts in full); *share*: of sigma squared, the sum with these factors.",
         f"Quantiles of |error| / sigma on the other calibration stars; of a normal distribution they are {normal}:",
-        table_markdown(found.quantiles, {name: ".2f" for name in found.quantiles.columns}),
+        table_markdown(judgement.quantiles, {name: ".2f" for name in judgement.quantiles.columns}),
         "## Leverage",
-        table_markdown(found.leverage, shape),
+        table_markdown(judgement.leverage, shape),
         "*exact*: the kernel form with all training spectra, for 500 test stars; *ratio*: of what the model keeps to it (median, "
         "5 % and 95 % quantiles).",
         "## The floor",
-        table_markdown(found.floor),
+        table_markdown(judgement.floor),
         "Root mean squared error of log g of the first covered test stars by magnitude, beside the root mean square of the "
         "Cramer-Rao floor (T_eff, [M/H] and [alpha/M] unknown) and of the same with what the survey's label ranges say beforehand.",
         "![Cramer-Rao floor](cramer_rao.png)",
         "## Stars outside the cells",
-        table_markdown(found.flagged, shape),
+        table_markdown(judgement.flagged, shape),
         "*flagged*: further from the training stars in feature space than all but 0.1 % of them. What the intervals cover of the "
         "stars outside the cells, to which nothing is promised:",
-        table_markdown(found.outside, shape),
+        table_markdown(judgement.outside, shape),
     ]
-    return "\n\n".join(sections) + "\n"
 
 
-def main(config: UncertaintyConfig) -> Found:
-    """Judges the uncertainties and writes the results."""
-    stages, folder = Stages(), output_folder(config, "calibrate_uncertainty")
-    config = keep_calibration_stars(config, config.calibration, stages)
-    found, judged = judge_uncertainty(config, stages)
+def compute(config: UncertaintyConfig, stages: Stages) -> Results:
+    """Judges the uncertainties."""
+    config = dataclasses.replace(config, data=keep_calibration_stars(config.data, config.calibration, stages))
+    judgement, judged = judge_uncertainty(config, stages)
     with stages("figures"):
         drawn = {
-            "coverage": figures.coverage_plot(found.coverage),
+            "coverage": figures.coverage_plot(judgement.coverage),
             "error_against_uncertainty": figures.error_against_uncertainty(judged.half_width[:, 0], np.abs(judged.residual)),
-            "cramer_rao": figures.floor_plot(found.floor[found.floor["mag"] != "all"]),
+            "cramer_rao": figures.floor_plot(judgement.floor[judgement.floor["mag"] != "all"]),
         }
-    for row in found.coverage[found.coverage["by"] == "all"].to_dict("records"):
+    for row in judgement.coverage[judgement.coverage["by"] == "all"].to_dict("records"):
         actual = f"{row['coverage']:.2%} [{row['low']:.2%}, {row['high']:.2%}]"
         console.print(f"{row['level']:.0%} intervals cover {actual}, mean half-width {row['half_width']:.3f}", highlight=False)
-    command = command_of("calibrate_uncertainty", config, PRESETS)
-    run = describe_run(command, config, stages.seconds, rank_correlation=found.rank, notes=found.notes)
-    tables = {name: table for name, table in found._asdict().items() if isinstance(table, pd.DataFrame)}
-    write_results(folder, tables, drawn, report_of(config, found, len(judged.mag)), run)
-    return found
+    return Results(
+        "Can the uncertainties be trusted?",
+        sections_of(config, judgement, len(judged.mag)),
+        {name: table for name, table in judgement._asdict().items() if isinstance(table, pd.DataFrame)},
+        drawn,
+        {"rank_correlation": judgement.rank, "notes": judgement.notes},
+    )
 
+
+main = Study("calibrate_uncertainty", PRESETS, compute)
 
 if __name__ == "__main__":
     run_command(main, PRESETS, __doc__)

@@ -1,8 +1,8 @@
 """Does a GPU give what the CPU gives, in float32 without TF32, and how much of its speed is used?
 
-python -m experiments.check_gpu                  the pieces, then the whole default run on both; about three minutes
-python -m experiments.check_gpu --preset smoke   small
-python -m experiments.check_gpu --any-device     the checks on whatever JAX finds, if only to see that they work
+    python -m experiments.check_gpu                  the pieces, then the whole default run on both; about three minutes
+    python -m experiments.check_gpu --preset smoke   small
+    python -m experiments.check_gpu --any-device     the checks on whatever JAX finds, if only to see that they work
 
 Prints one line a check, with its tolerance; exit code 1 where one fails. Results go to results/check_gpu/PRESET.
 """
@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
+from experiments.pipeline.config import OutputOptions
 from experiments.report.markdown import table_markdown
-from experiments.report.results import write_results
-from experiments.runner.command_line import run_command
-from experiments.runner.provenance import describe_machine
+from experiments.report.results import Results, Study
+from experiments.runner.command_line import group, run_command
 from experiments.runner.stages import Stages, console
 from experiments.timing.rows import seconds_of
 from moe_jax.core.arrays import InputError, matmul
@@ -45,19 +45,18 @@ class CheckConfig:
     """Sizes of the checks."""
 
     preset: Literal["default", "smoke"] = "default"
-    """What the other options start from."""
+    """Preset from which the other options start."""
     n_stars: int = 3_000
-    """Of the expert; gates get twice as many."""
+    """Training stars of the expert; gates get twice as many."""
     n_matmul: int = 8_192
     """Side of the matrices whose product gives the device's rate."""
     n_gates: int = 256
     """Gates in one call."""
     run_preset: Literal["default", "smoke"] | None = "default"
-    """Preset of regress_gate that is run on both; None: the pieces only."""
+    """Preset of regress_gate that is run on the device and on the CPU; None: the pieces only."""
     any_device: bool = False
-    """Whether a CPU will do."""
-    output_dir: Path | None = None
-    """Where the results go; results/check_gpu/PRESET by default."""
+    """Run the checks even where JAX finds only a CPU."""
+    output: OutputOptions = group(OutputOptions(), without=("cache_dir", "use_cache"))
 
 
 PRESETS = {
@@ -171,14 +170,14 @@ def check_run(preset: str, checks: Checks) -> None:
     checks.add("regress_gate: largest difference of R2, trained gates", float(difference[trained].max()), 5e-3)
 
 
-def main(config: CheckConfig) -> pd.DataFrame:
-    """Runs all checks and writes the results."""
+def compute(config: CheckConfig, stages: Stages) -> Results:
+    """Runs all checks."""
     device = jax.devices()[0]
     if device.platform == "cpu" and not config.any_device:
         raise InputError(
             f"JAX found only {device.device_kind}, expected a GPU (pip install -e '.[cuda]'); --any-device goes on without one"
         )
-    stages, checks = Stages(), Checks([])
+    checks = Checks([])
     console.print(f"{device.platform}: {device.device_kind}", highlight=False)
     with stages("pieces"):
         check_pieces(config, checks)
@@ -186,15 +185,19 @@ def main(config: CheckConfig) -> pd.DataFrame:
         with stages("whole runs"):
             check_run(config.run_preset, checks)
     table = pd.DataFrame(checks.rows)
-    folder = config.output_dir or Path("results") / "check_gpu" / config.preset
-    command = "python -m experiments.check_gpu" + (f" --preset {config.preset}" if config.preset != "default" else "")
-    command += " --any-device" if config.any_device else ""
-    report = f"# Checks of a device\n\nMade by `{command}` on {device.platform}: {device.device_kind}.\n\n"
-    report += table_markdown(table, {"found": ".4g", "tolerance": ".4g"}) + "\n"
-    write_results(folder, {"checks": table}, {}, report, {"command": command} | describe_machine() | {"seconds": stages.seconds})
-    if not all(row["fine"] in (None, True) for row in checks.rows):
+    sections = [f"On {device.platform}: {device.device_kind}.", table_markdown(table, {"found": ".4g", "tolerance": ".4g"})]
+    return Results("Checks of a device", sections, {"checks": table})
+
+
+STUDY = Study("check_gpu", PRESETS, compute)
+
+
+def main(config: CheckConfig) -> Results:
+    """Runs all checks and writes the results; exits with code 1 where a check fails."""
+    results = STUDY(config)
+    if not all(fine in (None, True) for fine in results.tables["checks"]["fine"]):
         sys.exit(1)
-    return table
+    return results
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ in repeated 10-fold cross-validation; intervals by bootstrap over the patients. 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -22,16 +21,12 @@ from sklearn.model_selection import KFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from experiments.report.figures import interval_plot
-from experiments.report.markdown import interval, table_markdown
-from experiments.report.results import output_folder, write_results
-from experiments.runner.command_line import run_command
-from experiments.runner.provenance import command_of, describe_run
-from experiments.runner.stages import Stages, console
-from moe_jax.core.arrays import InputError
+from experiments.pipeline.config import BootstrapOptions, OutputOptions
+from experiments.report.results import Results, Study
+from experiments.report.variants import variants_results
+from experiments.runner.command_line import group, require_at_least, run_command
+from experiments.runner.stages import Stages
 from moe_jax.estimator import RidgeMixtureRegressor
-from moe_jax.evaluate.bootstrap import DEFAULT_METHOD
-from moe_jax.evaluate.intervals import IntervalMethod
 from moe_jax.evaluate.variants import compare_variants
 from moe_jax.mixture import ALPHAS
 
@@ -41,26 +36,20 @@ class TabularConfig:
     """The comparison."""
 
     preset: Literal["default", "smoke"] = "default"
-    """What the other options start from."""
+    """Preset from which the other options start."""
     n_repeats: int = 5
     """Divisions into folds."""
     n_folds: int = 10
     """Folds of the cross-validation."""
     n_experts: int = 4
     """Clusters, each with its expert."""
-    n_resamples: int = 1_000
-    """Bootstrap resamples."""
-    confidence_level: float = 0.95
-    interval_method: IntervalMethod = DEFAULT_METHOD
-    """Of the bootstrap intervals."""
     seed: int = 0
-    output_dir: Path | None = None
-    """Where the results go; results/compare_tabular/PRESET by default."""
+    """Seed of the folds, the estimators and the resamples."""
+    bootstrap: BootstrapOptions = group(BootstrapOptions())
+    output: OutputOptions = group(OutputOptions(), without=("cache_dir", "use_cache"))
 
     def __post_init__(self) -> None:
-        for name, least in (("n_repeats", 1), ("n_folds", 2), ("n_experts", 1), ("n_resamples", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        require_at_least(self, n_repeats=1, n_folds=2, n_experts=1)
 
 
 PRESETS = {"default": TabularConfig(), "smoke": TabularConfig(preset="smoke", n_repeats=1, n_folds=5)}
@@ -80,9 +69,8 @@ def estimators(config: TabularConfig, seed: int) -> dict[str, Any]:
     }
 
 
-def main(config: TabularConfig) -> None:
-    """Compares, and writes the results."""
-    stages, folder = Stages(), output_folder(config, "compare_tabular")
+def compute(config: TabularConfig, stages: Stages) -> Results:
+    """Compares the estimators."""
     x, y = load_diabetes(return_X_y=True)
     predictions: dict[str, list[np.ndarray]] = {}
     for name in estimators(config, 0):
@@ -99,33 +87,25 @@ def main(config: TabularConfig) -> None:
             y,
             variants,
             variants[BASELINE],
-            n_resamples=config.n_resamples,
-            confidence_level=config.confidence_level,
-            method=config.interval_method,
+            n_resamples=config.bootstrap.n_resamples,
+            confidence_level=config.bootstrap.confidence_level,
+            method=config.bootstrap.interval_method,
         )
-    for row in table.to_dict("records"):
-        difference = interval(row["delta_r2"], row["low"], row["high"])
-        console.print(f"{row['variant']:<40} R2 {row['r2']:.4f}  {difference}", highlight=False)
-    label = f"$\\Delta R^2$ against the {BASELINE}, {100 * config.confidence_level:g} % intervals"
-    figure = interval_plot(list(table["variant"]), table, label)
-    command = command_of("compare_tabular", config, PRESETS)
-    shown = table.drop(columns=["standard_error", "low", "high"]).rename(columns={"n_seeds": "repeats", "delta_r2": "delta R2"})
-    shown["delta R2"] = [interval(row["delta_r2"], row["low"], row["high"]) for row in table.to_dict("records")]
-    report = [
-        "# A mixture of ridge experts on other data",
-        f"Made by `{command}`.",
-        f"Diabetes data of scikit-learn ({len(y)} patients, {x.shape[1]} columns): out-of-fold predictions of "
+    return variants_results(
+        "A mixture of ridge experts on other data",
+        config.bootstrap,
+        table,
+        setup=f"Diabetes data of scikit-learn ({len(y)} patients, {x.shape[1]} columns): out-of-fold predictions of "
         f"{config.n_folds}-fold cross-validation, repeated {config.n_repeats} times with other folds and seeds. Mixtures have "
         f"{config.n_experts} experts, one for each cluster of the training rows; everything is chosen within the training part of "
         "each fold.",
-        table_markdown(shown),
-        f"Intervals: {100 * config.confidence_level:g} %, {config.interval_method} bootstrap over the patients "
-        f"({config.n_resamples:,} resamples) of the mean over repetitions.",
-        "![Differences of R2](delta_r2.png)",
-    ]
-    run = describe_run(command, config, stages.seconds)
-    write_results(folder, {"variants": table}, {"delta_r2": figure}, "\n\n".join(report) + "\n", run)
+        against=f"the {BASELINE}",
+        drawn="patients",
+        repeated="repetitions",
+    )
 
+
+main = Study("compare_tabular", PRESETS, compute)
 
 if __name__ == "__main__":
     run_command(main, PRESETS, __doc__)

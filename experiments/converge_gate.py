@@ -1,7 +1,7 @@
 """What do the gates score once they have converged? Linear and MLP, from random params and from the classification gate.
 
-python -m experiments.converge_gate                  Adam for 100 epochs and L-BFGS, 4 seeds; about 3 min on 2 cores
-python -m experiments.converge_gate --preset smoke   small; about a minute
+    python -m experiments.converge_gate                  Adam for 100 epochs and L-BFGS, 4 seeds; about 3 min on 2 cores
+    python -m experiments.converge_gate --preset smoke   small; about a minute
 
 Results go to results/converge_gate/PRESET.
 """
@@ -16,45 +16,43 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.config import SMALL, StudyConfig
+from experiments.pipeline.config import SMALL, BootstrapOptions, DataConfig, OutputOptions
 from experiments.pipeline.gates import GateRun, Sweep, mix_by_class, run_gates, training_stars
 from experiments.pipeline.methods import PROTOCOLS
 from experiments.pipeline.prepare import prepare
-from experiments.report.results import output_folder
-from experiments.report.variants import compare_by, write_variants
-from experiments.runner.command_line import run_command
+from experiments.report.results import Results, Study
+from experiments.report.variants import compare_by, variants_results
+from experiments.runner.command_line import group, run_command
 from experiments.runner.stages import Stages
 from moe_jax.gates.networks import LinearGate, MLPGate
 from moe_jax.gates.training import GateConfig, mixture_loss
 
 
 @dataclass(frozen=True)
-class ConvergeConfig(StudyConfig):
+class ConvergeConfig:
     """Gates and their fits."""
 
     preset: Literal["default", "smoke"] = "default"
-    """What the other options start from."""
+    """Preset from which the other options start."""
     n_seeds: int = 4
     """Gates of each kind."""
-    gate: GateConfig = dataclasses.field(default_factory=GateConfig)
-    """Adam, as in the report."""
+    gate: GateConfig = group(GateConfig(), prefix=True)
     in_sample_fraction: float = 0.2
-    """Part of the covered training stars on which the in-sample gates are trained."""
+    """Fraction of the covered training stars on which the in-sample gates are trained."""
     patience: int = 100
-    """Of L-BFGS for the MLP, in iterations, on held-out stars."""
+    """Iterations of L-BFGS without a better loss on held-out stars, after which the MLP's training stops."""
     max_iterations: int = 2_000
-    """Of L-BFGS."""
+    """Iterations of L-BFGS."""
+    mlp: MLPGate = group(MLPGate())
+    data: DataConfig = group(DataConfig())
+    bootstrap: BootstrapOptions = group(BootstrapOptions())
+    output: OutputOptions = group(OutputOptions())
 
 
 PRESETS = {
     "default": ConvergeConfig(),
     "smoke": ConvergeConfig(
-        preset="smoke",
-        **SMALL,
-        in_sample_fraction=1.0,
-        n_seeds=2,
-        gate=GateConfig(epochs=5),
-        max_iterations=50,
+        preset="smoke", data=SMALL, in_sample_fraction=1.0, n_seeds=2, gate=GateConfig(epochs=5), max_iterations=50
     ),
 }
 
@@ -65,7 +63,7 @@ def runs_of(config: ConvergeConfig) -> dict[tuple[str, str, str, str], GateRun]:
     lbfgs = GateConfig(optimizer="lbfgs", patience=config.patience, max_iterations=config.max_iterations)
     runs = {}
     for protocol, fraction in zip(PROTOCOLS, (config.in_sample_fraction, 1.0), strict=True):
-        for name, gate in (("linear", LinearGate()), ("MLP", MLPGate(config.hidden))):
+        for name, gate in (("linear", LinearGate()), ("MLP", config.mlp)):
             # 126 weights cannot fit the noise of thousands of stars: the linear gate is fitted on all of them to its optimum.
             converged = dataclasses.replace(lbfgs, validation_fraction=0.0) if name == "linear" else lbfgs
             for how, training in ((f"Adam {adam.epochs}", adam), ("L-BFGS", converged)):
@@ -77,31 +75,24 @@ def runs_of(config: ConvergeConfig) -> dict[tuple[str, str, str, str], GateRun]:
     return runs
 
 
-def main(config: ConvergeConfig) -> pd.DataFrame:
-    """Trains all gates and writes the results."""
-    stages = Stages()
-    output_folder(config, "converge_gate")
-    prepared = prepare(config.data, stages, config.cache)
+def compute(config: ConvergeConfig, stages: Stages) -> Results:
+    """Trains all gates."""
+    prepared = prepare(config.data, stages, config.output.cache)
     runs = runs_of(config)
     sweeps: dict[tuple[str, str, str, str], Sweep] = {}
     with stages.steps("gates", len(runs)) as advance:
         for kind, run in runs.items():
-            sweeps[kind] = run_gates(config, prepared, run)
+            sweeps[kind] = run_gates(config.data, prepared, run, config.output.cache)
             advance()
     test = prepared.test.covered()
-    baseline = mix_by_class(prepared, test)
+    predictions = {", ".join(kind): sweep.predictions for kind, sweep in sweeps.items()}
     with stages("bootstrap"):
-        table = compare_by(
-            config,
-            test.log_g,
-            {", ".join(kind): sweep.predictions for kind, sweep in sweeps.items()},
-            baseline,
-        )
+        table = compare_by(config, test.log_g, predictions, mix_by_class(prepared, test))
     table[["form", "protocol", "optimiser", "start"]] = [(form, p, how.split()[0], start) for form, p, how, start in runs]
     # The linear gate that starts at the classification gate and is fitted on all stars can only fall below its loss.
     classify_loss = {}
     for protocol, fraction in zip(PROTOCOLS, (config.in_sample_fraction, 1.0), strict=True):
-        stars = training_stars(config, prepared, protocol, fraction)
+        stars = training_stars(config.data, prepared, protocol, fraction)
         x, yhat, y = map(jnp.asarray, (stars.features, stars.predictions, stars.log_g))
         classify_loss[protocol] = float(mixture_loss(LinearGate(), prepared.classifier.params, x, yhat, y))
     table["training_loss"] = [np.mean(sweep.loss) for sweep in sweeps.values()]
@@ -125,12 +116,9 @@ def main(config: ConvergeConfig) -> pd.DataFrame:
         for row in table.to_dict("records")
         if (row["form"], row["optimiser"], row["start"]) == ("linear", "L-BFGS", "warm")
     )
-    write_variants(
-        "converge_gate",
+    return variants_results(
         "Gates that have converged",
-        config,
-        PRESETS,
-        stages,
+        config.bootstrap,
         table,
         setup=f"{prepared.n_covered:,} covered training stars (cross-fitted: all of them; in-sample: "
         f"{100 * config.in_sample_fraction:g} %), {len(test.log_g):,} "
@@ -145,9 +133,11 @@ def main(config: ConvergeConfig) -> pd.DataFrame:
             "gradient tolerance; gradient norm: the largest over seeds. `seeds.csv` has each seed.",
         ],
         tables={"seeds": lowest},
-        found={"inequality_holds": holds},
+        fields={"inequality_holds": holds},
     )
-    return table
+
+
+main = Study("converge_gate", PRESETS, compute)
 
 
 if __name__ == "__main__":

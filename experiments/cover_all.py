@@ -1,7 +1,7 @@
 """What of the stars outside the nine cells? Edge clamp, a tenth expert, the global ridge, or nothing at all, on all test stars.
 
-python -m experiments.cover_all                  about 4 min on 2 cores
-python -m experiments.cover_all --preset smoke   small; about a minute
+    python -m experiments.cover_all                  about 4 min on 2 cores
+    python -m experiments.cover_all --preset smoke   small; about a minute
 
 Results go to results/cover_all/PRESET.
 """
@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.config import SMALL, StudyConfig
+from experiments.pipeline.config import SMALL, BootstrapOptions, Coverage, DataConfig, OutputOptions
 from experiments.pipeline.gates import gate_keys, mix_by_class, train_gates
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared, Stars
 from experiments.report.markdown import load_published, table_markdown
-from experiments.report.results import output_folder
-from experiments.report.variants import compare_by, write_variants
-from experiments.runner.command_line import run_command
+from experiments.report.results import Results, Study
+from experiments.report.variants import compare_by, variants_results
+from experiments.runner.command_line import group, run_command
 from experiments.runner.stages import Stages
 from moe_jax.evaluate.metrics import r2_score
 from moe_jax.experts.cells import N_CELLS
@@ -33,24 +33,23 @@ from moe_jax.gates.training import GateConfig
 
 
 @dataclass(frozen=True)
-class CoverConfig(StudyConfig):
+class CoverConfig:
     """The experiment on all stars."""
 
     preset: Literal["default", "smoke"] = "default"
-    """What the other options start from."""
+    """Preset from which the other options start."""
     n_seeds: int = 4
     """MLP gates of each kind."""
-    gate: GateConfig = dataclasses.field(default_factory=GateConfig)
+    gate: GateConfig = group(GateConfig(), prefix=True)
+    mlp: MLPGate = group(MLPGate())
+    data: DataConfig = group(DataConfig(), without=("coverage",))
+    bootstrap: BootstrapOptions = group(BootstrapOptions())
+    output: OutputOptions = group(OutputOptions())
 
 
 PRESETS = {
     "default": CoverConfig(),
-    "smoke": CoverConfig(
-        preset="smoke",
-        **SMALL,
-        n_seeds=2,
-        gate=GateConfig(epochs=5),
-    ),
+    "smoke": CoverConfig(preset="smoke", data=SMALL, n_seeds=2, gate=GateConfig(epochs=5)),
 }
 
 
@@ -66,73 +65,68 @@ def with_global_expert(prepared: Prepared) -> tuple[Stars, Stars]:
 
 def predict_all(config: CoverConfig, stages: Stages) -> tuple[dict[str, np.ndarray], Stars]:
     """Predictions of each way for all test stars, by seed; and the test stars with their cells (-1: not covered)."""
-    keys, mlp = gate_keys(config, config.n_seeds), MLPGate(config.hidden)
-    found: dict[str, np.ndarray] = {}
+    keys, cache = gate_keys(config.data, config.n_seeds), config.output.cache
+    predictions: dict[str, np.ndarray] = {}
 
     def both(name: str, prepared: Prepared, train: Stars, test: Stars) -> None:
         params = prepared.classifier.params
-        found[f"{name}, classification gate"] = mix_by_class(prepared, test)
-        sweep = train_gates(keys, params, train, test, mlp, config.gate)
-        found[f"{name}, MLP regression gate"] = np.asarray(sweep.predictions)
+        predictions[f"{name}, classification gate"] = mix_by_class(prepared, test)
+        sweep = train_gates(keys, params, train, test, config.mlp, config.gate)
+        predictions[f"{name}, MLP regression gate"] = np.asarray(sweep.predictions)
 
-    data = config.data
-    cells = prepare(data, stages, config.cache)
-    found["global ridge alone"] = np.asarray(cells.test.global_prediction)[None, :]
+    def prepare_with(coverage: Coverage) -> Prepared:
+        experts = dataclasses.replace(config.data.experts, coverage=coverage)
+        return prepare(dataclasses.replace(config.data, experts=experts), stages, cache)
+
+    cells = prepare_with("cells")
+    predictions["global ridge alone"] = np.asarray(cells.test.global_prediction)[None, :]
     with stages("gates: no special treatment"):
         both("no special treatment", cells, cells.gate_stars(), cells.test)
         # All experts are strangers to a star outside the cells, so its predictions are free of leakage as they are.
-        own = cross_fitted_predictions(jnp.asarray(cells.train.predictions), cells.experts.out_of_fold, cells.train.cell)
-        everyone = cells.train._replace(predictions=own)
-        sweep = train_gates(keys, cells.classifier.params, everyone, cells.test, mlp, config.gate)
-        found["nine experts, MLP gate trained on all stars"] = np.asarray(sweep.predictions)
-    clamped = prepare(dataclasses.replace(data, coverage="edge_clamp"), stages, config.cache)
+        cross_fitted = cross_fitted_predictions(jnp.asarray(cells.train.predictions), cells.experts.out_of_fold, cells.train.cell)
+        everyone = cells.train._replace(predictions=cross_fitted)
+        sweep = train_gates(keys, cells.classifier.params, everyone, cells.test, config.mlp, config.gate)
+        predictions["nine experts, MLP gate trained on all stars"] = np.asarray(sweep.predictions)
+    clamped = prepare_with("edge_clamp")
     with stages("gates: edge clamp"):
         both("edge clamp", clamped, clamped.gate_stars(), clamped.test)
-    tenth = prepare(dataclasses.replace(data, coverage="tenth_expert"), stages, config.cache)
+    tenth = prepare_with("tenth_expert")
     with stages("gates: tenth expert, global fallback"):
         both("tenth expert", tenth, tenth.gate_stars(), tenth.test)
         both("global fallback", tenth, *with_global_expert(tenth))
-    return found, cells.test
+    return predictions, cells.test
 
 
-def main(config: CoverConfig) -> pd.DataFrame:
-    """Trains all gates and writes the results."""
-    stages = Stages()
-    output_folder(config, "cover_all")
-    found, test = predict_all(config, stages)
+def compute(config: CoverConfig, stages: Stages) -> Results:
+    """Trains all gates."""
+    predictions, test = predict_all(config, stages)
     with stages("bootstrap"):
-        table = compare_by(
-            config,
-            test.log_g,
-            found,
-            found["no special treatment, classification gate"],
-        )
+        table = compare_by(config, test.log_g, predictions, predictions["no special treatment, classification gate"])
     covered = np.asarray(test.cell) >= 0
     y = np.asarray(test.log_g)
     for column, rows in (("r2_covered", covered), ("r2_outside", ~covered)):
-        table[column] = [np.mean([float(r2_score(y[rows], p[rows])) for p in predictions]) for predictions in found.values()]
+        table[column] = [np.mean([float(r2_score(y[rows], p[rows])) for p in seeds]) for seeds in predictions.values()]
     published = load_published()["full_coverage"]
     report = pd.DataFrame({"way": list(published), "report R2 (1,000 stars)": list(published.values())})
-    write_variants(
-        "cover_all",
+    return variants_results(
         "All stars",
-        config,
-        PRESETS,
-        stages,
+        config.bootstrap,
         table,
         setup=f"All {len(y):,} test stars, {int(covered.sum()):,} of them covered by the nine cells. *No special treatment*: "
         "experts and gates of the nine cells, applied to all stars. *Edge clamp*: experts and gates trained on all stars, each "
         "with the nearest cell's. *Tenth expert*: a ridge and a class of its own for the stars outside. *Global fallback*: that "
         "class's weight goes to the global ridge. The way is decided by the gate from the features, never by a test star's labels.",
         against="no special treatment, classification gate",
-        groups=[name.split(", ")[0] if ", " in name and not name.startswith("nine") else "other" for name in found],
+        groups=[name.split(", ")[0] if ", " in name and not name.startswith("nine") else "other" for name in predictions],
         sections=[
             "## What the report's follow-up found (other spectra)",
             table_markdown(report),
             "It does not name its gate; its ways are those of the classification gate here.",
         ],
     )
-    return table
+
+
+main = Study("cover_all", PRESETS, compute)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The published report's claims against our results: for each a verdict, the intervals behind it, and where they come from.
 
-python -m experiments.findings        reads the results of the other experiments; about two minutes on 2 cores
+    python -m experiments.findings        reads the results of the other experiments; about two minutes on 2 cores
 
 Needs the default results of converge_gate, measure_leakage, replicate, calibrate_bootstrap, control_gate, ablate_gate,
 train_jointly, cover_all and scale under --results-dir. Writes FINDINGS.md there, and its own tables and figure to findings/.
@@ -8,6 +8,7 @@ train_jointly, cover_all and scale under --results-dir. Writes FINDINGS.md there
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,17 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.config import StudyConfig, draw_keys
+from experiments.pipeline.config import BootstrapOptions, DataConfig, OutputOptions, draw_keys
 from experiments.pipeline.gates import GateRun, gate_keys, run_gates, training_stars
 from experiments.pipeline.methods import CROSS_FITTED, IN_SAMPLE, PROTOCOLS
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
 from experiments.report.figures import interval_plot
 from experiments.report.markdown import interval, table_markdown
-from experiments.report.results import write_results
+from experiments.report.results import Results, Study
 from experiments.report.tables import verdict
-from experiments.runner.command_line import run_command
-from experiments.runner.provenance import command_of, describe_run
+from experiments.runner.command_line import group, run_command
+from experiments.runner.provenance import command_of
 from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import InputError
 from moe_jax.core.files import atomic_path
@@ -47,18 +48,27 @@ REPORT_STARS = 816
 FRACTIONS = {IN_SAMPLE: 0.2, CROSS_FITTED: 1.0}
 #: The same gates in the tables of ``replicate``.
 REPLICATED = {IN_SAMPLE: "MLP, in-sample 20 %", CROSS_FITTED: "MLP, cross-fitted"}
+RESAMPLES_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
-class FindingsConfig(StudyConfig):
+class FindingsConfig:
     """Where the results of the other experiments lie."""
 
     preset: Literal["default"] = "default"
-    """There is one."""
+    """Only ``default`` exists."""
     results_dir: Path = Path("results")
-    """Holds the results of the other experiments; FINDINGS.md is written here."""
+    """Folder of the results of the other commands; FINDINGS.md is written here."""
     n_seeds: int = 4
     """Gates whose squared errors are averaged."""
+    mlp: MLPGate = group(MLPGate())
+    data: DataConfig = group(DataConfig())
+    bootstrap: BootstrapOptions = group(BootstrapOptions(), without=("confidence_level",))
+    output: OutputOptions = group(OutputOptions())
+
+    def __post_init__(self) -> None:
+        if self.bootstrap.n_resamples < RESAMPLES_AT_ONCE:
+            raise InputError(f"n_resamples is {self.bootstrap.n_resamples}, expected at least {RESAMPLES_AT_ONCE}")
 
 
 PRESETS = {"default": FindingsConfig()}
@@ -87,17 +97,17 @@ class Claim(NamedTuple):
 def gather(config: FindingsConfig, prepared: Prepared) -> Evidence:
     """Delta R2 by cell, the leads of one cell, how uniform the weights are, and soft against hard routing."""
     test = prepared.test.covered()
-    y, cell, key = jnp.asarray(test.log_g), jnp.asarray(test.cell), draw_keys(config.seed).bootstrap
+    y, cell, key = jnp.asarray(test.log_g), jnp.asarray(test.cell), draw_keys(config.data.seed).bootstrap
     classify = LinearGate().apply(prepared.classifier.params, test.features)
     soft = route_soft(classify, test.predictions)
     n = np.bincount(np.asarray(cell), minlength=N_CELLS)
     cells, rivals = [], []
     for protocol, fraction in FRACTIONS.items():
-        run = GateRun(MLPGate(config.hidden), GateConfig(), protocol, fraction, config.n_seeds)
-        predictions = jnp.asarray(run_gates(config, prepared, run).predictions)
+        run = GateRun(config.mlp, GateConfig(), protocol, fraction, config.n_seeds)
+        predictions = jnp.asarray(run_gates(config.data, prepared, run, config.output.cache).predictions)
         gain = jnp.mean(squared_error_gain(y[None, :], predictions, soft[None, :]), axis=0)
-        resampled = resample_gain(key, y, gain, cell, config.n_resamples, N_CELLS)
-        by_cell = summarize(resampled, 0.95, config.interval_method).simultaneous
+        resampled = resample_gain(key, y, gain, cell, config.bootstrap.n_resamples, N_CELLS)
+        by_cell = summarize(resampled, 0.95, config.bootstrap.interval_method).simultaneous
         table = pd.DataFrame({"protocol": protocol, "cell": CELL_NAMES, "n_test": n, "delta_r2": np.asarray(by_cell.estimate)})
         table["low"], table["high"] = np.asarray(by_cell.low), np.asarray(by_cell.high)
         variance = n * np.asarray(by_cell.standard_error, np.float64) ** 2
@@ -105,7 +115,7 @@ def gather(config: FindingsConfig, prepared: Prepared) -> Evidence:
         cells.append(table)
         rivals.append(lead(resampled.columns(slice(1, None))).assign(protocol=protocol))
     hard_gain = squared_error_gain(y, soft, route_hard(classify, test.predictions))
-    hard = bootstrap_gain(key, y, hard_gain, n_resamples=config.n_resamples).overall
+    hard = bootstrap_gain(key, y, hard_gain, n_resamples=config.bootstrap.n_resamples).overall
     numbers = {"estimate": float(hard.estimate), "low": float(hard.low), "high": float(hard.high)}
     numbers["stars"] = required_stars(numbers["estimate"], len(y) * float(hard.standard_error) ** 2)
     weights = uniformity(config, prepared, classify, key)
@@ -142,16 +152,17 @@ def uniformity(config: FindingsConfig, prepared: Prepared, classify: jax.Array, 
     def differences(ours: jax.Array, our_entropy: jax.Array, theirs: jax.Array, their_entropy: jax.Array) -> jax.Array:
         return measures(ours, our_entropy) - measures(theirs, their_entropy)
 
-    rows = []
+    rows, n_resamples = [], config.bootstrap.n_resamples
+    keys = jax.random.split(key, -(-n_resamples // RESAMPLES_AT_ONCE))
     for protocol, fraction in FRACTIONS.items():
-        stars, gate = training_stars(config, prepared, protocol, fraction), MLPGate(config.hidden)
+        stars, gate = training_stars(config.data, prepared, protocol, fraction), config.mlp
         x, yhat, y = map(jnp.asarray, (stars.features, stars.predictions, stars.log_g))
-        weights = gate.apply(fit_gate(gate_keys(config, 1)[0], gate, x, yhat, y).params, prepared.test.covered().features)
+        weights = gate.apply(fit_gate(gate_keys(config.data, 1)[0], gate, x, yhat, y).params, prepared.test.covered().features)
         arrays = (weights, entropy(weights), classify, entropy(classify))
         estimate = np.asarray(differences(*arrays))
-        # In parts of 100, so that the weights of all resamples need not be held at once.
-        parts = [paired_bootstrap(k, differences, arrays, 100) for k in jax.random.split(key, -(-config.n_resamples // 100))]
-        samples = np.concatenate([np.asarray(part) for part in parts])[: config.n_resamples]
+        # In parts, so that the weights of all resamples need not be held at once.
+        parts = [paired_bootstrap(k, differences, arrays, RESAMPLES_AT_ONCE) for k in keys]
+        samples = np.concatenate([np.asarray(part) for part in parts])[:n_resamples]
         low, high = np.quantile(samples, [0.025, 0.975], axis=0)
         for i, measure in enumerate(("of the mean weights", "of a star's weights, mean")):
             row = {"protocol": protocol, "entropy": measure, "difference": estimate[i], "low": low[i], "high": high[i]}
@@ -422,14 +433,12 @@ def write_findings(config: FindingsConfig, evidence: Evidence, command: str) -> 
     return "\n\n".join(sections) + "\n"
 
 
-def main(config: FindingsConfig) -> Evidence:
-    """Gathers the evidence and writes FINDINGS.md."""
-    stages = Stages()
-    command = command_of("findings", config, PRESETS)
-    prepared = prepare(config.data, stages, config.cache)
+def compute(config: FindingsConfig, stages: Stages) -> Results:
+    """Gathers the evidence."""
+    prepared = prepare(config.data, stages, config.output.cache)
     with stages("cells, weights, hard routing"):
         evidence = gather(config, prepared)
-    text = write_findings(config, evidence, command)
+    text = write_findings(config, evidence, command_of("findings", config, PRESETS))
     cells, rivals = evidence.cells, evidence.rivals
     figure = interval_plot(
         [f"{row['cell']}, {row['protocol']}" for row in cells.to_dict("records")],
@@ -437,14 +446,29 @@ def main(config: FindingsConfig) -> Evidence:
         "$\\Delta R^2$ of the MLP gate against the classification gate;\n95 % intervals that hold for all nine cells at once",
         groups=list(cells["protocol"]),
     )
-    run = describe_run(command, config, stages.seconds, soft_minus_hard=evidence.hard)
-    folder = config.output_dir or config.results_dir / "findings"
-    report = f"# Evidence for FINDINGS.md\n\nMade by `{command}`.\n\n![By cell](cells.png)\n\n{table_markdown(rivals)}\n"
-    write_results(folder, {"cells": cells, "rivals": rivals, "weights": evidence.weights}, {"cells": figure}, report, run)
-    with atomic_path(config.results_dir / "FINDINGS.md") as temporary:
-        temporary.write_text(text)
-    console.print(f"written: {config.results_dir / 'FINDINGS.md'}", highlight=False)
-    return evidence
+
+    def write_text(_folder: Path, _run: dict[str, Any]) -> None:
+        with atomic_path(config.results_dir / "FINDINGS.md") as temporary:
+            temporary.write_text(text)
+        console.print(f"written: {config.results_dir / 'FINDINGS.md'}", highlight=False)
+
+    return Results(
+        "Evidence for FINDINGS.md",
+        ["![By cell](cells.png)", table_markdown(rivals)],
+        {"cells": cells, "rivals": rivals, "weights": evidence.weights},
+        {"cells": figure},
+        {"soft_minus_hard": evidence.hard},
+        write_text,
+    )
+
+
+STUDY = Study("findings", PRESETS, compute)
+
+
+def main(config: FindingsConfig) -> Results:
+    """Writes FINDINGS.md, and the evidence to findings/ beside it."""
+    output_dir = config.output.output_dir or config.results_dir / "findings"
+    return STUDY(dataclasses.replace(config, output=dataclasses.replace(config.output, output_dir=output_dir)))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from experiments import regress_gate
-from experiments.pipeline.config import DataConfig, draw_keys
+from experiments.pipeline.config import SURVEYS, DataConfig, draw_keys
 from experiments.pipeline.observation import observe
 from experiments.pipeline.surveys import open_surveys
 from experiments.runner.command_line import run_command
@@ -32,20 +31,23 @@ class MakeSurveyConfig:
     """What is drawn and where it goes."""
 
     preset: Literal["default", "smoke", "large_test"] = "default"
-    """The preset of regress_gate whose surveys are written."""
-    n_train: int = regress_gate.PRESETS["default"].n_train
-    n_test: int = regress_gate.PRESETS["default"].n_test
+    """Preset of regress_gate whose surveys are written."""
+    n_train: int = SURVEYS["default"].n_train
+    """Training stars."""
+    n_test: int = SURVEYS["default"].n_test
+    """Test stars."""
     label_sampling: LabelSampling = "lattice"
     """How labels are drawn."""
     noise_level: float = 0.0
-    """0: clean spectra, whose noise regress_gate draws. Above: noisy ones with their errors, as predict reads them; the noise is
-    that which regress_gate draws with the same seed and noise level."""
+    """Factor on the errors. 0: clean spectra, as regress_gate reads them to draw the noise itself. Above 0: noisy spectra, as
+    predict reads them; their noise is the same that regress_gate draws with this seed and noise level."""
     seed: int = 0
+    """Seed of the stars and their noise."""
     output_dir: Path = Path("surveys")
-    """Where train.h5 and test.h5 go."""
+    """Folder of train.h5 and test.h5."""
 
 
-PRESETS = {name: MakeSurveyConfig(config.preset, config.n_train, config.n_test) for name, config in regress_gate.PRESETS.items()}
+PRESETS = {name: MakeSurveyConfig(name, data.n_train, data.n_test) for name, data in SURVEYS.items()}
 
 
 def main(config: MakeSurveyConfig) -> None:

@@ -48,11 +48,13 @@ class InterpolationConfig:
     """Where the computed spectra are kept and the table goes."""
 
     preset: Literal["default"] = "default"
+    """Only ``default`` exists."""
     jobs: int = os.cpu_count() or 1
     """Spectra computed at the same time."""
     nodes_dir: Path = Path(".cache/lte_grid")
-    """Where each computed spectrum is kept."""
+    """Folder of the computed spectra."""
     output_dir: Path = Path("results/interpolation")
+    """Folder of the table."""
 
 
 PRESETS = {"default": InterpolationConfig()}

@@ -1,63 +1,65 @@
 """What does it cost to train a gate on stars that its experts have seen? Four protocols, the same test stars.
 
-python -m experiments.measure_leakage                  4 seeds of each; about 2 min on 2 cores
-python -m experiments.measure_leakage --preset smoke   small; about a minute
+    python -m experiments.measure_leakage                  4 seeds of each; about 2 min on 2 cores
+    python -m experiments.measure_leakage --preset smoke   small; about a minute
 
 Results go to results/measure_leakage/PRESET.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
-from experiments.pipeline.config import SMALL, StudyConfig
+from experiments.pipeline.config import SMALL, BootstrapOptions, DataConfig, OutputOptions
 from experiments.pipeline.gates import CONVERGED, GateRun, mix_by_class, run_gates
 from experiments.pipeline.methods import CROSS_FITTED, IN_SAMPLE, PROTOCOLS
 from experiments.pipeline.prepare import prepare
 from experiments.report.markdown import interval, table_markdown
-from experiments.report.results import output_folder
-from experiments.report.variants import compare_by, write_variants
-from experiments.runner.command_line import run_command
+from experiments.report.results import Results, Study
+from experiments.report.variants import compare_by, variants_results
+from experiments.runner.command_line import group, run_command
 from experiments.runner.stages import Stages
 from moe_jax.gates.networks import Gate, LinearGate, MLPGate
 from moe_jax.gates.training import GateConfig
 
 
 @dataclass(frozen=True)
-class LeakageConfig(StudyConfig):
+class LeakageConfig:
     """Protocols and gates."""
 
     preset: Literal["default", "smoke"] = "default"
-    """What the other options start from."""
+    """Preset from which the other options start."""
     n_seeds: int = 4
     """Gates of each kind."""
-    gate: GateConfig = dataclasses.field(default_factory=GateConfig)
-    """Of the MLP."""
+    gate: GateConfig = group(GateConfig(), prefix=True)
+    mlp: MLPGate = group(MLPGate())
+    data: DataConfig = group(DataConfig())
+    bootstrap: BootstrapOptions = group(BootstrapOptions())
+    output: OutputOptions = group(OutputOptions())
 
 
 PRESETS = {
     "default": LeakageConfig(),
-    "smoke": LeakageConfig(
-        preset="smoke",
-        **SMALL,
-        n_seeds=2,
-        gate=GateConfig(epochs=5),
-    ),
+    "smoke": LeakageConfig(preset="smoke", data=SMALL, n_seeds=2, gate=GateConfig(epochs=5)),
 }
 FRACTIONS = {"20 %": 0.2, "all": 1.0}
+COMPARED = (
+    ((IN_SAMPLE, "all"), (IN_SAMPLE, "20 %")),
+    ((CROSS_FITTED, "20 %"), (IN_SAMPLE, "20 %")),
+    ((CROSS_FITTED, "all"), (IN_SAMPLE, "all")),
+    ((CROSS_FITTED, "all"), (CROSS_FITTED, "20 %")),
+    ((CROSS_FITTED, "all"), (IN_SAMPLE, "20 %")),
+)
 
 
-def main(config: LeakageConfig) -> pd.DataFrame:
-    """Trains all gates and writes the results."""
-    stages = Stages()
-    output_folder(config, "measure_leakage")
-    prepared = prepare(config.data, stages, config.cache)
+def compute(config: LeakageConfig, stages: Stages) -> Results:
+    """Trains all gates."""
+    prepared = prepare(config.data, stages, config.output.cache)
     kinds: dict[str, tuple[Gate, GateConfig]] = {
-        "MLP": (MLPGate(config.hidden), config.gate),
+        "MLP": (config.mlp, config.gate),
         "linear, converged": (LinearGate(), CONVERGED),
     }
     runs = {
@@ -69,47 +71,27 @@ def main(config: LeakageConfig) -> pd.DataFrame:
     predictions = {}
     with stages.steps("gates", len(runs)) as advance:
         for key, run in runs.items():
-            predictions[key] = run_gates(config, prepared, run).predictions
+            predictions[key] = run_gates(config.data, prepared, run, config.output.cache).predictions
             advance()
     test = prepared.test.covered()
-    baseline = mix_by_class(prepared, test)
     named = {f"{kind}: {protocol} {part}": value for (kind, protocol, part), value in predictions.items()}
-    table = compare_by(config, test.log_g, named, baseline)
+    table = compare_by(config, test.log_g, named, mix_by_class(prepared, test))
     table[["form", "protocol", "stars"]] = [(kind.split(",")[0], protocol, part) for kind, protocol, part in runs]
     pairs = []
     for kind in kinds:
-        for better, worse in (
-            ((IN_SAMPLE, "all"), (IN_SAMPLE, "20 %")),
-            ((CROSS_FITTED, "20 %"), (IN_SAMPLE, "20 %")),
-            ((CROSS_FITTED, "all"), (IN_SAMPLE, "all")),
-            ((CROSS_FITTED, "all"), (CROSS_FITTED, "20 %")),
-            ((CROSS_FITTED, "all"), (IN_SAMPLE, "20 %")),
-        ):
+        for better, worse in COMPARED:
             ours, theirs = predictions[kind, *better], predictions[kind, *worse]
             row = compare_by(config, test.log_g, {" ".join(better): ours}, theirs).iloc[0]
-            pairs.append(
-                {
-                    "gate": kind,
-                    "difference": f"{' '.join(better)} - {' '.join(worse)}",
-                    "delta_r2": row["delta_r2"],
-                    "low": row["low"],
-                    "high": row["high"],
-                    "form": kind.split(",")[0],
-                    "protocol": better[0],
-                    "stars": better[1],
-                    "baseline_protocol": worse[0],
-                    "baseline_stars": worse[1],
-                }
-            )
+            pair: dict[str, Any] = {"gate": kind, "difference": f"{' '.join(better)} - {' '.join(worse)}"}
+            pair |= {column: row[column] for column in ("delta_r2", "low", "high")}
+            pair |= {"form": kind.split(",")[0], "protocol": better[0], "stars": better[1]}
+            pairs.append(pair | {"baseline_protocol": worse[0], "baseline_stars": worse[1]})
     differences = pd.DataFrame(pairs)
     shown = differences[["gate", "difference"]].copy()
     shown["delta R2"] = [interval(row["delta_r2"], row["low"], row["high"]) for row in pairs]
-    write_variants(
-        "measure_leakage",
+    return variants_results(
         "Leakage, measured",
-        config,
-        PRESETS,
-        stages,
+        config.bootstrap,
         table,
         setup=f"Gates trained on 20 % or on all of {prepared.n_covered:,} covered training stars, with expert predictions that are "
         f"in-sample (the experts had seen the stars) or cross-fitted (a star's own expert had not); the 20 % are the same stars. "
@@ -119,8 +101,9 @@ def main(config: LeakageConfig) -> pd.DataFrame:
         sections=["## Differences between protocols", table_markdown(shown)],
         tables={"differences": differences},
     )
-    return table
 
+
+main = Study("measure_leakage", PRESETS, compute)
 
 if __name__ == "__main__":
     run_command(main, PRESETS, __doc__)

@@ -6,7 +6,22 @@
 MODEL is the folder ``model`` that regress_gate wrote. SPECTRA holds noisy spectra as observed: HDF5 with
 spectrumdataset/wave, dataset/arrays/flux/value and dataset/arrays/error/value (or ivar), or FITS with the extensions
 WAVELENGTH, FLUX and ERROR (or IVAR). Wavelengths in vacuum, Angstrom; other pixels than the model's are resampled. OUT ends in
-.csv, .parquet or .fits (FITS and Parquet: pip install 'moe_jax[astro]'). What the columns mean stands in README.
+.csv, .parquet or .fits (FITS and Parquet: pip install 'moe_jax[astro]').
+
+OUT has one row for each star, with these columns (NaN where nothing is predicted):
+
+    star               number of the star in SPECTRA, from 0
+    log_g              predicted surface gravity, log10 of cm / s^2
+    uncertainty        half-width of the 68 % interval; standard deviation where the model is not calibrated
+    half_width_90      half-width of the 90 % interval, where the model is calibrated
+    half_width_95      likewise of the 95 % interval
+    weight_0 to 8      weight of each expert in the prediction; they sum to 1
+    distance           distance from the training stars in feature space, in units of the limit for unlike_training
+    n_masked           masked pixels, of the model's
+    flags              names of what is unusual, joined by |:
+      unlike_training    distance above 1: only 0.1 % of the training stars are further out
+      many_masked        more than 10 % of the pixels, or of the pixels of one line, are masked
+      not_predicted      more than half of the pixels are masked, or the spectrum has no positive median to scale by
 """
 
 from __future__ import annotations
@@ -20,7 +35,7 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from experiments.runner.command_line import run_command
+from experiments.runner.command_line import require_at_least, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.apply.application import Application, apply_model, needs_scaling, prepare_application
 from moe_jax.apply.catalogue import open_catalogue, require_suffix
@@ -43,17 +58,16 @@ class PredictConfig:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Table to write: .csv, .parquet or .fits."""
     scale: Literal["auto", "always", "never"] = "auto"
-    """Whether spectra are scaled to the median of the training spectra: auto, if those of the file lie on another scale."""
+    """Scale each spectrum to the median of the training spectra; auto: if the spectra of the file lie on another scale."""
     chunk_stars: int = 2_048
-    """Stars that are in memory at a time."""
+    """Stars in memory at a time."""
 
     def __post_init__(self) -> None:
-        if self.chunk_stars < 1:
-            raise InputError(f"chunk_stars is {self.chunk_stars}, expected at least 1")
+        require_at_least(self, chunk_stars=1)
 
 
 def main(config: PredictConfig) -> None:
-    """Predicts chunk by chunk, and says what there is to know of the stars."""
+    """Predicts chunk by chunk, and prints how the spectra were treated and which flags were raised."""
     stages = Stages()
     require_suffix(config.output)
     model = load_model(config.model)

@@ -1,7 +1,7 @@
 """Would the difference come out again? Surveys, noise draws and gate seeds are repeated, and judged on ten test sets.
 
-python -m experiments.replicate                  4 surveys x 8 noise draws x 32 gate seeds x 10 test sets; about 35 min on 2 cores
-python -m experiments.replicate --preset smoke   2 x 2 x 2 x 2, small; about a minute
+    python -m experiments.replicate                 4 surveys x 8 noise draws x 32 gate seeds x 10 test sets; 35 min on 2 cores
+    python -m experiments.replicate --preset smoke  2 x 2 x 2 x 2, small; about a minute
 
 A run that was stopped goes on where it was, from the cache. Results go to results/replicate/PRESET.
 """
@@ -17,33 +17,30 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.pipeline.config import StudyConfig
+from experiments.pipeline.config import BootstrapOptions, DataConfig, ExpertOptions, OutputOptions
 from experiments.pipeline.gates import CONVERGED_LINEAR, GateRun, mix_by_class, run_gates
 from experiments.pipeline.methods import PROTOCOLS
 from experiments.pipeline.prepare import prepare_each
 from experiments.pipeline.stars import Prepared
 from experiments.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure
 from experiments.report.markdown import interval, table_markdown
-from experiments.report.results import output_folder, write_results
-from experiments.runner.command_line import run_command
-from experiments.runner.provenance import command_of, describe_run
+from experiments.report.results import Results, Study
+from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages
-from moe_jax.core.arrays import InputError
 from moe_jax.evaluate.variance import SOURCES, VarianceComponents, variance_components
 from moe_jax.gates.networks import LinearGate, MLPGate
 from moe_jax.gates.training import GateConfig
 
+#: Cross-validation chose this penalty for all nine cells, here and in the report. No difference depends on the global ridge.
+EXPERTS = ExpertOptions(alphas=(1.0,), global_alphas=())
+
 
 @dataclass(frozen=True)
-class ReplicateConfig(StudyConfig):
+class ReplicateConfig:
     """The repeated experiment."""
 
     preset: Literal["default", "smoke"] = "default"
-    """What the other options start from."""
-    alphas: tuple[float, ...] = (1.0,)
-    """Ridge penalty of the experts: what cross-validation chose for all nine cells, here and in the report."""
-    global_alphas: tuple[float, ...] = ()
-    """None, as the global ridge has no part in the differences."""
+    """Preset from which the other options start."""
     n_surveys: int = 4
     """Surveys, each with training stars of its own."""
     n_draws: int = 8
@@ -52,24 +49,21 @@ class ReplicateConfig(StudyConfig):
     """Gate seeds of each noise draw."""
     n_sets: int = 10
     """Parts of the covered test stars, each a test set of the report's size."""
-    gate: GateConfig = dataclasses.field(default_factory=GateConfig)
+    gate: GateConfig = group(GateConfig(), prefix=True)
+    mlp: MLPGate = group(MLPGate())
+    data: DataConfig = group(DataConfig(experts=EXPERTS), without=("train_file", "test_file", "test_seed", "noise_draw"))
+    bootstrap: BootstrapOptions = group(BootstrapOptions(), without=("n_resamples", "interval_method"))
+    output: OutputOptions = group(OutputOptions())
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("n_surveys", "n_draws", "n_seeds", "n_sets"):
-            if getattr(self, name) < 2:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 2")
-        if self.train_file is not None:
-            raise InputError("--train-file was given, expected none: surveys that are repeated are simulated")
+        require_at_least(self, n_surveys=2, n_draws=2, n_seeds=2, n_sets=2)
 
 
 PRESETS = {
     "default": ReplicateConfig(),
     "smoke": ReplicateConfig(
         preset="smoke",
-        n_train=1_200,
-        n_test=1_200,
-        C_grid=(10.0,),
+        data=DataConfig(n_train=1_200, n_test=1_200, experts=dataclasses.replace(EXPERTS, C_grid=(10.0,))),
         n_surveys=2,
         n_draws=2,
         n_seeds=2,
@@ -81,7 +75,7 @@ PRESETS = {
 
 def gates_of(config: ReplicateConfig) -> dict[str, GateRun]:
     """The gates by the name in the tables; from the logistic regression to the optimum on all stars, nothing is drawn."""
-    mlp, linear = MLPGate(config.hidden), LinearGate()
+    mlp, linear = config.mlp, LinearGate()
     return {
         "MLP, in-sample 20 %": GateRun(mlp, config.gate, PROTOCOLS[0], 0.2, config.n_seeds),
         "MLP, cross-fitted": GateRun(mlp, config.gate, n_seeds=config.n_seeds),
@@ -98,13 +92,13 @@ def delta_r2(y: np.ndarray, prediction: np.ndarray, baseline: np.ndarray, n_sets
     return np.stack([gain[:, part].sum(axis=1) / ((y[part] - y[part].mean()) ** 2).sum() for part in parts], axis=1)
 
 
-def repeat_once(config: ReplicateConfig, prepared: Prepared) -> dict[str, np.ndarray]:
+def repeat_once(config: ReplicateConfig, data: DataConfig, prepared: Prepared) -> dict[str, np.ndarray]:
     """Delta R2 against the classification gate by gate; (seeds, test sets) each."""
     test = prepared.test.covered()
     y, baseline = np.asarray(test.log_g, np.float64), mix_by_class(prepared, test)[0].astype(np.float64)
     values = {}
     for name, run in gates_of(config).items():
-        sweep = run_gates(config, prepared, run)
+        sweep = run_gates(data, prepared, run, config.output.cache)
         delta = delta_r2(y, np.asarray(sweep.predictions, np.float64), baseline, config.n_sets)
         values[name] = np.broadcast_to(delta, (config.n_seeds, config.n_sets))
     return values
@@ -112,25 +106,25 @@ def repeat_once(config: ReplicateConfig, prepared: Prepared) -> dict[str, np.nda
 
 def repeat(config: ReplicateConfig, stages: Stages) -> tuple[dict[str, np.ndarray], int]:
     """Delta R2 of all repetitions by gate, (surveys, noise draws, seeds, test sets) each; and the stars of a test set."""
+    seed = config.data.seed
     configs = [
-        dataclasses.replace(config, seed=config.seed + survey, test_seed=config.seed, noise_draw=draw)
+        dataclasses.replace(config.data, seed=seed + survey, test_seed=seed, noise_draw=draw)
         for survey in range(config.n_surveys)
         for draw in range(config.n_draws)
     ]
-    found = []
+    repetitions = []
     with stages.steps("repetitions", len(configs)) as advance:
-        quiet = Stages(quiet=True)
-        for one, prepared in zip(configs, prepare_each([c.data for c in configs], quiet, config.cache), strict=True):
-            found.append(repeat_once(one, prepared))
+        for data, prepared in zip(configs, prepare_each(configs, Stages(quiet=True), config.output.cache), strict=True):
+            repetitions.append(repeat_once(config, data, prepared))
             size = int(np.sum(np.asarray(prepared.test.cell) >= 0)) // config.n_sets
             advance()
     shape = (config.n_surveys, config.n_draws, config.n_seeds, config.n_sets)
-    return {name: np.stack([values[name] for values in found]).reshape(shape) for name in found[0]}, size
+    return {name: np.stack([values[name] for values in repetitions]).reshape(shape) for name in repetitions[0]}, size
 
 
 def summarize(config: ReplicateConfig, values: dict[str, np.ndarray]) -> tuple[dict[str, pd.DataFrame], dict]:
     """Tables of the intervals, the components and all single differences; and the components by gate."""
-    components = {name: variance_components(value, config.confidence_level) for name, value in values.items()}
+    components = {name: variance_components(value, config.bootstrap.confidence_level) for name, value in values.items()}
     intervals = pd.DataFrame(
         {
             "gate": name,
@@ -190,9 +184,9 @@ def draw_figures(values: dict[str, np.ndarray], components: dict[str, VarianceCo
     return {"repetitions": fig, "shares": shares}
 
 
-def report_of(config: ReplicateConfig, command: str, tables: dict[str, pd.DataFrame], size: int) -> str:
-    """report.md."""
-    level = f"{100 * config.confidence_level:g} %"
+def sections_of(config: ReplicateConfig, tables: dict[str, pd.DataFrame], size: int) -> list[str]:
+    """The paragraphs of report.md."""
+    level = f"{100 * config.bootstrap.confidence_level:g} %"
     shown = pd.DataFrame(
         {
             "gate": row["gate"],
@@ -204,12 +198,11 @@ def report_of(config: ReplicateConfig, command: str, tables: dict[str, pd.DataFr
         for row in tables["intervals"].to_dict("records")
     )
     spread = tables["components"].pivot(index="gate", columns="source", values="sd").loc[tables["intervals"]["gate"], list(SOURCES)]
-    sections = [
-        "# The difference, repeated from scratch",
-        f"Made by `{command}`.",
-        f"{config.n_surveys} surveys of {config.n_train:,} training stars x {config.n_draws} noise draws x {config.n_seeds} gate "
-        f"seeds, each judged on the same {config.n_sets} test sets of {size} covered stars. Delta R2 is against the "
-        "classification gate of the same repetition. The converged linear gate starts at the classification gate and has no seed.",
+    return [
+        f"{config.n_surveys} surveys of {config.data.n_train:,} training stars x {config.n_draws} noise draws x "
+        f"{config.n_seeds} gate seeds, each judged on the same {config.n_sets} test sets of {size} covered stars. Delta R2 is "
+        "against the classification gate of the same repetition. "
+        "The converged linear gate starts at the classification gate and has no seed.",
         table_markdown(shown),
         "*Expected*: holds the mean over repetitions. *One repetition*: holds what a new survey, noise draw, gate seed and test "
         "set would give; it is what a single published number should be read with.",
@@ -220,21 +213,17 @@ def report_of(config: ReplicateConfig, command: str, tables: dict[str, pd.DataFr
         "estimates (balanced analysis of variance); below 0 they are shown as 0, and as they are in `components.csv`.",
         "![Shares of the variance](shares.png)",
     ]
-    return "\n\n".join(sections) + "\n"
 
 
-def main(config: ReplicateConfig) -> dict[str, pd.DataFrame]:
-    """Runs all repetitions and writes the results."""
-    stages = Stages()
-    folder = output_folder(config, "replicate")
+def compute(config: ReplicateConfig, stages: Stages) -> Results:
+    """Runs all repetitions."""
     values, size = repeat(config, stages)
     tables, components = summarize(config, values)
-    command = command_of("replicate", config, PRESETS)
-    report = report_of(config, command, tables, size)
-    run = describe_run(command, config, stages.seconds, stars_in_a_test_set=size)
-    write_results(folder, tables, draw_figures(values, components), report, run)
-    return tables
+    sections, drawn = sections_of(config, tables, size), draw_figures(values, components)
+    return Results("The difference, repeated from scratch", sections, tables, drawn, {"stars_in_a_test_set": size})
 
+
+main = Study("replicate", PRESETS, compute)
 
 if __name__ == "__main__":
     run_command(main, PRESETS, __doc__)

@@ -1,7 +1,7 @@
 """How do the methods scale with training stars and noise?
 
-python -m experiments.scale                  4,000 to 100,000 training stars x noise 0.1 to 1.0; about 16 min on 2 cores, 10.2 GiB
-python -m experiments.scale --preset smoke   small; about a minute
+    python -m experiments.scale                  4,000 to 100,000 training stars x noise 0.1 to 1.0; 16 min on 2 cores, 10.2 GiB
+    python -m experiments.scale --preset smoke   small; about a minute
 
 A run that was stopped goes on where it was, from the cache. Results go to results/scale/PRESET.
 """
@@ -9,6 +9,7 @@ A run that was stopped goes on where it was, from the cache. Results go to resul
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,15 +19,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.pipeline.config import StudyConfig, draw_keys
+from experiments.pipeline.config import BootstrapOptions, DataConfig, ExpertOptions, OutputOptions, draw_keys
 from experiments.pipeline.gates import CONVERGED_LINEAR, GateRun, run_gates
 from experiments.pipeline.prepare import prepare_each
 from experiments.pipeline.stars import Prepared
 from experiments.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure
 from experiments.report.markdown import interval, load_published, table_markdown
-from experiments.report.results import output_folder, write_results
-from experiments.runner.command_line import run_command
-from experiments.runner.provenance import command_of, describe_run
+from experiments.report.results import Results, Study
+from experiments.runner.command_line import group, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import InputError
 from moe_jax.evaluate.bootstrap import paired_bootstrap
@@ -47,54 +47,49 @@ STYLES = {
 
 
 @dataclass(frozen=True)
-class ScaleConfig(StudyConfig):
+class ScaleConfig:
     """Numbers of stars and noise levels."""
 
     preset: Literal["default", "smoke"] = "default"
-    """What the other options start from."""
+    """Preset from which the other options start."""
     n_trains: tuple[int, ...] = (4_000, 8_000, 16_000, 32_000, 100_000)
-    """Training stars."""
+    """Numbers of training stars."""
     noise_levels: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0)
     """Factors on the errors of training and test spectra."""
-    alphas: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
-    """Ridge penalties of the experts to choose from."""
-    global_alphas: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
-    """Ridge penalties of the global ridge to choose from."""
-    extend_decades: int = 0
-    """Powers of ten by which these grids are extended; 0, so that all sizes choose from the same penalties."""
     n_seeds: int = 2
     """MLP gates."""
-    gate: GateConfig = dataclasses.field(default_factory=GateConfig)
-    """Of the MLP."""
+    gate: GateConfig = group(GateConfig(), prefix=True)
+    mlp: MLPGate = group(MLPGate())
+    data: DataConfig = group(
+        # The grids of penalties are not extended, so that all sizes choose from the same penalties.
+        DataConfig(experts=ExpertOptions((0.01, 0.1, 1.0, 10.0, 100.0), (1.0, 10.0, 100.0, 1000.0), extend_decades=0)),
+        without=("n_train", "noise_level", "train_file", "test_file"),
+    )
+    bootstrap: BootstrapOptions = group(BootstrapOptions(), without=("interval_method",))
+    output: OutputOptions = group(OutputOptions())
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in ("n_trains", "noise_levels"):
             if not getattr(self, name):
                 raise InputError(f"{name} is empty, expected at least one")
-        if self.train_file is not None:
-            raise InputError("--train-file was given, expected none: surveys of several sizes are simulated")
 
 
 PRESETS = {
     "default": ScaleConfig(),
     "smoke": ScaleConfig(
         preset="smoke",
-        n_test=1_200,
         n_trains=(1_000, 2_000),
         noise_levels=(0.2, 1.0),
-        alphas=(1.0, 10.0),
-        global_alphas=(10.0,),
-        C_grid=(10.0,),
+        data=DataConfig(n_test=1_200, experts=ExpertOptions((1.0, 10.0), (10.0,), extend_decades=0, C_grid=(10.0,))),
         gate=GateConfig(epochs=20),
     ),
 }
 
 
-def score(config: ScaleConfig, prepared: Prepared) -> list[dict[str, float | str]]:
+def score(config: ScaleConfig, data: DataConfig, prepared: Prepared) -> list[dict[str, float | str]]:
     """R2 of each method, rho and Delta R2 against the soft classification gate, with bootstrap bands; one row each."""
-    mlp = run_gates(config, prepared, GateRun(MLPGate(config.hidden), config.gate, n_seeds=config.n_seeds))
-    linear = run_gates(config, prepared, CONVERGED_LINEAR)
+    mlp = run_gates(data, prepared, GateRun(config.mlp, config.gate, n_seeds=config.n_seeds), config.output.cache)
+    linear = run_gates(data, prepared, CONVERGED_LINEAR, config.output.cache)
     test = prepared.test.covered()
     weights = LinearGate().apply(prepared.classifier.params, test.features)
     predictions = jnp.stack(
@@ -117,12 +112,12 @@ def score(config: ScaleConfig, prepared: Prepared) -> list[dict[str, float | str
 
     y = jnp.asarray(test.log_g)
     estimate = jax.jit(statistics)(y, predictions)
-    samples = _bootstrap(draw_keys(config.seed).bootstrap, statistics, (y, predictions), config.n_resamples)
-    tail = 0.5 * (1 - config.confidence_level)
+    samples = _bootstrap(draw_keys(data.seed).bootstrap, statistics, (y, predictions), config.bootstrap.n_resamples)
+    tail = 0.5 * (1 - config.bootstrap.confidence_level)
     low, high = np.quantile(samples, [tail, 1 - tail], axis=0)
     rows: list[dict[str, float | str]] = []
     for j, method in enumerate(METHODS):
-        row: dict[str, float | str] = {"n_train": config.n_train, "noise_level": config.noise_level, "method": method}
+        row: dict[str, float | str] = {"n_train": data.n_train, "noise_level": data.noise_level, "method": method}
         for i, name in enumerate(("r2", "rho", "delta_r2")):
             row |= {name: float(estimate[i, j]), f"{name}_low": low[i, j], f"{name}_high": high[i, j]}
         rows.append(row)
@@ -165,8 +160,8 @@ def draw_figures(table: pd.DataFrame, noise_levels: tuple[float, ...]) -> dict[s
     return drawn
 
 
-def report_of(config: ScaleConfig, command: str, table: pd.DataFrame, choices: pd.DataFrame) -> str:
-    """report.md."""
+def sections_of(config: ScaleConfig, table: pd.DataFrame, choices: pd.DataFrame) -> list[str]:
+    """The paragraphs of report.md."""
     r2 = table.pivot(index=["noise_level", "n_train"], columns="method", values="r2")[list(METHODS)]
     rho = table.pivot(index=["noise_level", "n_train"], columns="method", values="rho")[["soft", "MLP", "linear"]]
     delta = table[table["method"].isin(("MLP", "linear"))].copy()
@@ -177,13 +172,11 @@ def report_of(config: ScaleConfig, command: str, table: pd.DataFrame, choices: p
     plain = {"noise_level": "g"}
     published = load_published()
     large, million = published["n_train_100000"]["r2"], published["n_train_1000000_noise_1"]
-    sections = [
-        "# Training stars and noise",
-        f"Made by `{command}`.",
+    return [
         f"Cross-fitted gates: MLP (Adam, {config.gate.epochs} epochs, {config.n_seeds} seed{'s' * (config.n_seeds > 1)}), "
-        f"linear (converged). The test stars are the same {config.n_test:,} for all, those that the cells cover; they are "
+        f"linear (converged). The test stars are the same {config.data.n_test:,} for all, those that the cells cover; they are "
         "observed at the noise of the training stars. Bands: "
-        f"{100 * config.confidence_level:g} % percentile bootstrap over test stars.",
+        f"{100 * config.bootstrap.confidence_level:g} % percentile bootstrap over test stars.",
         "## R2",
         table_markdown(r2.reset_index(), plain),
         "![R2](r2.png)",
@@ -199,42 +192,35 @@ def report_of(config: ScaleConfig, command: str, table: pd.DataFrame, choices: p
         table_markdown(choices, plain | {"global_alpha": "g"}),
         "At an edge: cells whose penalty lies at an end of the grid.",
     ]
-    return "\n\n".join(sections) + "\n"
 
 
-def main(config: ScaleConfig) -> pd.DataFrame:
-    """Runs all sizes and noise levels and writes the results."""
-    stages = Stages()
-    folder = output_folder(config, "scale")
-    configs = [
-        dataclasses.replace(config, n_train=n_train, noise_level=noise)
-        for n_train in config.n_trains
-        for noise in config.noise_levels
-    ]
+def compute(config: ScaleConfig, stages: Stages) -> Results:
+    """Runs all sizes and noise levels."""
+    grid = itertools.product(config.n_trains, config.noise_levels)
+    configs = [dataclasses.replace(config.data, n_train=n_train, noise_level=noise) for n_train, noise in grid]
     rows, choices = [], []
     with stages.steps("sizes and noise levels", len(configs)) as advance:
-        for one, prepared in zip(configs, prepare_each([c.data for c in configs], Stages(quiet=True), config.cache), strict=True):
-            rows += score(one, prepared)
+        for data, prepared in zip(configs, prepare_each(configs, Stages(quiet=True), config.output.cache), strict=True):
+            rows += score(config, data, prepared)
             choices.append(
                 {
-                    "noise_level": one.noise_level,
-                    "n_train": one.n_train,
+                    "noise_level": data.noise_level,
+                    "n_train": data.n_train,
                     "cell_alphas": " ".join(f"{float(alpha):g}" for alpha in prepared.experts.alpha),
                     "cells_at_edge": int(np.sum(np.asarray(prepared.experts.at_edge))),
                     "global_alpha": float(prepared.global_ridge.alpha),
                     "gate_accuracy": prepared.classifier.accuracy,
                 }
             )
-            found = ", ".join(f"{row['method']} {row['r2']:.4f}" for row in rows[-len(METHODS) :])
-            console.print(f"{one.n_train:>7,} stars, noise {one.noise_level:g}: {found}", highlight=False)
+            scores = ", ".join(f"{row['method']} {row['r2']:.4f}" for row in rows[-len(METHODS) :])
+            console.print(f"{data.n_train:>7,} stars, noise {data.noise_level:g}: {scores}", highlight=False)
             advance()
     table, chosen = pd.DataFrame(rows), pd.DataFrame(choices)
-    command = command_of("scale", config, PRESETS)
-    report = report_of(config, command, table, chosen)
-    run = describe_run(command, config, stages.seconds)
-    write_results(folder, {"scale": table, "choices": chosen}, draw_figures(table, config.noise_levels), report, run)
-    return table
+    drawn = draw_figures(table, config.noise_levels)
+    return Results("Training stars and noise", sections_of(config, table, chosen), {"scale": table, "choices": chosen}, drawn)
 
+
+main = Study("scale", PRESETS, compute)
 
 if __name__ == "__main__":
     run_command(main, PRESETS, __doc__)

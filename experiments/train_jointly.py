@@ -1,7 +1,7 @@
 """Experts and gate trained together: experts for the mixture in closed form by back-fitting, the gate on what they predict.
 
-python -m experiments.train_jointly                  about 26 min on 2 cores, 6.1 GiB
-python -m experiments.train_jointly --preset smoke   small; about two minutes
+    python -m experiments.train_jointly                  about 26 min on 2 cores, 6.1 GiB
+    python -m experiments.train_jointly --preset smoke   small; about two minutes
 
 Every choice (penalty, round, gradient steps) is made on stars that were held out. A run that was stopped goes on where it was,
 from the cache. Results go to results/train_jointly/PRESET.
@@ -19,15 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.config import SMALL, StudyConfig, draw_keys
+from experiments.pipeline.config import SMALL, BootstrapOptions, DataConfig, OutputOptions, draw_keys
 from experiments.pipeline.gates import mix_by_class
 from experiments.pipeline.observation import observe_surveys
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
 from experiments.report.markdown import table_markdown
-from experiments.report.results import output_folder
-from experiments.report.variants import compare_by, write_variants
-from experiments.runner.command_line import run_command
+from experiments.report.results import Results, Study
+from experiments.report.variants import compare_by, variants_results
+from experiments.runner.command_line import group, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import AnyArray
 from moe_jax.experts.fit import assign_folds
@@ -40,34 +40,37 @@ from moe_jax.gates.training import GateConfig, fit_gate
 
 
 @dataclass(frozen=True)
-class JointConfig(StudyConfig):
+class JointConfig:
     """Alternation, and training by gradient."""
 
     preset: Literal["default", "smoke"] = "default"
-    """What the other options start from."""
+    """Preset from which the other options start."""
     joint_alphas: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
     """Penalties of the joint experts to choose from, in the first round."""
     n_rounds: int = 3
-    """Most alternations of experts and gate."""
+    """Alternations of experts and gate, at most."""
     least_improvement: float = 0.005
     """A round that lowers the held-out loss by less than this part of it is the last."""
     max_sweeps: int = 60
-    """Most sweeps of back-fitting in a round."""
+    """Sweeps of back-fitting in a round, at most."""
     tolerance: float = 1e-3
     """Back-fitting ends where a sweep lowers its objective by less than this part of it."""
-    gate: GateConfig = dataclasses.field(default_factory=GateConfig)
+    gate: GateConfig = group(GateConfig(), prefix=True)
     gradient_epochs: int = 20
-    """Most epochs of the training of everything by gradient."""
+    """Epochs of the training of experts and gate by gradient, at most."""
     gradient_rates: tuple[float, ...] = (1e-6, 1e-5)
-    """Its learning rates to choose from."""
+    """Learning rates of the training by gradient to choose from."""
+    mlp: MLPGate = group(MLPGate())
+    data: DataConfig = group(DataConfig())
+    bootstrap: BootstrapOptions = group(BootstrapOptions())
+    output: OutputOptions = group(OutputOptions())
 
 
 PRESETS = {
     "default": JointConfig(),
     "smoke": JointConfig(
         preset="smoke",
-        **SMALL,
-        n_folds=2,
+        data=dataclasses.replace(SMALL, experts=dataclasses.replace(SMALL.experts, n_folds=2)),
         joint_alphas=(3.0,),
         n_rounds=2,
         max_sweeps=3,
@@ -119,7 +122,7 @@ def load_data(config: JointConfig, prepared: Prepared) -> Data:
     """Observes the surveys again, and keeps the covered stars."""
     train, test = prepared.train.covered(), prepared.test.covered()
     flux, test_flux = (o.flux()[np.flatnonzero(np.asarray(o.cell) >= 0)] for o in observe_surveys(config.data))
-    folds = np.asarray(assign_folds(draw_keys(config.seed).folds, train.cell, config.n_folds))
+    folds = np.asarray(assign_folds(draw_keys(config.data.seed).folds, train.cell, config.data.experts.n_folds))
     y, features, test_y, test_features = map(jnp.asarray, (train.log_g, train.features, test.log_g, test.features))
     return Data(flux, y, features, folds, test_flux, test_y, test_features)
 
@@ -129,8 +132,8 @@ def alternate(config: JointConfig, data: Data, weights: jax.Array, alpha: float,
     backfit = backfit_mixture_experts(
         data.flux, data.y, weights, alpha, folds=data.folds, max_sweeps=config.max_sweeps, tolerance=config.tolerance
     )
-    key = draw_keys(config.seed).gates
-    gate = fit_gate(key, MLPGate(config.hidden), data.features, backfit.out_of_fold, data.y, config.gate, start=start)
+    key = draw_keys(config.data.seed).gates
+    gate = fit_gate(key, config.mlp, data.features, backfit.out_of_fold, data.y, config.gate, start=start)
     return Round(backfit, gate)
 
 
@@ -148,8 +151,7 @@ def train_by_gradient(
     the chosen rate and number of epochs, from the experts of all stars on all stars. None where no epoch lowers the held-out
     loss.
     """
-    gate = MLPGate(config.hidden)
-    key = draw_keys(config.seed).gates
+    gate, key = config.mlp, draw_keys(config.data.seed).gates
     train, held = np.flatnonzero(data.folds != 0), np.flatnonzero(data.folds == 0)
 
     def params_of(experts: Ridge, gate_params: Params) -> Params:
@@ -159,14 +161,14 @@ def train_by_gradient(
         return data.flux[rows], data.features[rows], data.y[rows]
 
     with stages("gradient: choosing rate and epochs"):
-        own = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], best.backfit.by_fold)
+        blind_experts = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], best.backfit.by_fold)
         out_of_fold = jnp.asarray(best.backfit.out_of_fold)
         blind = fit_gate(key, gate, data.features[train], out_of_fold[train], data.y[train], config.gate)
-        start = params_of(own, blind.params)
-        mixture = route_soft(gate.apply(blind.params, data.features[held]), predict_ridge(own, data.flux[held]))
+        start = params_of(blind_experts, blind.params)
+        mixture = route_soft(gate.apply(blind.params, data.features[held]), predict_ridge(blind_experts, data.flux[held]))
         before = float(jnp.mean((data.y[held] - mixture) ** 2))
         tried = []
-        penalty = alpha / len(train) * float(jnp.sum(own.coef**2))
+        penalty = alpha / len(train) * float(jnp.sum(blind_experts.coef**2))
         for rate in config.gradient_rates:
             adam = Adam(rate, config.gradient_epochs, patience=5)
             fit = minimize(key, JointObjective(gate, alpha, len(train)), start, part(train), adam, validation=part(held))
@@ -189,131 +191,114 @@ def train_by_gradient(
     return np.asarray(prediction)[None, :], tried
 
 
-def predict_round(config: JointConfig, data: Data, found: Round) -> np.ndarray:
-    """(1, N) predictions of a round's mixture for the test stars."""
-    weights = MLPGate(config.hidden).apply(jax.tree.map(jnp.asarray, found.gate.params), data.test_features)
-    experts = jax.tree.map(jnp.asarray, found.backfit.experts)
-    return np.asarray(route_soft(weights, predict_ridge(experts, data.test_flux)))[None, :]
+def predict_round(config: JointConfig, fitted: Round, features: jax.Array, flux: jax.Array) -> jax.Array:
+    """(N,) predictions of a round's mixture."""
+    weights = config.mlp.apply(jax.tree.map(jnp.asarray, fitted.gate.params), features)
+    experts = jax.tree.map(jnp.asarray, fitted.backfit.experts)
+    return route_soft(weights, predict_ridge(experts, flux))
 
 
-def main(config: JointConfig) -> pd.DataFrame:
-    """Trains experts and gate together and writes the results."""
-    stages = Stages()
-    output_folder(config, "train_jointly")
-    prepared = prepare(config.data, stages, config.cache)
-    with stages("spectra"):
-        data = jax.block_until_ready(load_data(config, prepared))
-    gate = MLPGate(config.hidden)
-    with stages("gates of the frozen experts"):
-        frozen_stars = prepared.gate_stars()
-        x, yhat, y = (jnp.asarray(array) for array in (frozen_stars.features, frozen_stars.predictions, frozen_stars.log_g))
-        frozen = fit_gate(draw_keys(config.seed).gates, gate, x, yhat, y, config.gate)
-        longer = dataclasses.replace(config.gate, epochs=config.gate.epochs * (config.n_rounds + 1))
-        trained_longer = fit_gate(draw_keys(config.seed).gates, gate, x, yhat, y, longer)
-    settings = {"data": dataclasses.asdict(config.data), "gate": dataclasses.asdict(config.gate), "hidden": config.hidden}
+class Rounds(NamedTuple):
+    """All alternations, and what was chosen of them."""
+
+    alpha: float
+    first: Round
+    best: Round
+    table: pd.DataFrame  #: a row for each round, and of the first for each alpha
+
+
+def alternate_rounds(config: JointConfig, data: Data, frozen: GateFit, stages: Stages) -> Rounds:
+    """Chooses alpha in the first round, then alternates until the held-out loss hardly falls."""
+    settings = {"data": dataclasses.asdict(config.data), "gate": dataclasses.asdict(config.gate), "hidden": config.mlp.hidden}
     settings |= {"max_sweeps": config.max_sweeps, "tolerance": config.tolerance}
+    rows: list[dict[str, Any]] = []
 
-    def run_round(weights: jax.Array, start: Params, path: list[float]) -> Round:
-        return config.cache.load_or_compute(
-            "joint", settings | {"path": path}, [__file__], Round, lambda: alternate(config, data, weights, path[-1], start)
-        )[0]
-
-    history: list[dict[str, Any]] = []
-
-    def note(number: int, alpha: float, found: Round) -> None:
-        sweeps = int(found.backfit.n_sweeps)
-        objective = float(np.asarray(found.backfit.objective)[sweeps])
-        row = {
-            "round": number,
-            "alpha": alpha,
-            "held_out_loss": held_out_loss(found.gate),
-            "sweeps": sweeps,
-            "converged": bool(found.backfit.converged),
-            "objective": objective,
-        }
-        history.append(row | {"training_mse": training_mse(data, found, gate)})
-        console.print(
-            f"round {number}, alpha {alpha:g}: held-out loss {row['held_out_loss']:.5f}, {sweeps} sweeps", highlight=False
-        )
-
-    weights, start = gate.apply(frozen.params, data.features), frozen.params
-    rounds: dict[float, Round] = {}
-    for alpha in config.joint_alphas:
-        with stages(f"round 1, alpha {alpha:g}"):
-            rounds[alpha] = run_round(weights, start, [alpha])
-        note(1, alpha, rounds[alpha])
-    alpha = min(rounds, key=lambda a: held_out_loss(rounds[a].gate))
-    best = rounds[alpha]
-    first = best
-    path = [alpha]
-    for number in range(2, config.n_rounds + 1):
-        params = jax.tree.map(jnp.asarray, best.gate.params)
-        path = [*path, alpha]
+    def run_round(path: list[float], params: Params) -> Round:
+        """The round after those of the alphas ``path[:-1]``, which ended with the gate ``params``."""
+        number, alpha = len(path), path[-1]
+        weights = config.mlp.apply(params, data.features)
         with stages(f"round {number}, alpha {alpha:g}"):
-            following = run_round(gate.apply(params, data.features), params, path)
-        note(number, alpha, following)
+            fitted, _ = config.output.cache.load_or_compute(
+                "joint", settings | {"path": path}, [__file__], Round, lambda: alternate(config, data, weights, alpha, params)
+            )
+        loss, sweeps = held_out_loss(fitted.gate), int(fitted.backfit.n_sweeps)
+        row = {"round": number, "alpha": alpha, "held_out_loss": loss, "sweeps": sweeps}
+        row |= {"converged": bool(fitted.backfit.converged), "objective": float(np.asarray(fitted.backfit.objective)[sweeps])}
+        errors = data.y - predict_round(config, fitted, data.features, data.flux)
+        rows.append(row | {"training_mse": float(jnp.mean(errors**2))})
+        console.print(f"round {number}, alpha {alpha:g}: held-out loss {loss:.5f}, {sweeps} sweeps", highlight=False)
+        return fitted
+
+    rounds = {alpha: run_round([alpha], frozen.params) for alpha in config.joint_alphas}
+    alpha = min(rounds, key=lambda a: held_out_loss(rounds[a].gate))
+    first = best = rounds[alpha]
+    for number in range(2, config.n_rounds + 1):
+        following = run_round([alpha] * number, jax.tree.map(jnp.asarray, best.gate.params))
         improvement = 1.0 - held_out_loss(following.gate) / held_out_loss(best.gate)
         best = following if improvement > 0 else best
         if improvement < config.least_improvement:
             break
+    return Rounds(alpha, first, best, pd.DataFrame(rows))
+
+
+def compute(config: JointConfig, stages: Stages) -> Results:
+    """Trains gates of frozen experts, then experts and gate together."""
+    prepared = prepare(config.data, stages, config.output.cache)
+    with stages("spectra"):
+        data = jax.block_until_ready(load_data(config, prepared))
+    longer = dataclasses.replace(config.gate, epochs=config.gate.epochs * (config.n_rounds + 1))
+    with stages("gates of the frozen experts"):
+        stars, test = prepared.gate_stars(), prepared.test.covered()
+        x, yhat, y = map(jnp.asarray, (stars.features, stars.predictions, stars.log_g))
+        key = draw_keys(config.data.seed).gates
+        frozen, trained_longer = (fit_gate(key, config.mlp, x, yhat, y, training) for training in (config.gate, longer))
+    rounds = alternate_rounds(config, data, frozen, stages)
+
+    def frozen_mixture(fit: GateFit) -> AnyArray:
+        return route_soft(config.mlp.apply(fit.params, test.features), test.predictions)[None, :]
+
+    def joint_mixture(fitted: Round) -> AnyArray:
+        return predict_round(config, fitted, data.test_features, data.test_flux)[None, :]
+
     variants = {
-        "frozen experts, classification gate": mix_by_class(prepared, prepared.test.covered()),
-        "frozen experts, MLP gate": _mixture(gate, frozen, prepared),
-        f"frozen experts, MLP gate, {longer.epochs} epochs": _mixture(gate, trained_longer, prepared),
-        "joint experts, one round": predict_round(config, data, first),
-        "joint experts, best round": predict_round(config, data, best),
+        "frozen experts, classification gate": mix_by_class(prepared, test),
+        "frozen experts, MLP gate": frozen_mixture(frozen),
+        f"frozen experts, MLP gate, {longer.epochs} epochs": frozen_mixture(trained_longer),
+        "joint experts, one round": joint_mixture(rounds.first),
+        "joint experts, best round": joint_mixture(rounds.best),
     }
-    by_gradient, tried = train_by_gradient(config, data, best, alpha, stages)
+    by_gradient, tried = train_by_gradient(config, data, rounds.best, rounds.alpha, stages)
     if by_gradient is not None:
         variants["all by gradient from the best round"] = by_gradient
     with stages("bootstrap"):
-        table = compare_by(
-            config,
-            data.test_y,
-            variants,
-            variants["frozen experts, MLP gate"],
-        )
-    rounds_table, gradient_table = pd.DataFrame(history), pd.DataFrame(tried)
+        table = compare_by(config, data.test_y, variants, variants["frozen experts, MLP gate"])
+    gradient = pd.DataFrame(tried)
     outcome = "" if by_gradient is not None else " No epoch lowered the held-out loss, so nothing was trained by gradient."
-    write_variants(
-        "train_jointly",
+    return variants_results(
         "Experts and gate trained together",
-        config,
-        PRESETS,
-        stages,
+        config.bootstrap,
         table,
         setup=f"{len(data.y):,} covered training stars; {len(data.test_y):,} covered test stars. In a round all nine experts are "
         "fitted to the mixture, given the previous gate's weights (back-fitting, with and without each of "
-        f"{config.n_folds} folds); then the gate is trained on their out-of-fold predictions. Penalty and round are those of the "
-        "lowest loss on stars that the gate did not train on, predicted by experts that did not see them.",
+        f"{config.data.experts.n_folds} folds); then the gate is trained on their out-of-fold predictions. Penalty and round are "
+        "those of the lowest loss on stars that the gate did not train on, predicted by experts that did not see them.",
         against="frozen experts, MLP gate",
         sections=[
             "## Rounds",
-            table_markdown(rounds_table, {"alpha": "g", "held_out_loss": ".5f", "training_mse": ".5f", "objective": ".1f"}),
+            table_markdown(rounds.table, {"alpha": "g", "held_out_loss": ".5f", "training_mse": ".5f", "objective": ".1f"}),
             f"Frozen experts: held-out loss {held_out_loss(frozen):.5f}, with {longer.epochs} epochs "
             f"{held_out_loss(trained_longer):.5f} (their validation stars are the same). *training mse*: of the mixture on the "
             "stars that its experts were fitted to.",
             "## By gradient",
-            table_markdown(gradient_table, {"rate": "g", "before": ".5f", "after": ".5f"}),
+            table_markdown(gradient, {"rate": "g", "before": ".5f", "after": ".5f"}),
             f"Objective on the first fold, which neither experts nor gate had seen, before and after the best epoch.{outcome}",
         ],
-        tables={"rounds": rounds_table, "gradient": gradient_table},
-        found={"alpha": alpha, "frozen_held_out_loss": held_out_loss(frozen)},
+        tables={"rounds": rounds.table, "gradient": gradient},
+        fields={"alpha": rounds.alpha, "frozen_held_out_loss": held_out_loss(frozen)},
     )
-    return table
 
 
-def _mixture(gate: MLPGate, fit: GateFit, prepared: Prepared) -> np.ndarray:
-    test = prepared.test.covered()
-    return np.asarray(route_soft(gate.apply(fit.params, test.features), test.predictions))[None, :]
-
-
-def training_mse(data: Data, found: Round, gate: MLPGate) -> float:
-    """Mean squared error of a round's mixture on the stars that its experts were fitted to."""
-    weights = gate.apply(jax.tree.map(jnp.asarray, found.gate.params), data.features)
-    experts: AnyArray = predict_ridge(jax.tree.map(jnp.asarray, found.backfit.experts), data.flux)
-    return float(jnp.mean((data.y - route_soft(weights, experts)) ** 2))
-
+main = Study("train_jointly", PRESETS, compute)
 
 if __name__ == "__main__":
     run_command(main, PRESETS, __doc__)

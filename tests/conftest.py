@@ -1,6 +1,5 @@
 """JAX flags and the data that the tests share."""
 
-import dataclasses
 import fcntl
 import os
 import tempfile
@@ -106,10 +105,10 @@ def trained(common, once):
 
 
 def train(folder):
-    from small_run import SMALL
+    from small_run import SMALL, with_options
 
     from experiments import make_survey, regress_gate
 
-    regress_gate.main(dataclasses.replace(SMALL, output_dir=folder / "run", cache_dir=folder / "cache"))
+    regress_gate.main(with_options(SMALL, output_dir=folder / "run", cache_dir=folder / "cache"))
     make_survey.main(make_survey.MakeSurveyConfig(n_train=1, n_test=300, noise_level=0.2, output_dir=folder / "surveys"))
     (folder / "surveys" / "test.h5").rename(folder / "observed.h5")

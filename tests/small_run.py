@@ -6,7 +6,28 @@ from experiments import regress_gate
 from experiments.pipeline.calibration import CalibrationConfig
 from moe_jax import GateConfig
 
-SMALL = dataclasses.replace(
+
+def with_options(config, **options):
+    """A configuration in which some options are others, each in the group where it stands, as on the command line."""
+    groups = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in options}
+    known = {field.name for field in dataclasses.fields(config)}
+    changes = {name: options.pop(name) for name in known & set(options)}
+    for name, group in groups.items():
+        if dataclasses.is_dataclass(group):
+            names = option_names(group) & set(options)
+            changes[name] = with_options(group, **{inner: options.pop(inner) for inner in names})
+    assert not options, f"{type(config).__name__} has no options {options}"
+    return dataclasses.replace(config, **changes)
+
+
+def option_names(group):
+    """Names of the options of a group and of the groups within it."""
+    names = {field.name for field in dataclasses.fields(group)}
+    inner = (getattr(group, name) for name in names)
+    return names.union(*(option_names(value) for value in inner if dataclasses.is_dataclass(value)))
+
+
+SMALL = with_options(
     regress_gate.PRESETS["smoke"],
     n_train=900,
     n_test=300,

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from astropy.io import fits
+from small_run import with_options
 
 import moe_jax
 from experiments import regress_gate
@@ -399,9 +400,7 @@ def a_grid_that_is_none(folder, valid):
 @malformed("--train-file was given without --test-file")
 def half_of_the_files(folder, valid):
     config = regress_gate.PRESETS["smoke"]
-    from dataclasses import replace
-
-    regress_gate.main(replace(config, train_file=valid / "survey.h5", output_dir=folder / "out", use_cache=False))
+    regress_gate.main(with_options(config, train_file=valid / "survey.h5", output_dir=folder / "out", use_cache=False))
 
 
 # Configurations and arrays

@@ -1,6 +1,5 @@
 """Runs that are killed, disks that are full, folders that cannot be written to, keys that are used twice."""
 
-import dataclasses
 import multiprocessing
 import os
 import re
@@ -11,7 +10,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from small_run import ARGUMENTS, SMALL
+from small_run import ARGUMENTS, SMALL, with_options
 
 from experiments import regress_gate
 from experiments.runner.command_line import parse_config, use_all_cores
@@ -46,7 +45,7 @@ def test_twenty_kills_leave_no_partial_file(trained, tmp_path):
     killed, rng = 0, np.random.default_rng(0)
     for i in range(20):
         places = {"output_dir": tmp_path / "out", "cache_dir": trained.parent / "cache", "use_cache": i % 4 > 0}
-        process = context.Process(target=run_forked, args=(dataclasses.replace(SMALL, **places),))
+        process = context.Process(target=run_forked, args=(with_options(SMALL, **places),))
         process.start()
         if i == 10:
             while process.is_alive() and not list(tmp_path.glob(f".out.*.{process.pid}.partial")):
@@ -63,7 +62,7 @@ def test_twenty_kills_leave_no_partial_file(trained, tmp_path):
                 assert path.read_bytes() == (trained / path.relative_to(tmp_path / "out")).read_bytes()
             assert {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")} <= files
     assert killed >= 15
-    process = context.Process(target=run_forked, args=(dataclasses.replace(SMALL, **places),))
+    process = context.Process(target=run_forked, args=(with_options(SMALL, **places),))
     process.start()
     process.join()
     assert process.exitcode == 0
@@ -96,7 +95,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, place, capsys):
     if not output.parent.exists():
         pytest.skip("not on this system")
     with pytest.raises(InputError, match=re.escape(str(output))) as caught:
-        regress_gate.main(dataclasses.replace(SMALL, output_dir=output, use_cache=False))
+        regress_gate.main(with_options(SMALL, output_dir=output, use_cache=False))
     assert "\n" not in str(caught.value)
     assert "surveys" not in capsys.readouterr().out
 

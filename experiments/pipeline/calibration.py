@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,6 @@ from moe_jax.spectra.simulate import SimulatedSpectra
 from moe_jax.spectra.survey import Spectra
 from moe_jax.spectra.survey_file import SurveyFile
 
-Config = TypeVar("Config", bound=DataConfig)
 SCALING = 4  # of so many stars to calibrate on, one is for the factors of the variance's parts, the others for the quantiles
 LEAST_SCALING = 100  # with fewer stars the factors stay at 1
 SCALED = 0.05  # spectra whose medians scatter by less than this part were scaled to a common median
@@ -75,7 +74,7 @@ def model_of(prepared: Prepared, gate: Gate, gate_params: Params) -> Model:
     )
 
 
-def keep_calibration_stars(config: Config, settings: CalibrationConfig, stages: Stages) -> Config:
+def keep_calibration_stars(config: DataConfig, settings: CalibrationConfig, stages: Stages) -> DataConfig:
     """The configuration with a number of training stars that leaves the last tenth of a training file to calibrate on.
 
     Nothing changes where stars are simulated, a number of training stars was given, or the calibration needs none of them.

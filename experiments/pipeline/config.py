@@ -1,16 +1,16 @@
-"""Configurations: the data and experts, and an experiment; one random key for each thing that is drawn."""
+"""Options that commands share, in groups, and one random key for each thing that is drawn."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from experiments.runner.cache import DEFAULT_FOLDER, Cache
+from experiments.runner.command_line import group, require_at_least
 from moe_jax.core.arrays import InputError
 from moe_jax.evaluate.bootstrap import DEFAULT_METHOD
 from moe_jax.evaluate.intervals import IntervalMethod
@@ -20,28 +20,11 @@ from moe_jax.spectra.simulate import LabelSampling
 
 Coverage = Literal["cells", "edge_clamp", "tenth_expert"]
 
-#: The data of a smoke preset.
-SMALL: dict[str, Any] = {"n_train": 1_200, "n_test": 1_200, "alphas": (1.0,), "global_alphas": (10.0,), "C_grid": (10.0,)}
-
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Data, experts, features and classification gate; the defaults are the report's but for the number of test stars."""
+class ExpertOptions:
+    """Ridge experts, the global ridge and the classification gate."""
 
-    n_train: int = 32_000
-    """Training stars that are simulated. Of a file all are read, unless a number is given: then so many, from its start."""
-    n_test: int = 10_000
-    """Test stars; likewise."""
-    noise_level: float = 0.2
-    """Factor on the errors of training and test spectra."""
-    label_sampling: LabelSampling = "lattice"
-    """How simulated labels are drawn."""
-    test_sampling: LabelSampling | None = None
-    """Likewise for the test stars; as for the training stars by default."""
-    train_file: Path | None = None
-    """HDF5 survey to train on, instead of a simulated one."""
-    test_file: Path | None = None
-    """HDF5 survey to test on."""
     alphas: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
     """Ridge penalties of the experts to choose from."""
     global_alphas: tuple[float, ...] = (1.0, 10.0, 100.0)
@@ -54,40 +37,65 @@ class DataConfig:
     """Inverse penalties of the logistic regression to choose from."""
     coverage: Coverage = "cells"
     """Who is trained on the stars outside the cells: nobody, the nearest cell's expert, or a tenth expert."""
-    seed: int = 0
-    """Of the data, the noise, the folds and all else that is drawn."""
-    test_seed: int | None = None
-    """Of the test stars; the seed by default."""
-    noise_draw: int = 0
-    """Which of the seed's draws of the noise."""
-    chunk_stars: int = 0
-    """Stars of a chunk: spectra are read, or simulated, chunk by chunk, in memory that does not grow with their number, and a
-    stopped run goes on from its last chunk; 0: all at once."""
 
     def __post_init__(self) -> None:
-        checks = {
-            "n_train": (
-                self.n_train >= (self.train_file is None),
-                "at least 1 without a file, and at least 0 (all stars) with one",
-            ),
-            "n_test": (self.n_test >= (self.test_file is None), "at least 1 without a file, and at least 0 (all stars) with one"),
-            "noise_level": (0 <= self.noise_level < np.inf, "a finite number, at least 0"),
-            "n_folds": (self.n_folds >= 2, "at least 2"),
-            "alphas": (len(self.alphas) > 0 and all(0 < a < np.inf for a in self.alphas), "positive numbers"),
-            "global_alphas": (all(0 < a < np.inf for a in self.global_alphas), "positive numbers"),
-            "extend_decades": (self.extend_decades >= 0, "at least 0"),
-            "C_grid": (len(self.C_grid) > 0 and all(0 < c < np.inf for c in self.C_grid), "positive numbers"),
-            "noise_draw": (self.noise_draw >= 0, "at least 0"),
-            "chunk_stars": (self.chunk_stars >= 0, "at least 0"),
-        }
-        for name, (fine, expected) in checks.items():
-            if not fine:
-                raise InputError(f"{name} is {getattr(self, name)}, expected {expected}")
+        require_at_least(self, n_folds=2, extend_decades=0)
+        for name, empty in (("alphas", False), ("global_alphas", True), ("C_grid", False)):
+            values = getattr(self, name)
+            if not (empty or values) or not all(0 < value < np.inf for value in values):
+                raise InputError(f"{name} is {values}, expected positive numbers")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Stars and their noise. The defaults are the report's but for the number of test stars."""
+
+    n_train: int = 32_000
+    """Training stars that are simulated. Of a file all are read, unless a number is given: then so many, from its start."""
+    n_test: int = 10_000
+    """Test stars that are simulated. Of a file all are read, unless a number is given: then so many, from its start."""
+    noise_level: float = 0.2
+    """Factor on the errors of training and test spectra."""
+    label_sampling: LabelSampling = "lattice"
+    """How simulated labels are drawn."""
+    test_sampling: LabelSampling | None = None
+    """How the labels of simulated test stars are drawn; None: as those of the training stars."""
+    train_file: Path | None = None
+    """HDF5 survey to train on, instead of a simulated one."""
+    test_file: Path | None = None
+    """HDF5 survey to test on."""
+    seed: int = 0
+    """Seed of the data, the noise, the folds and everything else that is drawn."""
+    test_seed: int | None = None
+    """Seed of the test stars; None: ``seed``."""
+    noise_draw: int = 0
+    """Number of the noise draw: each number gives the same stars other noise."""
+    chunk_stars: int = 0
+    """Stars of a chunk; 0: all at once. Spectra are read or simulated chunk by chunk, in memory that does not grow with their
+    number. A run that was stopped goes on from its last chunk."""
+    experts: ExpertOptions = group(ExpertOptions())
+
+    def __post_init__(self) -> None:
+        # With a file, 0 stands for all of its stars.
+        require_at_least(self, n_train=int(self.train_file is None), n_test=int(self.test_file is None))
+        require_at_least(self, noise_draw=0, chunk_stars=0)
+        if not 0 <= self.noise_level < np.inf:
+            raise InputError(f"noise_level is {self.noise_level}, expected a finite number, at least 0")
 
     @property
     def n_experts(self) -> int:
         """K."""
-        return N_CELLS + (self.coverage == "tenth_expert")
+        return N_CELLS + (self.experts.coverage == "tenth_expert")
+
+
+#: The stars of regress_gate, by preset.
+SURVEYS: dict[Literal["default", "smoke", "large_test"], DataConfig] = {
+    "default": DataConfig(n_test=1_000),
+    "smoke": DataConfig(n_train=1_200, n_test=1_200, experts=ExpertOptions(C_grid=(10.0, 100.0))),
+    "large_test": DataConfig(),
+}
+#: The stars of the smoke preset of most other commands.
+SMALL = DataConfig(n_train=1_200, n_test=1_200, experts=ExpertOptions(alphas=(1.0,), global_alphas=(10.0,), C_grid=(10.0,)))
 
 
 class Keys(NamedTuple):
@@ -110,40 +118,32 @@ def draw_keys(seed: int) -> Keys:
 
 
 @dataclass(frozen=True)
-class StudyConfig(DataConfig):
-    """An experiment: its data, and where its results go."""
+class BootstrapOptions:
+    """Bootstrap over the test stars."""
 
-    preset: str = "default"
-    """What the other options start from."""
-    hidden: int = 64
-    """Hidden units of the MLP gate."""
     n_resamples: int = 1_000
     """Bootstrap resamples."""
     confidence_level: float = 0.95
+    """Confidence level of the intervals."""
     interval_method: IntervalMethod = DEFAULT_METHOD
-    """Of the bootstrap intervals; "percentile" is the report's."""
-    output_dir: Path | None = None
-    """Where the results go; results/EXPERIMENT/PRESET by default."""
-    cache_dir: Path = DEFAULT_FOLDER
-    """Where the stages that experiments share are kept."""
-    use_cache: bool = True
-    """Whether they are."""
+    """Method of the intervals; "percentile" is the report's."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        checks = {
-            "hidden": (self.hidden >= 1, "at least 1"),
-            "n_resamples": (self.n_resamples >= 1, "at least 1"),
-            "confidence_level": (0 < self.confidence_level < 1, "a number between 0 and 1"),
-        }
-        for name, (fine, expected) in checks.items():
-            if not fine:
-                raise InputError(f"{name} is {getattr(self, name)}, expected {expected}")
+        require_at_least(self, n_resamples=1)
+        if not 0 < self.confidence_level < 1:
+            raise InputError(f"confidence_level is {self.confidence_level}, expected a number between 0 and 1")
 
-    @property
-    def data(self) -> DataConfig:
-        """What the prepared stages depend on."""
-        return DataConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(DataConfig)})
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where results and cached stages go."""
+
+    output_dir: Path | None = None
+    """Folder of the results; None: results/COMMAND/PRESET."""
+    cache_dir: Path = DEFAULT_FOLDER
+    """Folder of the cached stages, which commands share."""
+    use_cache: bool = True
+    """Reuse cached stages."""
 
     @property
     def cache(self) -> Cache:

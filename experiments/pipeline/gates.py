@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.pipeline import prepare
-from experiments.pipeline.config import StudyConfig, draw_keys
+from experiments.pipeline.config import DataConfig, draw_keys
 from experiments.pipeline.methods import PROTOCOLS
 from experiments.pipeline.stars import Prepared, Stars
+from experiments.runner.cache import Cache
 from moe_jax.core.arrays import AnyArray
 from moe_jax.core.parallel import devices_for, map_devices, on_all
 from moe_jax.gates.networks import Gate, LinearGate
@@ -59,7 +60,7 @@ def mix_by_class(prepared: Prepared, stars: Stars) -> np.ndarray:
     return np.asarray(route_soft(weights, stars.predictions))[None, :]
 
 
-def training_stars(config: StudyConfig, prepared: Prepared, protocol: str, fraction: float) -> Stars:
+def training_stars(config: DataConfig, prepared: Prepared, protocol: str, fraction: float) -> Stars:
     """The stars that a gate is trained on: a random part of the covered stars, the same for both protocols."""
     drawn = jax.random.permutation(draw_keys(config.seed).in_sample, prepared.n_covered)
     n = max(round(fraction * prepared.n_covered), 2)
@@ -67,18 +68,18 @@ def training_stars(config: StudyConfig, prepared: Prepared, protocol: str, fract
     return stars if n == prepared.n_covered else stars.select(drawn[:n])
 
 
-def run_gates(config: StudyConfig, prepared: Prepared, run: GateRun) -> Sweep:
+def run_gates(config: DataConfig, prepared: Prepared, run: GateRun, cache: Cache) -> Sweep:
     """Trains the gates of a run and applies them to the covered test stars, or reads this from the cache."""
 
     def compute() -> Sweep:
         stars, test = training_stars(config, prepared, run.protocol, run.fraction), prepared.test.covered()
         return train_gates(gate_keys(config, run.n_seeds), prepared.classifier.params, stars, test, run.gate, run.training)
 
-    settings = dataclasses.asdict(run) | {"gate": repr(run.gate), "data": dataclasses.asdict(config.data)}
-    return config.cache.load_or_compute("gates", settings, [prepare.__file__, __file__], Sweep, compute)[0]
+    settings = dataclasses.asdict(run) | {"gate": repr(run.gate), "data": dataclasses.asdict(config)}
+    return cache.load_or_compute("gates", settings, [prepare.__file__, __file__], Sweep, compute)[0]
 
 
-def gate_keys(config: StudyConfig, n_seeds: int) -> jax.Array:
+def gate_keys(config: DataConfig, n_seeds: int) -> jax.Array:
     """One key for each seed. Every kind of gate gets the same keys, so that kinds are compared on the same random draws."""
     return jax.random.split(jax.random.fold_in(draw_keys(config.seed).gates, 1_000), n_seeds)
 

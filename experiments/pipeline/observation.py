@@ -85,7 +85,7 @@ def observe_surveys(config: DataConfig, surveys: tuple[Spectra, Spectra] | None 
     keys, (train, test) = draw_keys(config.seed), surveys or open_surveys(config)
     observed = observe(keys.train_noise, train, config), observe(keys.test_noise, test, config)
     names = [config.train_file or "the simulated training survey", config.test_file or "the simulated test survey"]
-    require_cell_sizes(f"{names[0]}: labels T_eff and M_H", observed[0].cell, config.n_experts, 2 * config.n_folds)
+    require_cell_sizes(f"{names[0]}: labels T_eff and M_H", observed[0].cell, config.n_experts, 2 * config.experts.n_folds)
     for name, observation in zip(names, observed, strict=True):
         log_g = np.asarray(observation.labels.log_g)[np.asarray(observation.cell) >= 0]
         if len(log_g) < 2:

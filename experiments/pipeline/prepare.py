@@ -69,8 +69,8 @@ def prepare_each(configs: Sequence[DataConfig], stages: Stages, cache: Cache) ->
 def note_extended_grids(config: DataConfig, prepared: Prepared, stages: Stages) -> None:
     """Says which penalties were tried beyond a grid because the best lay at an end of it."""
     tried = {
-        "experts": np.asarray(prepared.experts.alphas)[:, len(config.alphas) :],
-        "global ridge": np.asarray(prepared.global_ridge.alphas)[len(config.global_alphas) :],
+        "experts": np.asarray(prepared.experts.alphas)[:, len(config.experts.alphas) :],
+        "global ridge": np.asarray(prepared.global_ridge.alphas)[len(config.experts.global_alphas) :],
     }
     for name, beyond in tried.items():
         if np.isfinite(beyond).any():
@@ -88,15 +88,22 @@ def fit_in_memory(
 ) -> Prepared:
     """Experts, global ridge, features and classification gate from the noisy flux of the training and the test stars."""
     keys, x, y = draw_keys(config.seed), flux[0], jnp.asarray(labels[0].log_g)
-    folds = np.asarray(assign_folds(keys.folds, cells[0], config.n_folds))
-    alphas, global_alphas = jnp.array(config.alphas), jnp.array(config.global_alphas)
+    folds = np.asarray(assign_folds(keys.folds, cells[0], config.experts.n_folds))
+    alphas, global_alphas = jnp.array(config.experts.alphas), jnp.array(config.experts.global_alphas)
     with stages.steps("experts, cross-validated", config.n_experts) as advance:
         experts = fit_experts(
-            x, y, cells[0], alphas, folds, n_experts=config.n_experts, extend_decades=config.extend_decades, on_fitted=advance
+            x,
+            y,
+            cells[0],
+            alphas,
+            folds,
+            n_experts=config.n_experts,
+            extend_decades=config.experts.extend_decades,
+            on_fitted=advance,
         )
     with stages("global ridge, cross-validated"):
-        if config.global_alphas:
-            global_ridge = fit_global(x, y, global_alphas, folds, extend_decades=config.extend_decades)
+        if config.experts.global_alphas:
+            global_ridge = fit_global(x, y, global_alphas, folds, extend_decades=config.experts.extend_decades)
         else:
             global_ridge = no_ridge(*x.shape)
         jax.block_until_ready(global_ridge)

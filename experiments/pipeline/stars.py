@@ -91,5 +91,7 @@ def finish(
     if (np.ptp(np.asarray(covered.predictions), axis=1) == 0).all():
         raise InputError(f"{source}: all experts predict the same for every star, expected experts between which a gate can choose")
     with stages("classification gate"):
-        classifier = fit_classifier(covered.features, covered.cell, C_grid=config.C_grid, n_folds=config.n_folds, seed=config.seed)
+        classifier = fit_classifier(
+            covered.features, covered.cell, C_grid=config.experts.C_grid, n_folds=config.experts.n_folds, seed=config.seed
+        )
     return Prepared(train, test, experts, global_ridge, model, wave, classifier)

@@ -74,8 +74,8 @@ class Applied(NamedTuple):
 def fit_by_chunks(config: DataConfig, stages: Stages, cache: Cache) -> Prepared:
     """All stages before the regression gates, chunk by chunk."""
     keys, n_experts, (train, test) = draw_keys(config.seed), config.n_experts, observe_surveys(config)
-    folds = assign_folds(keys.folds, train.cell, config.n_folds)
-    group = jnp.where(train.cell < 0, n_experts, train.cell) * config.n_folds + folds
+    folds = assign_folds(keys.folds, train.cell, config.experts.n_folds)
+    group = jnp.where(train.cell < 0, n_experts, train.cell) * config.experts.n_folds + folds
     settings = asdict(config) | {"processes": jax.process_count(), "devices": device_mesh().size}
     saved = cache.path("sums", settings | {"process": jax.process_index()}, [__file__])
 
@@ -100,7 +100,7 @@ def fit_by_chunks(config: DataConfig, stages: Stages, cache: Cache) -> Prepared:
         applied.append(seen)
     # The first K + 1 columns are those of all stars; then each group has its own.
     out_of_fold = jnp.where(train.cell >= 0, applied[0].of_star(n_experts + 1 + group), jnp.nan)
-    global_out_of_fold = applied[0].of_star((n_experts + 1) + n_experts * config.n_folds + folds)
+    global_out_of_fold = applied[0].of_star((n_experts + 1) + n_experts * config.experts.n_folds + folds)
     experts = fitted.cells._replace(out_of_fold=out_of_fold)
     global_ridge = fitted.whole._replace(out_of_fold=global_out_of_fold)
     return finish(config, stars[0], stars[1], experts, global_ridge, fitted.pca, np.asarray(train.wave), stages)
@@ -139,7 +139,7 @@ def accumulate(
         stages: times the chunks.
     """
     mesh, log_g = device_mesh(), np.asarray(train.labels.log_g, np.float32)
-    n_groups, n_pixels = (config.n_experts + 1) * config.n_folds, len(np.asarray(train.wave))
+    n_groups, n_pixels = (config.n_experts + 1) * config.experts.n_folds, len(np.asarray(train.wave))
     first = next(slices(0, train.n_stars))
     offsets = Offsets(jnp.mean(train.flux(first.start, first.stop), axis=0), jnp.asarray(log_g[first].mean()))
     done, sums = load_sums(saved, mesh, stages) or SavedSums(0, empty_sums(n_groups, n_pixels, mesh))
@@ -176,13 +176,13 @@ def load_sums(path: Path | None, mesh: Mesh, stages: Stages) -> SavedSums | None
 
 def fit_from_sums(config: DataConfig, sums: Sums, offsets: Offsets) -> StreamedFit:
     """Experts, global ridge and principal components from the sums of the groups."""
-    n_folds, n_cells = config.n_folds, config.n_experts
+    n_folds, n_cells = config.experts.n_folds, config.n_experts
     group = np.arange((n_cells + 1) * n_folds).reshape(n_cells + 1, n_folds)
-    fit = functools.partial(fit_sums, x_offset=offsets.x, y_offset=offsets.y, extend_decades=config.extend_decades)
-    fits = [fit(collect(sums, group[k][:, None]), jnp.array(config.alphas)) for k in range(n_cells)]
+    fit = functools.partial(fit_sums, x_offset=offsets.x, y_offset=offsets.y, extend_decades=config.experts.extend_decades)
+    fits = [fit(collect(sums, group[k][:, None]), jnp.array(config.experts.alphas)) for k in range(n_cells)]
     everyone = collect(sums, group.T)
-    if config.global_alphas:
-        whole = fit(everyone, jnp.array(config.global_alphas))
+    if config.experts.global_alphas:
+        whole = fit(everyone, jnp.array(config.experts.global_alphas))
     else:
         whole = jax.tree.map(lambda leaf: jnp.full_like(leaf, False if leaf.dtype == bool else jnp.nan), fits[0])
     total = moments(jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), everyone))

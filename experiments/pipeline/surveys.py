@@ -52,5 +52,5 @@ def load_surveys(config: DataConfig) -> tuple[Survey, Survey]:
 def experts_of(labels: Labels, config: DataConfig) -> Array:
     """The expert of each star, -1 where it has none."""
     T_eff, M_H = jnp.asarray(labels.T_eff), jnp.asarray(labels.M_H)
-    cell = nearest_cells(T_eff, M_H) if config.coverage == "edge_clamp" else assign_cells(T_eff, M_H)
-    return jnp.where(cell < 0, N_CELLS, cell) if config.coverage == "tenth_expert" else cell
+    cell = nearest_cells(T_eff, M_H) if config.experts.coverage == "edge_clamp" else assign_cells(T_eff, M_H)
+    return jnp.where(cell < 0, N_CELLS, cell) if config.experts.coverage == "tenth_expert" else cell

@@ -134,12 +134,16 @@ def warnings(fits: Mapping[Method, GateFit], at_edge: list[str], n_undefined: in
         at_edge: names of the hyper-parameters whose chosen value lies at an edge of its grid.
         n_undefined: resamples of single cells without an R2.
     """
-    notes = [
-        f"{method.title}: stopped at the epoch cap (best epoch {int(fit.best_epoch) + 1} of {len(fit.train_loss)}); "
-        "it has not converged, and what it scores is no evidence against its form."
+    notes = []
+    capped = [
+        f"{method.title} (best epoch {int(fit.best_epoch) + 1} of {len(fit.train_loss)})"
         for method, fit in fits.items()
         if not bool(fit.stopped_early)
     ]
+    if capped:
+        notes.append(
+            f"Stopped at the epoch cap: {', '.join(capped)}. A gate that has not converged is no evidence against its form."
+        )
     if at_edge:
         notes.append(f"{', '.join(at_edge)}: the chosen value lies at an edge of its grid; the best may lie outside.")
     if n_undefined:
@@ -147,10 +151,8 @@ def warnings(fits: Mapping[Method, GateFit], at_edge: list[str], n_undefined: in
     return notes
 
 
-def write_report(
+def report_sections(
     *,
-    title: str,
-    command: str,
     setup: str,
     overall: pd.DataFrame,
     bins: pd.DataFrame,
@@ -160,12 +162,11 @@ def write_report(
     notes: list[str],
     weights: Mapping[Method, Any],
     in_sample_fraction: float,
-) -> str:
-    """The whole report. The figures that it names lie beside it."""
+) -> list[str]:
+    """The paragraphs of the report; every figure that they name lies beside it."""
     published = load_published()
     sections = [
-        f"# {title}",
-        f"Made by `{command}`.\n\n{setup}",
+        setup,
         "\n".join(f"> **Warning.** {note}\n>" for note in notes).rstrip("\n>") if notes else "",
         "## Every method on the same covered test stars",
         overall_markdown(overall, published),
@@ -191,4 +192,4 @@ def write_report(
         "![Mean weights](mean_weights.png)",
         "![Predicted against true log g](predicted_against_true.png)",
     ]
-    return "\n\n".join(filter(None, sections)) + "\n"
+    return list(filter(None, sections))

@@ -1,32 +1,79 @@
-"""What the experiments share: configuration, provenance, and results that are written whole or not at all."""
+"""A study: the frame that checks the folder, computes, and writes tables, figures, report.md and run.json, all or nothing."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import jax
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from rich.tree import Tree
 
+from experiments.pipeline.config import OutputOptions
 from experiments.report.figures import save_figure
-from experiments.runner.provenance import Run
-from experiments.runner.stages import console
+from experiments.runner.provenance import command_of, describe_run
+from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import InputError
 from moe_jax.core.files import atomic_folder
 
 
-def output_folder(config: Run, experiment: str) -> Path:
-    """Where the results go.
+class StudyConfig(Protocol):
+    """What the frame needs of a configuration."""
 
-    Raises:
-        InputError: where a file is in the way, or nothing can be written there: now, and not when the run is over.
-    """
-    folder = config.output_dir or Path("results") / experiment / config.preset
+    @property
+    def preset(self) -> str:
+        """Name of the preset that it started from."""
+
+    @property
+    def output(self) -> OutputOptions:
+        """Where the results go."""
+
+
+Config = TypeVar("Config", bound=StudyConfig)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a study found, before it is written."""
+
+    title: str
+    sections: Sequence[str]
+    """Paragraphs of report.md, after the title and the command."""
+    tables: Mapping[str, pd.DataFrame]
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of run.json."""
+    write_more: Callable[[Path, dict[str, Any]], None] | None = None
+    """Writes further files, given the folder and what run.json holds."""
+
+
+@dataclass(frozen=True)
+class Study(Generic[Config]):
+    """A command that computes results from a configuration; calling it runs it and writes them."""
+
+    name: str
+    presets: Mapping[str, Config]
+    compute: Callable[[Config, Stages], Results]
+
+    def __call__(self, config: Config) -> Results:
+        """Computes and writes; of several processes, the first writes."""
+        folder, stages = config.output.output_dir or Path("results") / self.name / config.preset, Stages()
+        require_writable(folder)
+        results = self.compute(config, stages)
+        command = command_of(self.name, config, self.presets)
+        if jax.process_index() == 0:
+            write_results(folder, results, command, describe_run(command, config, stages.seconds, **results.fields))
+        return results
+
+
+def require_writable(folder: Path) -> None:
+    """Raises an ``InputError`` where a file is in the way, or nothing can be written: at once, not when the run is over."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: found a file, expected a folder for the results")
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
@@ -38,23 +85,32 @@ def output_folder(config: Run, experiment: str) -> Path:
         raise InputError(
             f"{folder}: found that nothing can be written there ({why}), expected a folder for the results"
         ) from reason
-    return folder
 
 
-def write_results(
-    folder: Path, tables: Mapping[str, pd.DataFrame], drawn: Mapping[str, Figure], report: str, run: Mapping[str, Any]
-) -> None:
-    """Writes tables, figures, report.md and run.json, all of them or none, and says where; of several processes, the first."""
-    if jax.process_index() > 0:
-        return
+def write_results(folder: Path, results: Results, command: str, run: dict[str, Any]) -> None:
+    """Writes tables, figures, report.md and run.json, all of them or none, and shows their names."""
     with atomic_folder(folder) as temporary:
-        for name, table in tables.items():
+        for name, table in results.tables.items():
             table.to_csv(temporary / f"{name}.csv", index=False, float_format="%.7g")
-        for name, figure in drawn.items():
+        for name, figure in results.figures.items():
             save_figure(figure, temporary / f"{name}.png")
-        (temporary / "report.md").write_text(report)
+        report = "\n\n".join([f"# {results.title}", f"Made by `{command}`.", *results.sections])
+        (temporary / "report.md").write_text(report + "\n")
         (temporary / "run.json").write_text(json.dumps(run, indent=2, default=_plain) + "\n")
-    console.print("written: " + " ".join(str(path) for path in sorted(folder.iterdir())), highlight=False, soft_wrap=True)
+    if results.write_more is not None:
+        results.write_more(folder, run)
+    console.print(tree_of(folder), highlight=False)
+
+
+def tree_of(folder: Path) -> Tree:
+    """The files of a folder: a line for each suffix, and for each folder within."""
+    tree = Tree(f"written: {folder}")
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    for suffix in sorted({path.suffix for path in files}):
+        tree.add(", ".join(path.name for path in files if path.suffix == suffix))
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
+        tree.add(f"{inner.name}/: " + ", ".join(sorted(path.name for path in inner.iterdir())))
+    return tree
 
 
 def _plain(value: Any) -> Any:

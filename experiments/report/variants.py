@@ -1,18 +1,17 @@
-"""Results of an experiment that compares variants with one baseline."""
+"""Results of a study that compares variants with one baseline."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 
-from experiments.pipeline.config import StudyConfig, draw_keys
+from experiments.pipeline.config import BootstrapOptions, DataConfig, draw_keys
 from experiments.report.figures import interval_plot
 from experiments.report.markdown import interval, table_markdown
-from experiments.report.results import output_folder, write_results
-from experiments.runner.provenance import command_of, describe_run
-from experiments.runner.stages import Stages, console
+from experiments.report.results import Results
+from experiments.runner.stages import console
 from moe_jax.core.arrays import AnyArray
 from moe_jax.evaluate.variants import compare_variants
 
@@ -21,65 +20,75 @@ _KEYS = ["protocol", "stars", "form", "optimiser", "start", "inputs", "changed",
 _FORMATS = {"gradient_norm": ".1e", "loss": ".5f", "validation_loss": ".5f", "best_epoch": ".0f", "converged": ".0%"}
 
 
-def compare_by(config: StudyConfig, y: AnyArray, variants: Mapping[str, AnyArray], baseline: AnyArray) -> pd.DataFrame:
+class VariantsConfig(Protocol):
+    """What a comparison needs of a configuration."""
+
+    @property
+    def data(self) -> DataConfig:
+        """Its seed draws the resamples."""
+
+    @property
+    def bootstrap(self) -> BootstrapOptions:
+        """How the intervals are made."""
+
+
+def compare_by(config: VariantsConfig, y: AnyArray, variants: Mapping[str, AnyArray], baseline: AnyArray) -> pd.DataFrame:
     """``compare_variants`` with the resamples, level and method of a configuration."""
+    options = config.bootstrap
     return compare_variants(
-        draw_keys(config.seed).bootstrap,
+        draw_keys(config.data.seed).bootstrap,
         y,
         variants,
         baseline,
-        n_resamples=config.n_resamples,
-        confidence_level=config.confidence_level,
-        method=config.interval_method,
+        n_resamples=options.n_resamples,
+        confidence_level=options.confidence_level,
+        method=options.interval_method,
     )
 
 
-def write_variants(
-    experiment: str,
+def variants_results(
     title: str,
-    config: StudyConfig,
-    presets: Mapping[str, Any],
-    stages: Stages,
+    options: BootstrapOptions,
     table: pd.DataFrame,
     *,
     setup: str,
     against: str,
+    drawn: str = "test stars",
+    repeated: str = "seeds",
     groups: Sequence[str] | None = None,
     sections: Sequence[str] = (),
     tables: Mapping[str, pd.DataFrame] | None = None,
-    found: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes the results of an experiment that compares variants with one baseline: table, figure, report.md, run.json.
+    fields: Mapping[str, Any] | None = None,
+) -> Results:
+    """Prints the differences, and returns them as results with a table and a figure.
 
     Args:
-        experiment: name of its module.
         title: of the report.
-        config: of the run.
-        presets: of the experiment.
-        stages: timed.
-        table: of ``moe_jax.evaluate.variants.compare_variants``, with any further columns.
-        setup: what was compared on what, in the report.
+        options: of the bootstrap.
+        table: of ``compare_by``, with any further columns.
+        setup: paragraph of the report that says what was compared on what.
         against: name of the baseline.
+        drawn: what the bootstrap draws.
+        repeated: over what the predictions of a variant are averaged.
         groups: kind of each variant, for colours.
         sections: Markdown after the table.
         tables: further tables to write.
-        found: further fields of run.json.
+        fields: further fields of run.json.
     """
-    command = command_of(experiment, config, presets)
-    label = f"$\\Delta R^2$ against {against}, {100 * config.confidence_level:g} % intervals"
+    percent = f"{100 * options.confidence_level:g} %"
+    label = f"$\\Delta R^2$ against {against}, {percent} intervals"
+    differences = [interval(*ends) for ends in zip(table["delta_r2"], table["low"], table["high"], strict=True)]
+    for name, r2, difference in zip(table["variant"], table["r2"], differences, strict=True):
+        console.print(f"{name:<56} R2 {r2:.4f}  {difference}", highlight=False)
+    shown = table.drop(columns=["standard_error", "low", "high", *table.columns.intersection(_KEYS)]).assign(delta_r2=differences)
+    names = {"delta_r2": f"delta R2 against {against}", "n_seeds": f"n_{repeated}"}
+    text = [
+        setup,
+        table_markdown(shown.rename(columns=names), _FORMATS),
+        f"Intervals: {percent}, {options.interval_method} bootstrap over the {drawn} ({options.n_resamples:,} resamples) of the "
+        f"mean over {repeated}. They cover the sampling of {drawn}, not new training data, noise or seeds.",
+        "![Differences of R2](delta_r2.png)",
+        *sections,
+    ]
     figure = interval_plot(list(table["variant"]), table, label, groups=groups)
-    shown = table.drop(columns=["standard_error", "low", "high", *table.columns.intersection(_KEYS)]).rename(
-        columns={"delta_r2": f"delta R2 against {against}"}
-    )
-    shown[f"delta R2 against {against}"] = [interval(row["delta_r2"], row["low"], row["high"]) for row in table.to_dict("records")]
-    intervals = (
-        f"Intervals: {100 * config.confidence_level:g} %, {config.interval_method} bootstrap over the test stars "
-        f"({config.n_resamples:,} resamples) of the mean over seeds; they speak of other test stars only."
-    )
-    text = [f"# {title}", f"Made by `{command}`.", setup, table_markdown(shown, _FORMATS), intervals]
-    report = "\n\n".join([*text, "![Differences of R2](delta_r2.png)", *sections]) + "\n"
-    run = describe_run(command, config, stages.seconds, **(found or {}))
-    for row in table.to_dict("records"):
-        difference = interval(row["delta_r2"], row["low"], row["high"])
-        console.print(f"{row['variant']:<56} R2 {row['r2']:.4f}  {difference}", highlight=False)
-    write_results(output_folder(config, experiment), {"variants": table, **(tables or {})}, {"delta_r2": figure}, report, run)
+    return Results(title, text, {"variants": table, **(tables or {})}, {"delta_r2": figure}, fields or {})

@@ -1,26 +1,32 @@
-"""What all experiments share at the rim: presets on the command line, timed stages, errors in one sentence."""
+"""What all commands share: options in groups, presets, errors in one sentence.
+
+A command's configuration is a frozen dataclass. Options that several commands have are dataclasses of their own, and fields of
+it, made by ``group``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import jax
 import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from moe_jax.core.arrays import InputError
 
 EXIT_BAD_INPUT = 2
 COMPILED_PROGRAMS = Path(".cache/moe_jax/compiled")
+Group = TypeVar("Group")
 
 
 class HasPreset(Protocol):
-    """A configuration that knows which preset it started from."""
+    """A configuration, a dataclass, that knows which preset it started from."""
 
     @property
     def preset(self) -> str:
@@ -30,10 +36,29 @@ class HasPreset(Protocol):
 Config = TypeVar("Config", bound=HasPreset)
 
 
-def parse_config(presets: dict[str, Config], description: str | None, arguments: Sequence[str]) -> Config:
+def group(default: Group, *, prefix: bool = False, without: tuple[str, ...] = ()) -> Group:
+    """A field that is a group of options.
+
+    Args:
+        default: a frozen dataclass.
+        prefix: whether its options begin with the name of the field, as in ``--gate.epochs``.
+        without: options that are not offered, as the command sets them itself or does not use them.
+    """
+    field: Group = dataclasses.field(default=default, metadata={"prefix": prefix, "without": without})
+    return field
+
+
+def require_at_least(config: object, **least: int) -> None:
+    """Raises an ``InputError`` where a number of a configuration is too small."""
+    for name, smallest in least.items():
+        if getattr(config, name) < smallest:
+            raise InputError(f"{name} is {getattr(config, name)}, expected at least {smallest}")
+
+
+def parse_config(presets: Mapping[str, Config], description: str | None, arguments: Sequence[str]) -> Config:
     """The configuration of a command line: the preset that it names, with what else it sets.
 
-    A preset's numbers of stars are for simulated surveys: where a survey file is given without a number, all its stars are read.
+    A preset's numbers of stars are for simulated surveys. Where a survey file is given without a number, all its stars are read.
     """
     name = "default"
     for i, argument in enumerate(arguments):
@@ -42,11 +67,59 @@ def parse_config(presets: dict[str, Config], description: str | None, arguments:
         elif argument.startswith("--preset="):
             name = argument.partition("=")[2]
     default = presets.get(name, presets["default"])  # tyro rejects a name that is no preset
-    config: Config = tyro.cli(type(default), default=default, description=description, args=list(arguments))
+    with _shown_options(presets, default):
+        config: Any = tyro.cli(type(default), default=default, description=description, args=list(arguments))
     options = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
     whole = {f"n_{part}": 0 for part in ("train", "test") if f"--{part}-file" in options and f"--n-{part}" not in options}
-    changed: Config = dataclasses.replace(config, **whole)  # type: ignore[type-var]
-    return changed
+    parsed: Config = dataclasses.replace(config, data=dataclasses.replace(config.data, **whole)) if whole else config
+    return parsed
+
+
+def _groups(config: Any, without: tuple[str, ...] = ()) -> Iterator[tuple[type, Any, tuple[str, ...]]]:
+    """Type, value and left-out options of a configuration and of all dataclasses within it."""
+    yield type(config), config, without
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _groups(value, without + field.metadata.get("without", ()))
+
+
+def _shown_options(presets: Mapping[str, Config], default: Config) -> ConstructorRegistry:
+    """How tyro shows options: with the values of other presets, and without the options that a ``group`` leaves out."""
+    values = {name: {kind: value for kind, value, _ in _groups(config)} for name, config in presets.items()}
+    without = {kind: names for kind, _, names in _groups(default)}
+    registry, in_progress = ConstructorRegistry(), set()
+
+    @registry.struct_rule
+    def show(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if info.type not in without or info.type in in_progress:
+            return None
+        in_progress.add(info.type)
+        spec = ConstructorRegistry.get_struct_spec(info)
+        in_progress.remove(info.type)
+        assert isinstance(spec, StructConstructorSpec)
+        fields = []
+        metadata = {field.name: field.metadata for field in dataclasses.fields(info.type)}
+        for field in spec.fields:
+            text = (field.helptext() if callable(field.helptext) else field.helptext) or ""
+            for name, groups in values.items():
+                value = getattr(groups[info.type], field.name)
+                if name != default.preset and field.name != "preset" and not dataclasses.is_dataclass(value):
+                    text += f" (preset {name}: {as_typed(value)})" * (value != field.default)
+            markers = [tyro.conf.Suppress] if field.name in without[info.type] else []
+            markers += [tyro.conf.OmitArgPrefixes] if metadata[field.name].get("prefix") is False else []
+            kind: Any = field.type
+            for marker in markers:
+                kind = Annotated[kind, marker]
+            fields.append(dataclasses.replace(field, helptext=text or None, type=kind))
+        return dataclasses.replace(spec, fields=tuple(fields))
+
+    return registry
+
+
+def as_typed(value: Any) -> str:
+    """A value as one types it."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @dataclass(frozen=True)
@@ -54,13 +127,13 @@ class Cluster:
     """Several processes that share the work, each with its own devices."""
 
     join: bool = False
-    """Whether this process is one of several; under SLURM and on Cloud TPU the rest is found from the environment."""
+    """Join other processes; under SLURM and on Cloud TPU the options below are found from the environment."""
     coordinator: str | None = None
     """HOST:PORT of the first process."""
     n_processes: int | None = None
-    """How many there are."""
+    """Number of processes."""
     process_id: int | None = None
-    """Which of them this is, from 0."""
+    """Number of this process, from 0."""
 
     def __post_init__(self) -> None:
         given = (self.coordinator, self.n_processes, self.process_id)
@@ -97,28 +170,28 @@ def compile_seconds() -> float:
 
 
 def keep_compiled_programs() -> None:
-    """Keeps what XLA compiles on disk, so that the next run starts at once; JAX_COMPILATION_CACHE_DIR puts it elsewhere."""
+    """Keeps compiled programs on disk for the next run, in COMPILED_PROGRAMS or in JAX_COMPILATION_CACHE_DIR."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(COMPILED_PROGRAMS))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def use_all_cores() -> None:
-    """Makes each core of a CPU a device, among which gates of many seeds are divided; before JAX looks for devices."""
+    """Makes each core of a CPU a device, so that gates of many seeds share the cores. Call it before JAX looks for devices."""
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
 
 
-def run_command(main: Callable[[Any], object], presets: dict[str, Any] | type, description: str | None) -> None:
+def run_command(main: Callable[[Any], object], presets: Mapping[Any, Any] | type, description: str | None) -> None:
     """Runs an experiment from the command line; bad input ends in one sentence and exit code 2, without a traceback.
 
     Args:
         main: takes the configuration.
         presets: configurations by name, or the type of one that has no presets.
-        description: what ``--help`` says first: the docstring of the experiment.
+        description: the docstring of the command, with which ``--help`` begins.
     """
     try:
-        if isinstance(presets, dict):
+        if isinstance(presets, Mapping):
             config = parse_config(presets, description, sys.argv[1:])
         else:
             config = tyro.cli(presets, description=description)

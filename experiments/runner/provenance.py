@@ -9,53 +9,38 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from experiments.runner.command_line import HasPreset, compile_seconds
+from experiments.runner.command_line import HasPreset, as_typed, compile_seconds
 
 #: Options that say where things lie, and change no result.
-PLACES = ("output_dir", "cache_dir", "use_cache", "results_dir", "cluster")
+PLACES = ("output", "cluster", "results_dir")
 
 
-class Run(HasPreset, Protocol):
-    """A configuration, a dataclass, that knows where its results go."""
-
-    @property
-    def output_dir(self) -> Path | None:
-        """results/EXPERIMENT/PRESET by default."""
+def command_of(name: str, config: HasPreset, presets: Mapping[str, Any]) -> str:
+    """The command line that makes the same results: the preset, and the options that differ from the preset's."""
+    preset = [f"--preset {config.preset}"] * (config.preset != "default")
+    return " ".join([f"python -m experiments.{name}", *preset, *_options(config, presets[config.preset])])
 
 
-def command_of(experiment: str, config: Run, presets: Mapping[str, Any]) -> str:
-    """The command line that makes the same results, with the options that differ from the preset's."""
-    given = [f"python -m experiments.{experiment}"]
-    start = presets[config.preset]
-    if config.preset != "default":
-        given.append(f"--preset {config.preset}")
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, field.name)
-        if value == getattr(start, field.name) or field.name in ("preset", *PLACES):
+def _options(value: Any, start: Any, prefix: str = "") -> Iterator[str]:
+    """The options that turn one configuration, or group of options, into another of its type."""
+    for field in dataclasses.fields(value):
+        name, new, old = field.name, getattr(value, field.name), getattr(start, field.name)
+        if new == old or name in ("preset", *PLACES):
             continue
-        given += _options(field.name, value, getattr(start, field.name))
-    return " ".join(given)
-
-
-def _options(name: str, value: Any, start: Any) -> list[str]:
-    """The options that turn one value of a field into another."""
-    if dataclasses.is_dataclass(value):
-        fields = [field.name for field in dataclasses.fields(value) if getattr(value, field.name) != getattr(start, field.name)]
-        return [option for field in fields for option in _options(f"{name}.{field}", getattr(value, field), getattr(start, field))]
-    shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    option = name.replace("_", "-")
-    if isinstance(value, bool):
-        head, dot, last = option.rpartition(".")
-        return [f"--{head}{dot}{'' if value else 'no-'}{last}"]
-    return [f"--{option} {shown}"]
+        if dataclasses.is_dataclass(new):
+            yield from _options(new, old, f"{prefix}{name}." if field.metadata["prefix"] else prefix)
+        elif isinstance(new, bool):
+            yield f"--{prefix}{'' if new else 'no-'}{name}".replace("_", "-")
+        else:
+            yield f"--{prefix}{name} ".replace("_", "-") + as_typed(new)
 
 
 def git_commit() -> str | None:
@@ -72,12 +57,12 @@ def git_commit() -> str | None:
         return None
 
 
-def describe_run(command: str, config: Run, seconds: Mapping[str, float], **found: Any) -> dict[str, Any]:
+def describe_run(command: str, config: HasPreset, seconds: Mapping[str, float], **results: Any) -> dict[str, Any]:
     """What run.json holds: all that is needed to repeat the run and to judge it."""
-    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))  # type: ignore[call-overload]
-    kept = {name: value for name, value in settings.items() if name not in PLACES}
+    settings = dataclasses.asdict(config)  # type: ignore[call-overload]
+    kept = json.loads(json.dumps({name: value for name, value in settings.items() if name not in PLACES}, default=str))
     total = {"total": round(sum(seconds.values()), 3)}
-    return {"command": command, "config": kept} | describe_machine() | {"seconds": dict(seconds) | total} | found
+    return {"command": command, "config": kept} | describe_machine() | {"seconds": dict(seconds) | total} | results
 
 
 def describe_machine() -> dict[str, Any]:
@@ -96,10 +81,10 @@ def describe_machine() -> dict[str, Any]:
 
 
 def peak_memory() -> int:
-    """Bytes of memory that this process held at most. A child's ``ru_maxrss`` starts at its parent's, so /proc comes first."""
+    """Most bytes of memory that this process has held. /proc comes first, as ``ru_maxrss`` of a child starts at its parent's."""
     status = Path("/proc/self/status")
     if status.exists():
-        found = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        if found:
-            return int(found[0]) * 1024
+        kibibytes = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        if kibibytes:
+            return int(kibibytes[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

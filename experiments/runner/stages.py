@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 
@@ -21,7 +21,7 @@ class Stages:
     """Times the stages of a run and shows them as they end."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    quiet: bool = False  # for stages within the steps of another
+    quiet: bool = False  # shows nothing: for stages within the steps of another
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -33,28 +33,32 @@ class Stages:
 
     @contextmanager
     def steps(self, name: str, total: int) -> Iterator[Callable[..., None]]:
-        """Times the block under ``name`` and shows a bar; yields the function that advances it."""
-        start = time.perf_counter()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal) as progress:
-            task = progress.add_task(name, total=total)
-            yield lambda *_: progress.advance(task)
-        self._end(name, start)
+        """Times the block under ``name``, and shows how many steps are done; yields the function that counts one step."""
+        with self.chunks(name, total, unit="") as advance:
+            yield lambda *_: advance(1)
 
     @contextmanager
-    def chunks(self, name: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-        """Times the block, and shows after each chunk how many of the stars are done, the rate and the time that remains."""
-        start, before, last = time.perf_counter(), done, -SECONDS_BETWEEN_NOTES
+    def chunks(self, name: str, total: int, done: int = 0, unit: str = " stars") -> Iterator[Callable[[int], None]]:
+        """Times the block, and shows how many stars are done and how much time is left; yields the function that counts stars.
 
-        def advance(stars: int) -> None:
-            nonlocal done, last
-            done += stars
-            seconds = time.perf_counter() - start
-            if seconds - last > SECONDS_BETWEEN_NOTES and done < total:
-                last, rate = seconds, (done - before) / seconds
-                self.note(f"  {name}: {done:,} of {total:,} stars, {rate:,.0f} a second, {(total - done) / rate:,.0f} s left")
+        A terminal shows one bar. Elsewhere a line is printed every few seconds.
+        """
+        start, before, last = time.perf_counter(), done, 0.0
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
+        with Progress(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal) as progress:
+            task = progress.add_task(name, total=total, completed=done)
 
-        yield advance
+            def advance(count: int) -> None:
+                nonlocal done, last
+                done += count
+                progress.update(task, completed=done)
+                seconds = time.perf_counter() - start
+                if not console.is_terminal and seconds - last > SECONDS_BETWEEN_NOTES and done < total:
+                    last = seconds
+                    left = (total - done) * seconds / (done - before)
+                    self.note(f"  {name}: {done:,} of {total:,}{unit}, {left:,.0f} s left")
+
+            yield advance
         self._end(name, start)
 
     def note(self, text: str) -> None:

@@ -173,10 +173,10 @@ def scipy_joint_bootstrap(
         gain = (prediction - baseline) * (2.0 * y - baseline - prediction)
         values = [_delta(y, prediction, baseline, axis)]
         for k in range(n_cells):
-            own = cell == k
-            mean = np.sum(y, axis=axis, where=own, keepdims=True) / np.sum(own, axis=axis, keepdims=True)
-            total = np.sum((y - mean) ** 2, axis=axis, where=own)
-            values.append(np.sum(gain, axis=axis, where=own) / total)
+            in_cell = cell == k
+            mean = np.sum(y, axis=axis, where=in_cell, keepdims=True) / np.sum(in_cell, axis=axis, keepdims=True)
+            total = np.sum((y - mean) ** 2, axis=axis, where=in_cell)
+            values.append(np.sum(gain, axis=axis, where=in_cell) / total)
         return np.stack(values)
 
     return scipy.stats.bootstrap(
@@ -241,9 +241,9 @@ def pipeline(train_file: Path, test_file: Path) -> dict[str, Any]:
     cell, test_cell = _cells(labels), _cells(test_labels)
     experts, out_of_fold = [], np.full(len(y), np.nan, np.float32)
     for k in range(9):
-        own = cell == k
-        experts.append(grid_search_ridge(x[own], y[own], ALPHAS, 5))
-        out_of_fold[own] = cross_val_predict(Ridge(alpha=experts[-1].alpha), x[own], y[own], cv=5)
+        in_cell = cell == k
+        experts.append(grid_search_ridge(x[in_cell], y[in_cell], ALPHAS, 5))
+        out_of_fold[in_cell] = cross_val_predict(Ridge(alpha=experts[-1].alpha), x[in_cell], y[in_cell], cv=5)
     done("experts")
     whole = grid_search_ridge(x, y, GLOBAL_ALPHAS, 5)
     done("global ridge")
@@ -260,8 +260,7 @@ def pipeline(train_file: Path, test_file: Path) -> dict[str, Any]:
         cv=StratifiedKFold(5, shuffle=True, random_state=0),
     ).fit(features[covered], cell[covered])
     done("classification gate")
-    own = cell[:, None] == np.arange(9)
-    cross_fitted = np.where(own, out_of_fold[:, None], predictions)
+    cross_fitted = np.where(cell[:, None] == np.arange(9), out_of_fold[:, None], predictions)
     drawn = np.random.default_rng(0).permutation(np.flatnonzero(covered))
     target, seen = y_test[test_covered], test_predictions[test_covered]
     mixtures = {"classify": np.sum(search.predict_proba(test_features[test_covered]) * seen, axis=1)}

@@ -21,6 +21,8 @@ import numpy as np
 from scipy.linalg import lapack
 from sklearn.linear_model import RidgeCV
 
+from experiments.pipeline.config import OutputOptions
+from experiments.runner.command_line import group, require_at_least
 from experiments.runner.stages import console
 from experiments.timing import peers
 from moe_jax.core.arrays import InputError, matmul
@@ -41,7 +43,7 @@ class BenchmarkConfig:
     """What is timed."""
 
     preset: Literal["default", "quick"] = "default"
-    """What the other options start from."""
+    """Preset from which the other options start."""
     quick: bool = False
     """The same as --preset quick."""
     rows: tuple[str, ...] = ("experts", "folds", "gates", "bootstrap", "large_bootstrap", "pipeline")
@@ -52,13 +54,10 @@ class BenchmarkConfig:
     """Gates in one call."""
     n_pairs: int = 3
     """Pairs of a row, but for the experts (one a cell) and the pipeline (one)."""
-    output_dir: Path | None = None
-    """Where the results go; results/benchmark/default by default, and nowhere for quick rows, which are only compared."""
+    output: OutputOptions = group(OutputOptions(), without=("cache_dir", "use_cache"))
 
     def __post_init__(self) -> None:
-        for name in ("n_train", "n_gates", "n_pairs"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+        require_at_least(self, n_train=1, n_gates=1, n_pairs=1)
         for name in self.rows:
             if name not in GROUPS:
                 raise InputError(f"rows holds {name!r}, expected some of {', '.join(GROUPS)}")
@@ -243,8 +242,8 @@ def time_bootstrap(config: BenchmarkConfig) -> Iterator[Row]:
 LARGE = """
 import json, resource, sys, time
 import numpy as np, jax
-from experiments.benchmark_rows import bootstrap_data
-from experiments.study import peak_memory
+from experiments.runner.provenance import peak_memory
+from experiments.timing.rows import bootstrap_data
 from moe_jax import bootstrap_delta_r2
 n_stars, n_resamples = int(sys.argv[1]), int(sys.argv[2])
 y, prediction, baseline, cell = bootstrap_data(n_stars)

@@ -115,6 +115,11 @@ class MLPGate(_FlaxGate):
     """softmax of a network with one hidden layer of rectified units."""
 
     hidden: int = 64
+    """Hidden units."""
+
+    def __post_init__(self) -> None:
+        if self.hidden < 1:
+            raise InputError(f"hidden is {self.hidden}, expected at least 1")
 
     def build(self, n_features: int, n_experts: int, rngs: nnx.Rngs) -> nnx.Module:
         return _MLPNetwork(n_features, n_experts, self.hidden, rngs=rngs)

@@ -8,6 +8,7 @@ from sklearn.metrics import r2_score
 
 import moe_jax
 from experiments import benchmark, check_gpu, make_survey
+from experiments.pipeline.config import OutputOptions
 from experiments.runner.command_line import parse_config
 from experiments.timing import peers
 from experiments.timing import rows as benchmark_rows
@@ -59,8 +60,8 @@ def test_the_peers_pipeline_finds_what_the_experiment_finds(tmp_path):
 
 @pytest.mark.slow
 def test_rows_are_timed_and_written(tmp_path):
-    config = benchmark_rows.BenchmarkConfig(rows=("folds",), n_train=1_200, n_pairs=1, output_dir=tmp_path / "out")
-    table = benchmark.main(config)
+    config = benchmark_rows.BenchmarkConfig(rows=("folds",), n_train=1_200, n_pairs=1, output=OutputOptions(tmp_path / "out"))
+    table = benchmark.main(config).tables["benchmark"]
     assert table["row"].str.startswith("experts").sum() == 2
     assert (table[["ours_s", "peer_s", "ratio"]] > 0).all(axis=None)
     np.testing.assert_allclose(table["ratio"][1:], (table["peer_s"] / table["ours_s"])[1:])  # rows of one pair
@@ -98,7 +99,8 @@ def test_checks_of_a_gpu_need_one():
 
 @pytest.mark.slow
 def test_checks_run_on_any_device(tmp_path):
-    table = check_gpu.main(check_gpu.CheckConfig("smoke", 300, 256, 2, None, any_device=True, output_dir=tmp_path / "out"))
+    config = check_gpu.CheckConfig("smoke", 300, 256, 2, None, any_device=True, output=OutputOptions(tmp_path / "out"))
+    table = check_gpu.main(config).tables["checks"]
     assert table["fine"].dropna().all()
     assert (table["found"] >= 0).all()
     assert (tmp_path / "out" / "report.md").exists()
