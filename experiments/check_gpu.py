@@ -127,9 +127,9 @@ def check_pieces(config: CheckConfig, checks: Checks) -> None:
     def bootstrap() -> Any:
         return bootstrap_delta_r2(jax.random.key(0), target, predictions[:, 0], predictions[:, 1])
 
-    ours_samples = np.asarray(bootstrap().samples)
+    ours_samples = np.asarray(bootstrap().overall.samples)
     with jax.default_device(host):
-        theirs_samples = np.asarray(bootstrap().samples)
+        theirs_samples = np.asarray(bootstrap().overall.samples)
     checks.add("bootstrap: largest difference of a resample from the CPU's", np.max(np.abs(ours_samples - theirs_samples)), 1e-4)
 
     a = jnp.ones((config.n_matmul, config.n_matmul), jnp.float32)

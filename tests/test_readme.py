@@ -9,7 +9,7 @@ import pytest
 
 from experiments.__main__ import COMMANDS
 from experiments.benchmark import summary
-from experiments.report.markdown import load_published, markdown_table, overall_markdown
+from experiments.report.markdown import load_published, overall_markdown, table_markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -128,7 +128,8 @@ def test_the_five_rows_are_those_of_the_committed_run():
             )
         ),
     ]
-    assert markdown_table(["method", "trained on", "R2", "Delta R2", "report R2"], rows) in README
+    header = ["method", "trained on", "R2", "Delta R2", "report R2"]
+    assert table_markdown(pd.DataFrame(rows, columns=header)) in README
 
 
 def test_the_answer_is_that_of_the_committed_studies():

@@ -76,8 +76,9 @@ class DataConfig:
     experts: ExpertOptions = group(ExpertOptions())
 
     def __post_init__(self) -> None:
-        # With a file, 0 stands for all of its stars.
-        require_at_least(self, n_train=int(self.train_file is None), n_test=int(self.test_file is None))
+        for name, file in (("n_train", self.train_file), ("n_test", self.test_file)):
+            if (number := getattr(self, name)) < (file is None):
+                raise InputError(f"{name} is {number}, expected at least 1 without a file, and at least 0 (all stars) with one")
         require_at_least(self, noise_draw=0, chunk_stars=0)
         if not 0 <= self.noise_level < np.inf:
             raise InputError(f"noise_level is {self.noise_level}, expected a finite number, at least 0")

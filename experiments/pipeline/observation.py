@@ -61,7 +61,8 @@ class Observation:
     def _observe(self, start: int, stop: int) -> tuple[jax.Array, AnyArray]:
         """Noisy flux, and the errors at noise level 1."""
         flux, error = self.spectra.read(start, stop)
-        return add_star_noise(self.noise_keys[start:stop], flux, error, self.noise_level), error
+        keys = jax.random.clone(self.noise_keys[start:stop])  # a star has the same noise whenever it is read
+        return add_star_noise(keys, flux, error, self.noise_level), error
 
 
 def slices(start: int, stop: int) -> Iterator[slice]:

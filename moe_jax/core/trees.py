@@ -74,7 +74,7 @@ def build_tree(source: str, kind: Any, leaves: Mapping[str, np.ndarray], path: s
         return build_tree(source, get_args(kind)[0], leaves, path, sizes) if there else None
     if hasattr(kind, "_fields"):
         hints = get_type_hints(kind)
-        known = {name: size for name, size in (sizes or {}).items() if name != "*"}
+        known = {name: size for name, size in (sizes or {}).items() if not name.startswith("*")}
         # Arrays first, as their dimensions are those of the tuples within.
         order = sorted(hints, key=lambda field: hasattr(hints[field], "_fields"))
         return kind(**{field: build_tree(source, hints[field], leaves, f"{path}/{field}".lstrip("/"), known) for field in order})
@@ -90,15 +90,20 @@ def build_tree(source: str, kind: Any, leaves: Mapping[str, np.ndarray], path: s
 
 
 def _require_shape(source: str, path: str, leaf: np.ndarray, annotation: Any, sizes: Sizes) -> None:
-    """Raises an ``InputError`` unless an array has the type and the dimensions of its annotation; ``*`` are those of a stack."""
-    names = [name for name in annotation.dim_str.split() if not name.startswith(("*", "..."))]
+    """Raises an ``InputError`` unless an array has the type and the dimensions of its annotation."""
+    dimensions = annotation.dim_str.split()
+    names = [name for name in dimensions if not name.startswith(("*", "..."))]
+    # Leading dimensions that the annotation names, such as *k, are the same wherever it names them.
+    stack = next((name for name in dimensions if name.startswith("*")), "*")
     n_stacked = max(leaf.ndim - len(names), 0)
     found = [leaf.shape[:n_stacked], *((n,) for n in leaf.shape[n_stacked:])]
     expected = [
-        (int(name),) if name.isdecimal() else sizes.setdefault(name, size) for name, size in zip(["*", *names], found, strict=False)
+        (int(name),) if name.isdecimal() else sizes.setdefault(name, size)
+        for name, size in zip([stack, *names], found, strict=False)
     ]
     if found != expected or leaf.ndim < len(names):
-        shown = ", ".join([*map(str, expected[0]), *(str(sizes[name][0]) if name in sizes else name for name in names)])
-        raise InputError(f"{source}: {path} has shape {leaf.shape}, expected ({shown}) beside the other arrays")
+        shown = [*map(str, expected[0]), *(str(sizes[name][0]) if name in sizes else name for name in names)]
+        shape = f"({shown[0]},)" if len(shown) == 1 else f"({', '.join(shown)})"
+        raise InputError(f"{source}: {path} has shape {leaf.shape}, expected {shape} beside the other arrays")
     if leaf.dtype.name not in annotation.dtypes:
         raise InputError(f"{source}: {path} holds {leaf.dtype}, expected {annotation.__name__}")

@@ -56,9 +56,9 @@ def test_leaves_have_the_names_of_their_fields():
     [
         ("wave", None, "found no array 'wave', expected one"),
         ("lines/slope", None, "found no array 'lines/slope', expected one"),
-        ("lines/slope", np.ones(5), "lines/slope has shape (5,), expected (4) beside the other arrays"),
-        ("lines/slope", np.ones((3, 4)), "lines/intercept has shape (), expected (3) beside the other arrays"),
-        ("wave", np.ones(()), "wave has shape (), expected (P) beside the other arrays"),
+        ("lines/slope", np.ones(5), "lines/slope has shape (5,), expected (4,) beside the other arrays"),
+        ("lines/slope", np.ones((3, 4)), "lines/intercept has shape (), expected (3,) beside the other arrays"),
+        ("wave", np.ones(()), "wave has shape (), expected (P,) beside the other arrays"),
         ("done", np.ones(()), "done holds float64, expected Bool"),
     ],
 )

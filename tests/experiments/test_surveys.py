@@ -30,7 +30,7 @@ def files(tmp_path_factory):
 def test_all_stars_of_a_file_are_used_unless_a_number_is_given(files, preset):
     def n_stars(*arguments):
         config = parse_config(regress_gate.PRESETS, None, ["--preset", preset, *files, *arguments])
-        return tuple(survey.n_stars for survey in open_surveys(config))
+        return tuple(survey.n_stars for survey in open_surveys(config.data))
 
     assert n_stars() == (120, 50)
     assert n_stars("--n-train", "40") == (40, 50)
@@ -46,7 +46,7 @@ def test_a_simulated_survey_needs_a_number():
 
 
 def test_the_last_tenth_of_a_training_file_is_kept_to_calibrate_on(files, capsys):
-    config = parse_config(regress_gate.PRESETS, None, files)
+    config = parse_config(regress_gate.PRESETS, None, files).data
     kept = keep_calibration_stars(config, CalibrationConfig(), Stages())
     assert kept.n_train == 108
     assert "the last 12 of 120 stars are kept" in " ".join(capsys.readouterr().out.split())
