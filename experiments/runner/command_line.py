@@ -68,11 +68,16 @@ def parse_config(presets: Mapping[str, Config], description: str | None, argumen
             name = argument.partition("=")[2]
     default = presets.get(name, presets["default"])  # tyro rejects a name that is no preset
     with _shown_options(presets, default):
-        config: Any = tyro.cli(type(default), default=default, description=description, args=list(arguments))
+        config: Any = tyro.cli(type(default), prog=_program(), default=default, description=description, args=list(arguments))
     options = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
     whole = {f"n_{part}": 0 for part in ("train", "test") if f"--{part}-file" in options and f"--n-{part}" not in options}
     parsed: Config = dataclasses.replace(config, data=dataclasses.replace(config.data, **whole)) if whole else config
     return parsed
+
+
+def _program() -> str:
+    """How this command was called, as help shows it."""
+    return f"python -m experiments.{Path(sys.argv[0]).stem}"
 
 
 def _groups(config: Any, without: tuple[str, ...] = ()) -> Iterator[tuple[type, Any, tuple[str, ...]]]:
@@ -194,7 +199,7 @@ def run_command(main: Callable[[Any], object], presets: Mapping[Any, Any] | type
         if isinstance(presets, Mapping):
             config = parse_config(presets, description, sys.argv[1:])
         else:
-            config = tyro.cli(presets, description=description)
+            config = tyro.cli(presets, prog=_program(), description=description)
         use_all_cores()
         keep_compiled_programs()
         jax.monitoring.register_event_duration_secs_listener(_count_compilation)
