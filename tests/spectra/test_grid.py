@@ -10,7 +10,7 @@ from moe_jax import InputError, load_grid
 from moe_jax.spectra.grid import GRID_FILE, compress_grid, interpolate_grid, reconstruct_nodes, save_grid, spline_weights
 from moe_jax.spectra.pixels import WAVE
 
-SHARED_GRID = Path(__file__).parents[2] / "shared" / "lte_grid" / "grid.npz"
+SHARED_GRID = Path(__file__).parents[3] / "shared" / "lte_grid" / "grid.npz"
 
 
 @pytest.fixture(scope="module")
