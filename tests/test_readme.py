@@ -166,10 +166,8 @@ def test_the_experiment_is_the_committed_run():
         assert f"| {form} | " + " | ".join(interval(row, ("estimate", "low", "high")) for row in rows) + " |" in text
         assert interval(differences.loc[f"{method}: cross-fitted - in-sample"], ("estimate", "low", "high")) in text
     run = json.loads((RESULTS / "regress_gate/default/run.json").read_text())
-    assert (
-        f"`{run['command']}` simulates {run['config']['data']['n_train']:,} training and {run['config']['data']['n_test']:,} test stars"
-        in text
-    )
+    data = run["config"]["data"]
+    assert f"`{run['command']}` simulates {data['n_train']:,} training and {data['n_test']:,} test stars" in text
     seconds, compilation = run["seconds"]["total"], run["compile_seconds"]
     took = f"took {seconds:.0f} s, of which {compilation:.0f} s were compilation, and {run['peak_memory_gib']:.1f} GiB"
     assert took in text
