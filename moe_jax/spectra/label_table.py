@@ -37,8 +37,10 @@ class _PlainUnpickler(pickle.Unpickler):
 def read_table(file: h5py.File) -> dict[str, np.ndarray]:
     """The columns of the one pandas table in an HDF5 file, (N,) each.
 
+    A column of text in the ``fixed`` layout is pickled. It is not read: an empty array of objects stands for it.
+
     Raises:
-        TableError: for no table or several, another layout, columns of text, or columns of different lengths.
+        TableError: for no table or several, another layout, columns of different lengths, or a damaged file.
     """
     try:
         return _read_only_table(file)
