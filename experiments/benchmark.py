@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from experiments.report.figures import BLACK, BLUE, GREY, new_figure
 from experiments.report.markdown import table_markdown
@@ -24,6 +24,9 @@ from experiments.runner.command_line import run_command
 from experiments.runner.stages import Stages, console
 from experiments.timing.rows import GROUPS, BenchmarkConfig
 from moe_jax.core.arrays import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MUST_STAND = 0.7  # of a committed ratio; what is below fell by more than the noise of these machines
 

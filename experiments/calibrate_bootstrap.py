@@ -12,14 +12,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from jax import lax
-from matplotlib.figure import Figure
 
 from experiments.pipeline.config import SMALL, BootstrapOptions, DataConfig, OutputOptions, draw_keys
 from experiments.pipeline.gates import CONVERGED, training_stars
@@ -42,6 +41,9 @@ from moe_jax.gates.routing import route_soft
 from moe_jax.gates.training import GateConfig, fit_gate
 from moe_jax.spectra.simulate import simulate_survey
 from moe_jax.spectra.survey import add_noise
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LEVELS = (0.90, 0.95, 0.99)
 _CHUNK = 5_000  # stars of the population that are simulated at a time

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy
 
 from experiments.pipeline.calibration import (
     CalibrationConfig,
@@ -103,7 +103,7 @@ def leverage_check(prepared: Prepared, model: Model, train: Observation, test: O
         ratio = approximate[:, k] / exact
         row = {"expert": CELL_NAMES[k], "n": int(counts[k]), "exact_median": float(np.median(exact))}
         row |= {"ratio_median": float(np.median(ratio)), "ratio_low": float(np.quantile(ratio, 0.05))}
-        correlation = float(stats.spearmanr(exact, approximate[:, k]).statistic)
+        correlation = float(scipy.stats.spearmanr(exact, approximate[:, k]).statistic)
         rows.append(row | {"ratio_high": float(np.quantile(ratio, 0.95)), "rank_correlation": correlation})
     return pd.DataFrame(rows)
 
@@ -197,7 +197,7 @@ def judge_uncertainty(config: UncertaintyConfig, stages: Stages) -> tuple[Judgem
         leverage=leverage,
         floor=floor,
         flagged=pd.DataFrame(flagged),
-        rank=float(stats.spearmanr(np.abs(judged.residual), judged.sigma).statistic),
+        rank=float(scipy.stats.spearmanr(np.abs(judged.residual), judged.sigma).statistic),
         n_covered=prepared.n_covered,
         n_calibration=int(n_stars.sum()),
         notes=notes,
@@ -210,7 +210,7 @@ def sections_of(config: UncertaintyConfig, judgement: Judgement, n_test: int) ->
     levels = sorted(judgement.coverage["level"].unique())
     thirds = dict.fromkeys(["coverage", "low", "high", "half_width", "ratio_median", "ratio_low", "ratio_high"], ".3f")
     shape = thirds | {"level": ".2f", "share": ".1%", "flagged": ".2%", "mean_variance": ".5f", "factor": ".3g"}
-    normal = ", ".join(f"{stats.norm.ppf(0.5 + level / 2):.2f}" for level in levels)
+    normal = ", ".join(f"{scipy.stats.norm.ppf(0.5 + level / 2):.2f}" for level in levels)
     return [
         f"Nine ridge experts and a cross-fitted MLP gate, trained on {judgement.n_covered:,} covered stars; intervals "
         f"calibrated on {judgement.n_calibration:,} others, by the likeliest cell (split-conformal); judged on {n_test:,} "

@@ -14,19 +14,12 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from sklearn.datasets import load_diabetes
-from sklearn.ensemble import HistGradientBoostingRegressor, StackingRegressor
-from sklearn.linear_model import RidgeCV
-from sklearn.model_selection import KFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from experiments.pipeline.config import BootstrapOptions, OutputOptions
 from experiments.report.results import Results, Study
 from experiments.report.variants import variants_results
 from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages
-from moe_jax.estimator import RidgeMixtureRegressor
 from moe_jax.evaluate.variants import compare_variants
 from moe_jax.mixture import ALPHAS
 
@@ -58,6 +51,13 @@ BASELINE = "global ridge"
 
 def estimators(config: TabularConfig, seed: int) -> dict[str, Any]:
     """What is compared."""
+    from sklearn.ensemble import HistGradientBoostingRegressor, StackingRegressor
+    from sklearn.linear_model import RidgeCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    from moe_jax.estimator import RidgeMixtureRegressor
+
     ridge = make_pipeline(StandardScaler(), RidgeCV(ALPHAS))
     boosting = HistGradientBoostingRegressor(random_state=seed)
     return {
@@ -71,6 +71,9 @@ def estimators(config: TabularConfig, seed: int) -> dict[str, Any]:
 
 def compute(config: TabularConfig, stages: Stages) -> Results:
     """Compares the estimators."""
+    from sklearn.datasets import load_diabetes
+    from sklearn.model_selection import KFold, cross_val_predict
+
     x, y = load_diabetes(return_X_y=True)
     predictions: dict[str, list[np.ndarray]] = {}
     for name in estimators(config, 0):

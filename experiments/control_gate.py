@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from sklearn.ensemble import HistGradientBoostingRegressor
 
 from experiments.pipeline.config import SMALL, BootstrapOptions, DataConfig, OutputOptions, draw_keys
 from experiments.pipeline.gates import CONVERGED_LINEAR, GateRun, gate_keys, mix_by_class, run_gates, train_gates
@@ -64,6 +63,8 @@ PRESETS = {
 
 def fit_controls(config: ControlConfig, prepared: Prepared, stages: Stages) -> dict[tuple[str, str, str], np.ndarray]:
     """Predictions of each control for the covered test stars, by seed; named by variant, form and inputs."""
+    from sklearn.ensemble import HistGradientBoostingRegressor
+
     train, test = prepared.gate_stars(), prepared.test.covered()
     y = jnp.asarray(train.log_g)
     keys = gate_keys(config.data, config.n_seeds)

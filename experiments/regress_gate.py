@@ -16,13 +16,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from experiments.pipeline.calibration import CalibrationConfig, add_uncertainty, keep_calibration_stars, model_of
@@ -56,6 +55,9 @@ from moe_jax.gates.networks import Gate, LinearGate, MLPGate
 from moe_jax.gates.optimize import GateFit
 from moe_jax.gates.routing import route_fallback, route_hard, route_oracle, route_soft
 from moe_jax.gates.training import GateConfig, fit_gate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import matplotlib.ticker
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from experiments.pipeline.config import BootstrapOptions, DataConfig, ExpertOptions, OutputOptions
 from experiments.pipeline.gates import CONVERGED_LINEAR, GateRun, mix_by_class, run_gates
@@ -30,6 +28,9 @@ from experiments.runner.stages import Stages
 from moe_jax.evaluate.variance import SOURCES, VarianceComponents, variance_components
 from moe_jax.gates.networks import LinearGate, MLPGate
 from moe_jax.gates.training import GateConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: Cross-validation chose this penalty for all nine cells, here and in the report. No difference depends on the global ridge.
 EXPERTS = ExpertOptions(alphas=(1.0,), global_alphas=())
@@ -153,6 +154,8 @@ def summarize(config: ReplicateConfig, values: dict[str, np.ndarray]) -> tuple[d
 
 def draw_figures(values: dict[str, np.ndarray], components: dict[str, VarianceComponents]) -> dict[str, Figure]:
     """All repetitions with both intervals; the shares of the variance."""
+    from matplotlib.ticker import PercentFormatter
+
     names = list(values)
     fig, ax = new_figure(figsize=(8.0, 4.2))
     for i, name in enumerate(names):
@@ -178,7 +181,7 @@ def draw_figures(values: dict[str, np.ndarray], components: dict[str, VarianceCo
         left += width
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
-    ax.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_xlabel("share of the variance of one repetition")
     shares.legend(fontsize=8, ncols=4, loc="outside upper center")
     return {"repetitions": fig, "shares": shares}

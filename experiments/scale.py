@@ -11,13 +11,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from experiments.pipeline.config import BootstrapOptions, DataConfig, ExpertOptions, OutputOptions, draw_keys
 from experiments.pipeline.gates import CONVERGED_LINEAR, GateRun, run_gates
@@ -34,6 +33,9 @@ from moe_jax.evaluate.metrics import r2_score
 from moe_jax.gates.networks import LinearGate, MLPGate
 from moe_jax.gates.routing import route_hard, route_oracle, route_soft
 from moe_jax.gates.training import GateConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 METHODS = ("global", "oracle", "hard", "soft", "MLP", "linear")
 STYLES = {

@@ -7,24 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from experiments.pipeline.methods import CLASSIFY, PROTOCOLS, Method, Pair
 from moe_jax.core.arrays import AnyArray
 from moe_jax.evaluate.bootstrap import Bootstrap
 from moe_jax.experts.cells import CELL_NAMES, M_H_NAMES, N_CELLS
 from moe_jax.gates.optimize import GateFit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#E69F00", "#009E73", "#999999", "#000000"
 _KIND_COLORS = (BLUE, ORANGE, GREEN, BLACK, "#CC79A7")
@@ -48,8 +45,19 @@ _CELL_LABELS = [name.replace(" ", "\n", 1) for name in CELL_NAMES]
 STYLE = Path(__file__).with_name("figures.mplstyle")
 
 
+def _pyplot() -> Any:
+    """Matplotlib, for files only; imported when the first figure is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
 def new_figure(*shape: int, **kwargs: Any) -> tuple[Figure, Any]:
     """A figure and its axes in the common style; arguments as those of ``matplotlib.pyplot.subplots``."""
+    plt = _pyplot()
     with plt.style.context(STYLE):
         return plt.subplots(*shape, layout="constrained", **kwargs)
 
@@ -66,6 +74,7 @@ def _errors(estimate: AnyArray, low: AnyArray, high: AnyArray) -> np.ndarray:
 
 def save_figure(figure: Figure, path: Path | str) -> None:
     """Writes a figure as PNG, writes it beside that as PDF (vectors, for papers), and closes it."""
+    plt = _pyplot()
     with plt.style.context(STYLE):
         figure.savefig(path)
         figure.set_layout_engine("none")  # keeps the layout of the first file

@@ -7,12 +7,11 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import jax
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from rich.tree import Tree
 
 from experiments.pipeline.config import OutputOptions
@@ -21,6 +20,9 @@ from experiments.runner.provenance import command_of, describe_run
 from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import InputError
 from moe_jax.core.files import atomic_folder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class StudyConfig(Protocol):

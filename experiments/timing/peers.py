@@ -13,20 +13,18 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 import pandas as pd
-import scipy.stats
-from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import r2_score
-from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_predict
-from sklearn.preprocessing import StandardScaler
+import scipy
 
 from moe_jax.experts.cells import M_H_EDGES, T_EFF_EDGES
 from moe_jax.gates.features import LINE_WINDOWS, SIDEBAND
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import Ridge
 
 ALPHAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 GLOBAL_ALPHAS = (1.0, 10.0, 100.0)
@@ -35,6 +33,9 @@ C_GRID = (10.0, 100.0, 1000.0)
 
 def grid_search_ridge(x: np.ndarray, y: np.ndarray, alphas: tuple[float, ...], n_folds: int) -> Ridge:
     """Ridge with its alpha by ``GridSearchCV``."""
+    from sklearn.linear_model import Ridge
+    from sklearn.model_selection import GridSearchCV
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of ill-conditioned matrices, at the smallest alphas in float32
         search = GridSearchCV(Ridge(), {"alpha": list(alphas)}, cv=n_folds, scoring="neg_mean_squared_error").fit(x, y)
@@ -120,6 +121,8 @@ def loop_bootstrap(
     y: np.ndarray, prediction: np.ndarray, baseline: np.ndarray, cell: np.ndarray, n_resamples: int, n_cells: int = 9
 ) -> np.ndarray:
     """Delta R2 overall and by cell, a loop over ``r2_score``; (B, 1 + cells)."""
+    from sklearn.metrics import r2_score
+
     rng = np.random.default_rng(0)
     samples = np.full((n_resamples, 1 + n_cells), np.nan)
     for i in range(n_resamples):
@@ -227,6 +230,12 @@ def line_features(flux: np.ndarray, wave: np.ndarray) -> np.ndarray:
 
 def pipeline(train_file: Path, test_file: Path) -> dict[str, Any]:
     """The experiment of ``regress_gate`` with its defaults; seconds by stage and R2 by method."""
+    from sklearn.decomposition import PCA
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.metrics import r2_score
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_predict
+    from sklearn.preprocessing import StandardScaler
+
     seconds: dict[str, float] = {}
     last = time.perf_counter()
 

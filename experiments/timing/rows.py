@@ -18,8 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.linalg import lapack
-from sklearn.linear_model import RidgeCV
+import scipy
 
 from experiments.pipeline.config import OutputOptions
 from experiments.runner.command_line import group, require_at_least
@@ -136,7 +135,7 @@ def floor_of_experts(x: np.ndarray, n_alphas: int) -> float:
     gram = jax.jit(lambda x: matmul(x, x.T))
     on_device = jnp.asarray(x)
     kernel = np.asarray(gram(on_device)) + np.float32(10) * np.eye(len(x), dtype=np.float32)
-    total = seconds_of(lambda: gram(on_device))
+    total, lapack = seconds_of(lambda: gram(on_device)), scipy.linalg.lapack
     for _ in range(n_alphas):
         work = np.asfortranarray(kernel)
         start = time.perf_counter()
@@ -166,6 +165,8 @@ def time_experts(config: BenchmarkConfig) -> Iterator[Row]:
 
 def time_folds(config: BenchmarkConfig) -> Iterator[Row]:
     """Other numbers of folds, on one cell."""
+    from sklearn.linear_model import RidgeCV
+
     x, y = cells_of(config.n_train)[4]
     alphas = np.array(peers.ALPHAS, np.float32)
     ten = np.asarray(assign_folds(jax.random.key(2), np.zeros(len(y), int), 10))

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+import scipy
 from jaxtyping import Bool, Float
-from scipy import sparse
 
 from moe_jax.apply.model import Model, Uncertainty, predict_model, with_variance
 from moe_jax.core.arrays import AnyArray, InputError
@@ -37,7 +37,7 @@ class Application(NamedTuple):
 
     model: Model
     uncertainty: Uncertainty  #: that of the model, which is not None
-    overlap: sparse.csr_matrix | None  #: see ``overlaps``; None where the wavelengths are those of the model
+    overlap: scipy.sparse.csr_matrix | None  #: see ``overlaps``; None where the wavelengths are those of the model
     scale: bool = False  #: whether each spectrum is scaled to the median of the training spectra
 
 
@@ -119,7 +119,7 @@ def to_model(application: Application, spectra: MaskedSpectra) -> ModelSpectra:
 
 
 def _correlated_noise(
-    overlap: sparse.csr_matrix, spectra: MaskedSpectra, on_model: ModelSpectra, gradient: AnyArray
+    overlap: scipy.sparse.csr_matrix, spectra: MaskedSpectra, on_model: ModelSpectra, gradient: AnyArray
 ) -> Float[np.ndarray, " N"]:
     """(N,) variance that the correlation of resampled pixels adds to the predictions; it may be negative.
 

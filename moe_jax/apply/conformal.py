@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+import scipy
 from jaxtyping import Float, Int
-from scipy import stats
 
 from moe_jax.core.arrays import AnyArray, InputError, require_vectors
 
@@ -100,6 +100,6 @@ def coverage_table(
             continue
         for i, level in enumerate(np.asarray(levels)):
             n_inside = int(inside[chosen, i].sum())
-            low, high = stats.binomtest(n_inside, n).proportion_ci(0.95)
+            low, high = scipy.stats.binomtest(n_inside, n).proportion_ci(0.95)
             rows.append((by, name, n, float(level), n_inside / n, low, high, half_width[chosen, i].mean()))
     return pd.DataFrame(rows, columns=["by", "group", "n", "level", "coverage", "low", "high", "half_width"])

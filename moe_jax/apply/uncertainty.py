@@ -25,10 +25,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
-from scipy import optimize
 
 from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_length
 from moe_jax.core.cholesky import cho_solve, shifted_cholesky
@@ -278,5 +278,5 @@ def fit_part_scales(variance: Float[AnyArray, "N 4"], residual: Float[AnyArray, 
 
     start = np.full(len(mean), np.log(typical / len(mean)))
     bounds = [(start[0] - 12.0, start[0] + 4.0)] * len(mean)
-    optimum = optimize.minimize(negative_log_likelihood, start, jac=True, method="L-BFGS-B", bounds=bounds)
+    optimum = scipy.optimize.minimize(negative_log_likelihood, start, jac=True, method="L-BFGS-B", bounds=bounds)
     return np.append(np.exp(optimum.x) / mean, 1.0)

@@ -7,9 +7,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
-from sklearn.model_selection import StratifiedKFold
 
 from moe_jax.core.arrays import AnyArray, InputError, require_same_length
 from moe_jax.gates.networks import linear_params
@@ -48,6 +45,10 @@ def fit_classifier(
     Raises:
         InputError: shapes that disagree, or a cell that is missing or holds fewer stars than folds.
     """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+    from sklearn.model_selection import StratifiedKFold
+
     require_same_length(features=features, cell=cell)
     counts = np.bincount(np.asarray(cell))
     if counts.min() < n_folds:

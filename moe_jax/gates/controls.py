@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
+import scipy
 from jaxtyping import Float, PRNGKeyArray
 
 from moe_jax.core.arrays import AnyArray, InputError, mean_and_scale, require_same_length, scale_columns

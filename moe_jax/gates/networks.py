@@ -1,52 +1,27 @@
 """Gates turn a star's features into the weights of the experts.
 
 A gate is a small frozen description (``LinearGate()``, ``MLPGate(hidden=64)``) with two pure functions: ``init`` makes its
-params, a nested dict of arrays, and ``apply`` turns features into weights. Only this module knows that the networks behind
-them are Flax NNX modules.
+params, a nested dict of arrays, and ``apply`` turns features into weights. The networks behind them are Flax NNX modules, of
+``flax_networks``, which is imported when a gate is first used: it takes longer to import than all else here.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Float, PRNGKeyArray
 
 from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.gates.optimize import Params
 
-# Uniform in +-1 / sqrt(fan-in), as in PyTorch, where the experiment was first done.
-_UNIFORM = nnx.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
-_linear = functools.partial(nnx.Linear, precision="highest", kernel_init=_UNIFORM)
-
-
-class _LinearNetwork(nnx.Module):
-    def __init__(self, n_features: int, n_experts: int, *, rngs: nnx.Rngs) -> None:
-        self.head = _linear(n_features, n_experts, rngs=rngs)
-
-    def __call__(self, features: jax.Array) -> jax.Array:
-        return self.head(features)
-
-
-class _MLPNetwork(nnx.Module):
-    def __init__(self, n_features: int, n_experts: int, hidden: int, *, rngs: nnx.Rngs) -> None:
-        self.hidden = _linear(n_features, hidden, rngs=rngs)
-        self.head = _linear(hidden, n_experts, rngs=rngs)
-
-    def __call__(self, features: jax.Array) -> jax.Array:
-        return self.head(nnx.relu(self.hidden(features)))
-
 
 @runtime_checkable
 class Gate(Protocol):
     """The methods that training and routing call."""
-
-    def build(self, n_features: int, n_experts: int, rngs: nnx.Rngs) -> nnx.Module:
-        """The network, which maps (N, F) features to (N, K) logits."""
 
     def init(self, key: PRNGKeyArray, n_features: int, n_experts: int) -> Params:
         """Random params."""
@@ -61,11 +36,14 @@ class Gate(Protocol):
 class _FlaxGate:
     """``init`` and ``apply`` of any gate that can build its network."""
 
-    def build(self, n_features: int, n_experts: int, rngs: nnx.Rngs) -> nnx.Module:
+    def build(self, n_features: int, n_experts: int, rngs: Any) -> Any:
+        """The ``nnx.Module`` that maps (N, F) features to (N, K) logits, its params drawn from ``nnx.Rngs``."""
         raise NotImplementedError
 
     def init(self, key: PRNGKeyArray, n_features: int, n_experts: int) -> Params:
         """Random params: kernels uniform in +-1 / sqrt(fan-in), biases 0."""
+        from flax import nnx
+
         _, state = nnx.split(self.build(n_features, n_experts, nnx.Rngs(key)))
         params: Params = nnx.to_pure_dict(state)
         return params
@@ -81,6 +59,8 @@ class _FlaxGate:
 
 @functools.partial(jax.jit, static_argnames="gate")
 def _logits(gate: _FlaxGate, params: Params, features: jax.Array) -> jax.Array:
+    from flax import nnx
+
     network = nnx.merge(_graph(gate, features.shape[-1], params["head"]["bias"].shape[-1]), params)
     logits: jax.Array = network(features)
     return logits
@@ -92,8 +72,10 @@ def _weights(gate: _FlaxGate, params: Params, features: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def _graph(gate: _FlaxGate, n_features: int, n_experts: int) -> nnx.GraphDef:
-    """The static part of a gate's network."""
+def _graph(gate: _FlaxGate, n_features: int, n_experts: int) -> Any:
+    """The ``nnx.GraphDef`` of a gate's network: its static part."""
+    from flax import nnx
+
     network = nnx.eval_shape(lambda: gate.build(n_features, n_experts, nnx.Rngs(0)))
     return nnx.split(network)[0]
 
@@ -102,8 +84,10 @@ def _graph(gate: _FlaxGate, n_features: int, n_experts: int) -> nnx.GraphDef:
 class LinearGate(_FlaxGate):
     """softmax(W features + b): the form of a multinomial logistic regression."""
 
-    def build(self, n_features: int, n_experts: int, rngs: nnx.Rngs) -> nnx.Module:
-        return _LinearNetwork(n_features, n_experts, rngs=rngs)
+    def build(self, n_features: int, n_experts: int, rngs: Any) -> Any:
+        from moe_jax.gates.flax_networks import LinearNetwork
+
+        return LinearNetwork(n_features, n_experts, rngs=rngs)
 
     def from_linear(self, params: Params, linear: Params) -> Params:
         """The params ``linear`` themselves, in the precision of ``params``."""
@@ -121,8 +105,10 @@ class MLPGate(_FlaxGate):
         if self.hidden < 1:
             raise InputError(f"hidden is {self.hidden}, expected at least 1")
 
-    def build(self, n_features: int, n_experts: int, rngs: nnx.Rngs) -> nnx.Module:
-        return _MLPNetwork(n_features, n_experts, self.hidden, rngs=rngs)
+    def build(self, n_features: int, n_experts: int, rngs: Any) -> Any:
+        from moe_jax.gates.flax_networks import MLPNetwork
+
+        return MLPNetwork(n_features, n_experts, self.hidden, rngs=rngs)
 
     def from_linear(self, params: Params, linear: Params) -> Params:
         """Params that give the same weights as a ``LinearGate`` with ``linear``.

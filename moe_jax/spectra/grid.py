@@ -15,9 +15,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from jax import lax
 from jaxtyping import Float
-from scipy.interpolate import CubicSpline
 
 from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.core.files import atomic_path
@@ -120,7 +120,8 @@ def spline_weights(nodes: Float[np.ndarray, " n"], x: Float[AnyArray, " N"]) -> 
     A spline is linear in the values. So weight j is the spline whose value is 1 at node j and 0 at the others. SciPy computes
     the polynomials of these splines from the nodes, which must be concrete. Beyond the nodes the end polynomials continue.
     """
-    coefficients = jnp.asarray(CubicSpline(nodes, np.eye(len(nodes))).c, x.dtype)  # (4, n - 1, n), highest power first
+    spline = scipy.interpolate.CubicSpline(nodes, np.eye(len(nodes)))
+    coefficients = jnp.asarray(spline.c, x.dtype)  # (4, n - 1, n), highest power first
     starts = jnp.asarray(nodes, x.dtype)
     interval = jnp.clip(jnp.searchsorted(starts, x, side="right") - 1, 0, len(nodes) - 2)
     t = (x - starts[interval])[:, None]

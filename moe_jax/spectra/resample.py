@@ -11,8 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float
-from scipy import sparse
 
 from moe_jax.core.arrays import AnyArray, InputError, matmul
 
@@ -35,7 +35,7 @@ def pixel_edges(wave: Float[AnyArray, " P"]) -> Float[np.ndarray, " P1"]:
     return np.concatenate([[2 * wave[0] - middle[0]], middle, [2 * wave[-1] - middle[-1]]])
 
 
-def overlaps(wave: Float[AnyArray, " Q"], target: Float[AnyArray, " P"]) -> sparse.csr_matrix:
+def overlaps(wave: Float[AnyArray, " Q"], target: Float[AnyArray, " P"]) -> scipy.sparse.csr_matrix:
     """(P, Q) widths, in Angstrom, of the overlap of each target pixel with each given pixel.
 
     Raises:
@@ -49,14 +49,14 @@ def overlaps(wave: Float[AnyArray, " Q"], target: Float[AnyArray, " P"]) -> spar
     middle, width = 0.5 * (cuts[1:] + cuts[:-1]), np.diff(cuts)
     column, row = (np.searchsorted(edges, middle, side="right") - 1 for edges in (given, wanted))
     both = (column >= 0) & (column < len(wave)) & (row >= 0) & (row < len(target))
-    return sparse.csr_matrix((width[both], (row[both], column[both])), shape=(len(target), len(wave)))
+    return scipy.sparse.csr_matrix((width[both], (row[both], column[both])), shape=(len(target), len(wave)))
 
 
 def resample(
     flux: Float[AnyArray, "N Q"],
     error: Float[AnyArray, "N Q"],
     good: Bool[AnyArray, "N Q"],
-    overlap: sparse.csr_matrix,
+    overlap: scipy.sparse.csr_matrix,
     target: Float[AnyArray, " P"],
 ) -> MaskedSpectra:
     """Spectra on other pixels, with the flux conserved.
