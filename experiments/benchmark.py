@@ -2,10 +2,11 @@
 
     python -m experiments.benchmark                  all rows; about 15 minutes on 2 cores
     python -m experiments.benchmark --quick          the short rows, under two minutes, compared with the committed ones
+    python -m experiments.benchmark --start          imports, help, compilation, a short prediction, beside an older commit; 12 min
 
 Each row is timed side by side with its peer, in turns and in one run: the ratio is the median over the pairs, the first call
 of ours (which compiles) is apart. The floor is what the row's dense linear algebra takes by itself, in the same pair. Results
-go to results/benchmark/PRESET. Peers in PyTorch and arch need the extra ``benchmark``.
+go to results/benchmark/PRESET, of ``--start`` to results/first_minute. Peers in PyTorch and arch need the extra ``benchmark``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from experiments.report.results import Results, Study
 from experiments.runner.command_line import run_command
 from experiments.runner.stages import Stages, console
 from experiments.timing.rows import GROUPS, BenchmarkConfig
+from experiments.timing.start import time_start
 from moe_jax.core.arrays import InputError
 
 if TYPE_CHECKING:
@@ -119,10 +121,25 @@ def compute(config: BenchmarkConfig, stages: Stages) -> Results:
     return Results("Benchmark", sections_of(table), {"benchmark": table}, {"ratios": draw_figure(table)})
 
 
+def compute_start(config: BenchmarkConfig, stages: Stages) -> Results:
+    """Times the start of everything."""
+    table = time_start(config.before, config.n_pairs, stages)
+    formats = {"before": ".3g", "now": ".3g", "before / now": ".2f", "now / import jax": ".2f"}
+    console.print(table.to_string(index=False, float_format="%.3g"), highlight=False)
+    setup = (
+        f"Whole processes, of commit {config.before} and of this one in turns on one machine; medians of {config.n_pairs} runs, "
+        "of the default run one each. First start: no compiled programs and no cached stages; second: with compiled programs."
+    )
+    return Results("The first minute", [setup, table_markdown(table, formats)], {"start": table})
+
+
 def main(config: BenchmarkConfig) -> Results:
     """Times all rows and writes the results; of the quick ones only where a folder is given."""
     if config.quick:
         config = dataclasses.replace(PRESETS["quick"], output=config.output)
+    if config.start:
+        output = dataclasses.replace(config.output, output_dir=config.output.output_dir or Path("results/first_minute"))
+        return Study("benchmark", PRESETS, compute_start)(dataclasses.replace(config, output=output))
     if config.preset == "quick" and config.output.output_dir is None:
         return compute(config, Stages())
     return Study("benchmark", PRESETS, compute)(config)

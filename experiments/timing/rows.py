@@ -45,6 +45,10 @@ class BenchmarkConfig:
     """Preset from which the other options start."""
     quick: bool = False
     """The same as --preset quick."""
+    start: bool = False
+    """Time imports, help, compilation and a short prediction instead, in turns with those of another commit."""
+    before: str = "b2772b7"
+    """The commit that ``--start`` compares with."""
     rows: tuple[str, ...] = ("experts", "folds", "gates", "bootstrap", "large_bootstrap", "pipeline")
     """Groups of rows."""
     n_train: int = 32_000
