@@ -131,12 +131,12 @@ def floor_table(config: UncertaintyConfig, prepared: Prepared, model: Model, tes
     mag = np.asarray(labels.mag)[rows]
     table = []
     for name, low, high in zip(["all", *MAG_NAMES], (-np.inf, *MAG_EDGES[:-1]), (np.inf, *MAG_EDGES[1:]), strict=True):
-        own_rows = (mag >= low) & (mag < high)
-        if not own_rows.any():
+        in_bin = (mag >= low) & (mag < high)
+        if not in_bin.any():
             continue
-        row: dict[str, Any] = {"mag": name, "n": int(own_rows.sum()), "floor": float(np.sqrt(np.mean(floor[own_rows] ** 2)))}
-        row["floor_with_prior"] = float(np.sqrt(np.mean(bayes[own_rows] ** 2)))
-        row |= {method: float(np.sqrt(np.mean(residual[own_rows] ** 2))) for method, residual in errors.items()}
+        row: dict[str, Any] = {"mag": name, "n": int(in_bin.sum()), "floor": float(np.sqrt(np.mean(floor[in_bin] ** 2)))}
+        row["floor_with_prior"] = float(np.sqrt(np.mean(bayes[in_bin] ** 2)))
+        row |= {method: float(np.sqrt(np.mean(residual[in_bin] ** 2))) for method, residual in errors.items()}
         table.append(row)
     return pd.DataFrame(table)
 

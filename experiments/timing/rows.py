@@ -119,10 +119,10 @@ def compare(row: Row, ours: Callable[[], Any], theirs: Callable[[], Any], n_pair
 
 def has(module: str) -> bool:
     """Whether a peer's package is installed."""
-    found = importlib.util.find_spec(module) is not None
-    if not found:
+    installed = importlib.util.find_spec(module) is not None
+    if not installed:
         console.print(f"{module} is not installed: its rows are left out (pip install -e '.[benchmark]')", highlight=False)
-    return found
+    return installed
 
 
 @functools.cache
@@ -316,7 +316,7 @@ def time_pipeline(config: BenchmarkConfig) -> Iterator[Row]:
 
         cold, cold_run = ours()
         start = time.perf_counter()
-        found = json.loads(run_python("-m", "experiments.timing.peers", *files).splitlines()[-1])
+        peer = json.loads(run_python("-m", "experiments.timing.peers", *files).splitlines()[-1])
         theirs = time.perf_counter() - start
         warm, warm_run = ours()
         imported = seconds_of(lambda: run_python("-c", "import experiments.regress_gate"))
@@ -328,7 +328,7 @@ def time_pipeline(config: BenchmarkConfig) -> Iterator[Row]:
         stages = ", ".join(f"{stage} {value:.1f}" for stage, value in run["seconds"].items() if stage != "total")
         row.note = f"import {imported:.1f} s + compilation {row.compile_s:.1f} s; {stages}"
         if label == "second run":
-            row.note += "; the peer: " + ", ".join(f"{stage} {value:.1f}" for stage, value in found["seconds"].items())
+            row.note += "; the peer: " + ", ".join(f"{stage} {value:.1f}" for stage, value in peer["seconds"].items())
         yield row
 
 
