@@ -7,6 +7,8 @@ resamples, A alphas, E epochs, G groups, S seeds (or other inputs of one call), 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,8 @@ from jax import lax
 from jaxtyping import Float
 
 AnyArray = jax.Array | np.ndarray
+Arguments = ParamSpec("Arguments")
+Tree = TypeVar("Tree")
 
 
 class InputError(ValueError):
@@ -57,7 +61,48 @@ def take_rows(arrays: tuple[jax.Array, ...], rows: jax.Array) -> tuple[jax.Array
     return tuple(array[rows] for array in arrays)
 
 
-matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+# On a CPU, BLAS and LAPACK are faster than XLA, and nothing needs to be compiled. What follows lets one function serve both:
+# NumPy runs it on NumPy's arrays, XLA compiles it for others.
+
+
+def to_host(*arrays: Any) -> tuple[Any, ...]:
+    """The arrays as NumPy's where all are concrete and lie on a CPU, as JAX's elsewhere; in JAX's precision in either case."""
+    on_device = tuple(map(jnp.asarray, arrays))
+    for array in on_device:
+        if isinstance(array, jax.core.Tracer) or any(device.platform != "cpu" for device in array.devices()):
+            return on_device
+    return tuple(map(np.asarray, on_device))
+
+
+def namespace(*arrays: Any) -> Any:
+    """``numpy`` where all arrays are NumPy's, else ``jax.numpy``."""
+    return np if all(isinstance(array, np.ndarray | np.generic) for array in arrays) else jnp
+
+
+def jit_off_host(function: Callable[Arguments, Tree]) -> Callable[Arguments, Tree]:
+    """``jax.jit``, but NumPy runs the function where all its arrays are NumPy's."""
+    compiled = jax.jit(function)
+
+    @functools.wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tree:
+        on_host = namespace(*jax.tree.leaves((args, kwargs))) is np
+        return function(*args, **kwargs) if on_host else cast(Tree, compiled(*args, **kwargs))
+
+    return call
+
+
+def map_rows(function: Callable[[Any], Tree], arrays: Any, batch_size: int | None = None) -> Tree:
+    """``lax.map`` over the first dimension of a tree of arrays; a loop where they are NumPy's."""
+    leaves = jax.tree.leaves(arrays)
+    if namespace(*leaves) is jnp:
+        return cast(Tree, lax.map(function, arrays, batch_size=batch_size))
+    rows = [function(jax.tree.map(lambda leaf, i=i: leaf[i], arrays)) for i in range(len(leaves[0]))]
+    return cast(Tree, jax.tree.map(lambda *parts: np.stack(parts), *rows))
+
+
+def matmul(a: AnyArray, b: AnyArray) -> Any:
+    """Matrix product with all digits of the precision (a GPU's default for float32 is TF32)."""
+    return np.matmul(a, b) if namespace(a, b) is np else jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 @jax.jit

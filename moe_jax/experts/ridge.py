@@ -16,19 +16,17 @@ Three measures keep a small alpha stable in float32:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_length
-from moe_jax.core.cholesky import cho_solve, shifted_cholesky
+from moe_jax.core.arrays import AnyArray, InputError, jit_off_host, matmul, namespace, require_same_length, to_host
+from moe_jax.core.cholesky import cholesky_solver
 from moe_jax.experts.alphas import require_positive
 
 REFINEMENT_STEPS = 3
@@ -55,15 +53,19 @@ def fit_ridge(x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alpha: ArrayL
     """
     require_same_length(x=x, y=y)
     require_positive(alpha)
-    return _fit(jnp.asarray(x), jnp.asarray(y), alpha, jnp.ones(len(x)))
+    return _fit(x, y, alpha, np.ones(len(x), np.float32))
 
 
-@jax.jit
-def _fit(x: jax.Array, y: jax.Array, alpha: ArrayLike, root: jax.Array) -> Ridge:
+def _fit(x: AnyArray, y: AnyArray, alpha: ArrayLike, root: AnyArray) -> Ridge:
+    fit: Ridge = jax.tree.map(jnp.asarray, _fit_here(*to_host(x, y, jnp.asarray(alpha, jnp.asarray(x).dtype), root)))
+    return fit
+
+
+@jit_off_host
+def _fit_here(x: jax.Array, y: jax.Array, alpha: jax.Array, root: jax.Array) -> Ridge:
     data = center(x, y, root.astype(x.dtype))
-    alpha = jnp.asarray(alpha, x.dtype)
     matrix, added = kernel(data)
-    return solve(data, alpha, functools.partial(cho_solve, shifted_cholesky(matrix, alpha + added)))
+    return solve(data, alpha, cholesky_solver(matrix, alpha + added))
 
 
 def fit_weighted_ridge(
@@ -86,7 +88,7 @@ def fit_weighted_ridge(
         values = np.asarray(sample_weight)
         if not (np.isfinite(values) & (values >= 0)).all() or not values.any():
             raise InputError(f"sample_weight holds {values.min()} to {values.max()}, expected numbers >= 0, not all 0")
-    return _fit(jnp.asarray(x), jnp.asarray(y), alpha, jnp.sqrt(jnp.asarray(sample_weight)))
+    return _fit(x, y, alpha, namespace(sample_weight).sqrt(sample_weight))
 
 
 @jax.jit
@@ -121,14 +123,16 @@ def center(x: jax.Array, y: jax.Array, mask: jax.Array) -> Centred:
     The weighted ridge of x and y is the unweighted ridge of (x - mean) s^1/2 and (y - mean) s^1/2.
     """
     weight = mask**2
-    n = jnp.sum(weight)
+    n = weight.sum()
     y = y.astype(x.dtype)
     x_mean = matmul(weight[None, :], x)[0] / n
     # In float32 the first pass leaves a small mean, which the second pass removes.
     x_centred = x - x_mean[None, :]
     rest = matmul(weight[None, :], x_centred)[0] / n
-    y_mean = jnp.sum(y * weight) / n
-    return Centred((x_centred - rest[None, :]) * mask[:, None], (y - y_mean) * mask, mask, x_mean + rest, y_mean)
+    y_mean = (y * weight).sum() / n
+    x_centred -= rest[None, :]  # NumPy does this in place
+    x_centred *= mask[:, None]
+    return Centred(x_centred, (y - y_mean) * mask, mask, x_mean + rest, y_mean)
 
 
 def kernel(data: Centred) -> tuple[jax.Array, jax.Array]:
@@ -137,13 +141,13 @@ def kernel(data: Centred) -> tuple[jax.Array, jax.Array]:
     if not is_dual(x):
         matrix = matmul(x.T, x)
         return matrix, jitter(matrix)
-    matrix = matmul(x, x.T)
-    return matrix + jnp.trace(matrix) / len(matrix) * jnp.outer(mask, mask), jitter(matrix)
+    matrix, xp = matmul(x, x.T), namespace(x)
+    return matrix + xp.trace(matrix) / len(matrix) * xp.outer(mask, mask), jitter(matrix)
 
 
 def jitter(matrix: jax.Array) -> jax.Array:
     """What is added to the diagonal of a Gram matrix so that its factorisation succeeds."""
-    mean_eigenvalue = jnp.trace(matrix) / len(matrix)
+    mean_eigenvalue = matrix.trace() / len(matrix)
     return JITTER_ULPS * jnp.finfo(matrix.dtype).eps * mean_eigenvalue
 
 
@@ -156,21 +160,13 @@ def solve(data: Centred, alpha: jax.Array, apply_inverse: Callable[[jax.Array], 
         apply_inverse: multiplies a column by the inverse of the kernel plus alpha.
     """
     x, y = data.x, data.y
-
-    def refine_dual(_: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        a, coef = state
-        residual = y - matmul(x, coef[:, None])[:, 0] - alpha * a
-        step = apply_inverse(residual[:, None])
-        return a + step[:, 0], coef + matmul(x.T, step)[:, 0]
-
-    def refine_primal(_: jax.Array, coef: jax.Array) -> jax.Array:
+    a, coef = 0.0 * y, 0.0 * data.x_mean
+    for _ in range(REFINEMENT_STEPS):
         residual = y - matmul(x, coef[:, None])[:, 0]
-        gradient = matmul(x.T, residual[:, None])[:, 0] - alpha * coef
-        return coef + apply_inverse(gradient[:, None])[:, 0]
-
-    zero = jnp.zeros_like(data.x_mean)
-    if is_dual(x):
-        coef = lax.fori_loop(0, REFINEMENT_STEPS, refine_dual, (jnp.zeros_like(y), zero))[1]
-    else:
-        coef = lax.fori_loop(0, REFINEMENT_STEPS, refine_primal, zero)
-    return Ridge(coef, data.y_mean - jnp.sum(data.x_mean * coef))
+        if is_dual(x):
+            step = apply_inverse((residual - alpha * a)[:, None])
+            a, coef = a + step[:, 0], coef + matmul(x.T, step)[:, 0]
+        else:
+            gradient = matmul(x.T, residual[:, None])[:, 0] - alpha * coef
+            coef = coef + apply_inverse(gradient[:, None])[:, 0]
+    return Ridge(coef, data.y_mean - (data.x_mean * coef).sum())

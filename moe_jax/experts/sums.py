@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Float
 
-from moe_jax.core.arrays import matmul
-from moe_jax.core.cholesky import cho_solve, shifted_cholesky
+from moe_jax.core.arrays import map_rows, matmul, namespace
+from moe_jax.core.cholesky import cholesky_solver
 from moe_jax.experts.ridge import Ridge, jitter
 
 Tree = TypeVar("Tree")
@@ -42,25 +41,26 @@ def sum_stars(x: jax.Array, y: jax.Array, mask: jax.Array) -> Sums:
 
     Uncentred sums of squares cancel digits; pass roughly centred x and y.
     """
-    return Sums(jnp.sum(mask), jnp.sum(x, axis=0), jnp.sum(y), matmul(x.T, x), matmul(x.T, y[:, None])[:, 0], jnp.sum(y**2))
+    return Sums(mask.sum(), x.sum(axis=0), y.sum(), matmul(x.T, x), matmul(x.T, y[:, None])[:, 0], (y**2).sum())
 
 
 def sum_parts(by_part: Sums) -> Sums:
     """Sums of all parts together; the first dimension counts the parts."""
-    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), by_part)
+    return jax.tree.map(lambda leaf: leaf.sum(axis=0), by_part)
 
 
 def moments(sums: Sums) -> Moments:
     """Means, and sums of products about them."""
-    n = jnp.maximum(sums.n, 1.0)
+    xp = namespace(sums.xx)
+    n = xp.maximum(sums.n, xp.ones_like(sums.n))
     x_mean, y_mean = sums.x / n, sums.y / n
-    return Moments(x_mean, y_mean, sums.xx - n * jnp.outer(x_mean, x_mean), sums.xy - n * y_mean * x_mean)
+    return Moments(x_mean, y_mean, sums.xx - n * xp.outer(x_mean, x_mean), sums.xy - n * y_mean * x_mean)
 
 
 def solve_moments(train: Moments, alpha: jax.Array) -> Ridge:
     """The ridge regression of the stars."""
-    coef = cho_solve(shifted_cholesky(train.xx, alpha + jitter(train.xx)), train.xy[:, None])[:, 0]
-    return Ridge(coef, train.y_mean - jnp.sum(train.x_mean * coef))
+    coef = cholesky_solver(train.xx, alpha + jitter(train.xx))(train.xy[:, None])[:, 0]
+    return Ridge(coef, train.y_mean - (train.x_mean * coef).sum())
 
 
 def hold_out_each(evaluate: Callable[..., Tree], by_part: Sums, *more: jax.Array) -> Tree:
@@ -78,7 +78,6 @@ def hold_out_each(evaluate: Callable[..., Tree], by_part: Sums, *more: jax.Array
 
     def hold_out(arguments: tuple[Sums, *tuple[jax.Array, ...]]) -> Tree:
         part, *rows = arguments
-        return evaluate(part, jax.tree.map(jnp.subtract, total, part), *rows)
+        return evaluate(part, jax.tree.map(operator.sub, total, part), *rows)
 
-    results: Tree = lax.map(hold_out, (by_part, *more))
-    return results
+    return map_rows(hold_out, (by_part, *more))
