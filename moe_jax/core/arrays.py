@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from jax import lax
 from jaxtyping import Float
 
 AnyArray = jax.Array | np.ndarray
-Arguments = ParamSpec("Arguments")
 Tree = TypeVar("Tree")
 
 
@@ -79,14 +78,14 @@ def namespace(*arrays: Any) -> Any:
     return np if all(isinstance(array, np.ndarray | np.generic) for array in arrays) else jnp
 
 
-def jit_off_host(function: Callable[Arguments, Tree]) -> Callable[Arguments, Tree]:
+def jit_off_host(function: Callable[..., Tree]) -> Callable[..., Tree]:
     """``jax.jit``, but NumPy runs the function where all its arrays are NumPy's."""
     compiled = jax.jit(function)
 
     @functools.wraps(function)
-    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tree:
-        on_host = namespace(*jax.tree.leaves((args, kwargs))) is np
-        return function(*args, **kwargs) if on_host else cast(Tree, compiled(*args, **kwargs))
+    def call(*args: Any) -> Tree:
+        on_host = namespace(*jax.tree.leaves(args)) is np
+        return function(*args) if on_host else cast(Tree, compiled(*args))
 
     return call
 

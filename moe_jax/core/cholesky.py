@@ -16,9 +16,14 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
-from scipy.linalg import get_lapack_funcs
+from scipy.linalg import lapack
 
 from moe_jax.core.arrays import AnyArray
+
+LAPACK = {
+    "float32": (lapack.spotrf, lapack.spotrs, lapack.strtri),
+    "float64": (lapack.dpotrf, lapack.dpotrs, lapack.dtrtri),
+}
 
 
 def inverse_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike) -> Float[AnyArray, "M M"]:
@@ -33,18 +38,17 @@ def inverse_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike) -> Float[
     """
     if isinstance(matrix, np.ndarray):
         factor = _factorize(matrix, shift)
-        (trtri,) = get_lapack_funcs(("trtri",), (factor,))
-        inverse: np.ndarray = trtri(factor, lower=1, overwrite_c=1)[0]
-        return inverse
-    factor = shifted_cholesky(matrix, shift)
-    return lax.linalg.triangular_solve(factor, jnp.eye(len(matrix), dtype=matrix.dtype), left_side=True, lower=True)
+        _, _, trtri = LAPACK[factor.dtype.name]
+        return np.asarray(trtri(factor, lower=1, overwrite_c=1)[0])
+    on_device = shifted_cholesky(matrix, shift)
+    return lax.linalg.triangular_solve(on_device, jnp.eye(len(matrix), dtype=matrix.dtype), left_side=True, lower=True)
 
 
 def cholesky_solver(matrix: Float[AnyArray, "M M"], shift: ArrayLike) -> Callable[[Any], Any]:
     """The function that multiplies a vector or columns by (matrix + shift I)^-1; NaN where that is not positive definite."""
     if isinstance(matrix, np.ndarray):
         factor = _factorize(matrix, shift)
-        (potrs,) = get_lapack_funcs(("potrs",), (factor,))
+        _, potrs, _ = LAPACK[factor.dtype.name]
         return lambda b: potrs(factor, b, lower=1)[0]
     on_device = shifted_cholesky(matrix, shift)
     return lambda b: cho_solve(on_device, b)
@@ -54,17 +58,16 @@ def _factorize(matrix: np.ndarray, shift: ArrayLike) -> np.ndarray:
     """The lower Cholesky factor of matrix + shift I by LAPACK, column by column in memory; NaN where there is none."""
     work = np.array(matrix.T, order="F")
     np.fill_diagonal(work, work.diagonal() + np.asarray(shift))
-    (potrf,) = get_lapack_funcs(("potrf",), (work,))
-    factor, failed = potrf(work, lower=1, overwrite_a=1, clean=1)
+    factor, failed = LAPACK[work.dtype.name][0](work, lower=1, overwrite_a=1, clean=1)
     if failed:
         np.fill_diagonal(factor, np.nan)
     return np.asarray(factor)
 
 
-def shifted_cholesky(matrix: Float[jax.Array, "M M"], shift: ArrayLike) -> Float[jax.Array, "M M"]:
+def shifted_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike) -> Float[jax.Array, "M M"]:
     """Cholesky factor of matrix + shift I, by XLA; only the lower triangle of the matrix is read."""
     diagonal = jnp.arange(len(matrix))
-    factor: jax.Array = lax.linalg.cholesky(matrix.at[diagonal, diagonal].add(shift), symmetrize_input=False)
+    factor: jax.Array = lax.linalg.cholesky(jnp.asarray(matrix).at[diagonal, diagonal].add(shift), symmetrize_input=False)
     return factor
 
 

@@ -49,19 +49,19 @@ INVERSE_CHOLESKY_COST = 1.5
 class RidgeCV(NamedTuple):
     """Exact cross-validation of a ridge regression over several alphas."""
 
-    mse: Float[jax.Array, " A"]  #: mean squared error of the out-of-fold predictions of all N stars
-    predictions: Float[jax.Array, "A N"]  #: prediction of each star by the model fitted without the star's fold
+    mse: Float[AnyArray, " A"]  #: mean squared error of the out-of-fold predictions of all N stars
+    predictions: Float[AnyArray, "A N"]  #: prediction of each star by the model fitted without the star's fold
 
 
 class CrossValidatedRidge(NamedTuple):
     """A ridge regression whose alpha was chosen by cross-validation, or K of them, stacked: the experts."""
 
     ridge: Ridge  #: coef (P,) and intercept (), or (K, P) and (K,)
-    alpha: Float[jax.Array, "*k"]  #: the chosen alpha
-    at_edge: Bool[jax.Array, "*k"]  #: whether it is the smallest or the largest that was tried
-    alphas: Float[jax.Array, "*k A"]  #: the alphas tried: those of the grid, then those that extend it (NaN where there is none)
-    mse: Float[jax.Array, "*k A"]  #: cross-validated mean squared error at each of ``alphas``
-    out_of_fold: Float[jax.Array, " N"]  #: each star predicted without its fold, by its own cell's expert; NaN without a cell
+    alpha: Float[AnyArray, "*k"]  #: the chosen alpha
+    at_edge: Bool[AnyArray, "*k"]  #: whether it is the smallest or the largest that was tried
+    alphas: Float[AnyArray, "*k A"]  #: the alphas tried: those of the grid, then those that extend it (NaN where there is none)
+    mse: Float[AnyArray, "*k A"]  #: cross-validated mean squared error at each of ``alphas``
+    out_of_fold: Float[AnyArray, " N"]  #: each star predicted without its fold, by its own cell's expert; NaN without a cell
 
 
 def cross_validate_ridge(
@@ -216,13 +216,13 @@ _inverse_factor = jit_off_host(inverse_cholesky)
 
 
 @jit_off_host
-def _center_and_multiply(x: jax.Array, y: jax.Array, mask: jax.Array) -> tuple[Centred, jax.Array, jax.Array]:
+def _center_and_multiply(x: AnyArray, y: AnyArray, mask: AnyArray) -> tuple[Centred, AnyArray, AnyArray]:
     data = center(x, y, mask)
     return data, *kernel(data)
 
 
 @jit_off_host
-def _center_and_sum(x: jax.Array, y: jax.Array, mask: jax.Array, held: jax.Array) -> tuple[Centred, jax.Array, jax.Array, Moments]:
+def _center_and_sum(x: AnyArray, y: AnyArray, mask: AnyArray, held: AnyArray) -> tuple[Centred, AnyArray, AnyArray, Moments]:
     data = center(x, y, mask)
     by_fold = map_rows(lambda rows: sum_stars(*(_gather(array, rows) for array in (data.x, data.y, data.mask))), held)
     matrix = by_fold.xx.sum(axis=0)
@@ -230,18 +230,18 @@ def _center_and_sum(x: jax.Array, y: jax.Array, mask: jax.Array, held: jax.Array
 
 
 @jit_off_host
-def _solve(data: Centred, alpha: jax.Array, inverse_factor: jax.Array) -> Ridge:
+def _solve(data: Centred, alpha: AnyArray, inverse_factor: AnyArray) -> Ridge:
     return ridge.solve(data, alpha, lambda b: matmul(inverse_factor.T, matmul(inverse_factor, b)))
 
 
 @jit_off_host
-def _cross_validation_of(data: Centred, residuals: list[jax.Array]) -> RidgeCV:
+def _cross_validation_of(data: Centred, residuals: list[AnyArray]) -> RidgeCV:
     stacked = namespace(*residuals).stack(residuals)
     mse = ((stacked * data.mask[None, :]) ** 2).sum(axis=1) / data.mask.sum()
     return RidgeCV(mse, (data.y + data.y_mean)[None, :] - stacked)
 
 
-def _gather(array: AnyArray, rows: AnyArray) -> AnyArray:
+def _gather(array: Any, rows: AnyArray) -> Any:
     """Some rows of an array; 0 for the row numbers N, which stand for padding."""
     if namespace(array) is not np:
         return array.at[rows].get(mode="fill", fill_value=0)
@@ -270,7 +270,7 @@ def _solve_block(block: AnyArray, residual: AnyArray, padding: AnyArray) -> AnyA
 
 
 @jit_off_host
-def _dual_residuals(data: Centred, inverse_factor: jax.Array, held: jax.Array) -> jax.Array:
+def _dual_residuals(data: Centred, inverse_factor: AnyArray, held: AnyArray) -> AnyArray:
     """(N,) held-out residuals from the inverse Cholesky factor W of the kernel: (K + alpha I)^-1 = W' W."""
     xp, n = namespace(inverse_factor), len(data.y)
     solution = matmul(inverse_factor.T, matmul(inverse_factor, xp.stack([data.y, data.mask], axis=1)))
@@ -279,7 +279,7 @@ def _dual_residuals(data: Centred, inverse_factor: jax.Array, held: jax.Array) -
     if held.shape[1] == 1:  # leave-one-out
         return a / ((inverse_factor**2).sum(axis=0) - ones**2 / total)
 
-    def hold_out(fold: tuple[jax.Array]) -> jax.Array:
+    def hold_out(fold: tuple[AnyArray]) -> AnyArray:
         (rows,) = fold
         # The columns of W that belong to the fold are 0 above its first row; NumPy can leave these zeros out.
         columns = _gather(inverse_factor.T, rows)[:, rows.min() if xp is np else 0 :]
@@ -291,7 +291,7 @@ def _dual_residuals(data: Centred, inverse_factor: jax.Array, held: jax.Array) -
 
 
 @jit_off_host
-def _primal_residuals(data: Centred, inverse_factor: jax.Array, held: jax.Array) -> jax.Array:
+def _primal_residuals(data: Centred, inverse_factor: AnyArray, held: AnyArray) -> AnyArray:
     """(N,) held-out residuals from the inverse Cholesky factor W of the scatter matrix: H = (X W')(X W')'."""
     xp, n, n_stars = namespace(inverse_factor), len(data.y), data.mask.sum()
     whitened = matmul(data.x, inverse_factor.T)
@@ -300,7 +300,7 @@ def _primal_residuals(data: Centred, inverse_factor: jax.Array, held: jax.Array)
     if held.shape[1] == 1:  # leave-one-out
         return residual / (1.0 - (whitened**2).sum(axis=1) - 1.0 / n_stars)
 
-    def hold_out(fold: tuple[jax.Array]) -> jax.Array:
+    def hold_out(fold: tuple[AnyArray]) -> AnyArray:
         (rows,) = fold
         part, mask = _gather(whitened, rows), _gather(data.mask, rows)
         block = xp.diag(mask) - matmul(part, part.T) - xp.outer(mask, mask) / n_stars
@@ -310,10 +310,10 @@ def _primal_residuals(data: Centred, inverse_factor: jax.Array, held: jax.Array)
 
 
 @jit_off_host
-def _residuals_by_fold(data: Centred, without_fold: Moments, alpha: jax.Array, held: jax.Array) -> jax.Array:
+def _residuals_by_fold(data: Centred, without_fold: Moments, alpha: AnyArray, held: AnyArray) -> AnyArray:
     """(N,) held-out residuals from the moments of all stars but those of each fold."""
 
-    def hold_out(fold: tuple[jax.Array, Moments]) -> jax.Array:
+    def hold_out(fold: tuple[AnyArray, Moments]) -> AnyArray:
         rows, train = fold
         x_held, y_held = _gather(data.x, rows) - train.x_mean[None, :], _gather(data.y, rows) - train.y_mean
         return y_held - matmul(x_held, solve_moments(train, alpha).coef[:, None])[:, 0]

@@ -36,8 +36,8 @@ JITTER_ULPS = 4.0  # units in the last place of the mean eigenvalue
 class Ridge(NamedTuple):
     """A fitted linear model, y = x @ coef + intercept, or several that are stacked in the leading dimensions."""
 
-    coef: Float[jax.Array, "*k P"]
-    intercept: Float[jax.Array, "*k"]
+    coef: Float[AnyArray, "*k P"]
+    intercept: Float[AnyArray, "*k"]
 
 
 def fit_ridge(x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alpha: ArrayLike) -> Ridge:
@@ -62,7 +62,7 @@ def _fit(x: AnyArray, y: AnyArray, alpha: ArrayLike, root: AnyArray) -> Ridge:
 
 
 @jit_off_host
-def _fit_here(x: jax.Array, y: jax.Array, alpha: jax.Array, root: jax.Array) -> Ridge:
+def _fit_here(x: AnyArray, y: AnyArray, alpha: AnyArray, root: AnyArray) -> Ridge:
     data = center(x, y, root.astype(x.dtype))
     matrix, added = kernel(data)
     return solve(data, alpha, cholesky_solver(matrix, alpha + added))
@@ -92,7 +92,7 @@ def fit_weighted_ridge(
 
 
 @jax.jit
-def predict_ridge(ridge: Ridge, x: Float[AnyArray, "N P"]) -> Float[jax.Array, "N ..."]:
+def predict_ridge(ridge: Ridge, x: Float[AnyArray, "N P"]) -> Float[AnyArray, "N ..."]:
     """Predictions x @ coef + intercept: (N,) of one ridge, (N, K) of K stacked ridges; one matmul in either case."""
     *stack, p = ridge.coef.shape
     return matmul(x, ridge.coef.reshape(-1, p).T).reshape(len(x), *stack) + ridge.intercept[None]
@@ -105,11 +105,11 @@ def predict_ridge(ridge: Ridge, x: Float[AnyArray, "N P"]) -> Float[jax.Array, "
 class Centred(NamedTuple):
     """Data with the mean removed, each row scaled by the root of its weight."""
 
-    x: Float[jax.Array, "N P"]
-    y: Float[jax.Array, " N"]
-    mask: Float[jax.Array, " N"]
-    x_mean: Float[jax.Array, " P"]
-    y_mean: Float[jax.Array, ""]
+    x: Float[AnyArray, "N P"]
+    y: Float[AnyArray, " N"]
+    mask: Float[AnyArray, " N"]
+    x_mean: Float[AnyArray, " P"]
+    y_mean: Float[AnyArray, ""]
 
 
 def is_dual(x: AnyArray) -> bool:
@@ -117,7 +117,7 @@ def is_dual(x: AnyArray) -> bool:
     return x.shape[0] < x.shape[1]
 
 
-def center(x: jax.Array, y: jax.Array, mask: jax.Array) -> Centred:
+def center(x: AnyArray, y: AnyArray, mask: AnyArray) -> Centred:
     """Removes the weighted means and scales each row by ``mask``, the root s^1/2 of its weight.
 
     The weighted ridge of x and y is the unweighted ridge of (x - mean) s^1/2 and (y - mean) s^1/2.
@@ -135,7 +135,7 @@ def center(x: jax.Array, y: jax.Array, mask: jax.Array) -> Centred:
     return Centred(x_centred, (y - y_mean) * mask, mask, x_mean + rest, y_mean)
 
 
-def kernel(data: Centred) -> tuple[jax.Array, jax.Array]:
+def kernel(data: Centred) -> tuple[AnyArray, AnyArray]:
     """The smaller of X X' (with its zero eigenvalue moved) and X'X, and the jitter of its diagonal."""
     x, mask = data.x, data.mask
     if not is_dual(x):
@@ -145,13 +145,13 @@ def kernel(data: Centred) -> tuple[jax.Array, jax.Array]:
     return matrix + xp.trace(matrix) / len(matrix) * xp.outer(mask, mask), jitter(matrix)
 
 
-def jitter(matrix: jax.Array) -> jax.Array:
+def jitter(matrix: AnyArray) -> AnyArray:
     """What is added to the diagonal of a Gram matrix so that its factorisation succeeds."""
     mean_eigenvalue = matrix.trace() / len(matrix)
     return JITTER_ULPS * jnp.finfo(matrix.dtype).eps * mean_eigenvalue
 
 
-def solve(data: Centred, alpha: jax.Array, apply_inverse: Callable[[jax.Array], jax.Array]) -> Ridge:
+def solve(data: Centred, alpha: AnyArray, apply_inverse: Callable[[AnyArray], AnyArray]) -> Ridge:
     """Ridge of centred data, refined against the data.
 
     Args:

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 import jax
 from jaxtyping import Float
 
-from moe_jax.core.arrays import map_rows, matmul, namespace
+from moe_jax.core.arrays import AnyArray, map_rows, matmul, namespace
 from moe_jax.core.cholesky import cholesky_solver
 from moe_jax.experts.ridge import Ridge, jitter
 
@@ -19,24 +19,24 @@ Tree = TypeVar("Tree")
 class Sums(NamedTuple):
     """Sums over stars, in any leading dimensions."""
 
-    n: Float[jax.Array, "*g"]  #: number of stars
-    x: Float[jax.Array, "*g P"]
-    y: Float[jax.Array, "*g"]
-    xx: Float[jax.Array, "*g P P"]
-    xy: Float[jax.Array, "*g P"]
-    yy: Float[jax.Array, "*g"]
+    n: Float[AnyArray, "*g"]  #: number of stars
+    x: Float[AnyArray, "*g P"]
+    y: Float[AnyArray, "*g"]
+    xx: Float[AnyArray, "*g P P"]
+    xy: Float[AnyArray, "*g P"]
+    yy: Float[AnyArray, "*g"]
 
 
 class Moments(NamedTuple):
     """Means of the stars, and their sums of products about the means."""
 
-    x_mean: Float[jax.Array, " P"]
-    y_mean: Float[jax.Array, ""]
-    xx: Float[jax.Array, "P P"]
-    xy: Float[jax.Array, " P"]
+    x_mean: Float[AnyArray, " P"]
+    y_mean: Float[AnyArray, ""]
+    xx: Float[AnyArray, "P P"]
+    xy: Float[AnyArray, " P"]
 
 
-def sum_stars(x: jax.Array, y: jax.Array, mask: jax.Array) -> Sums:
+def sum_stars(x: AnyArray, y: AnyArray, mask: AnyArray) -> Sums:
     """Sums of stars; rows of mask 0 must be 0 in x and y.
 
     Uncentred sums of squares cancel digits; pass roughly centred x and y.
@@ -57,13 +57,13 @@ def moments(sums: Sums) -> Moments:
     return Moments(x_mean, y_mean, sums.xx - n * xp.outer(x_mean, x_mean), sums.xy - n * y_mean * x_mean)
 
 
-def solve_moments(train: Moments, alpha: jax.Array) -> Ridge:
+def solve_moments(train: Moments, alpha: AnyArray) -> Ridge:
     """The ridge regression of the stars."""
     coef = cholesky_solver(train.xx, alpha + jitter(train.xx))(train.xy[:, None])[:, 0]
     return Ridge(coef, train.y_mean - (train.x_mean * coef).sum())
 
 
-def hold_out_each(evaluate: Callable[..., Tree], by_part: Sums, *more: jax.Array) -> Tree:
+def hold_out_each(evaluate: Callable[..., Tree], by_part: Sums, *more: AnyArray) -> Tree:
     """Holds out each part in turn, by subtraction from the sums of all parts.
 
     Args:
@@ -76,7 +76,7 @@ def hold_out_each(evaluate: Callable[..., Tree], by_part: Sums, *more: jax.Array
     """
     total = sum_parts(by_part)
 
-    def hold_out(arguments: tuple[Sums, *tuple[jax.Array, ...]]) -> Tree:
+    def hold_out(arguments: tuple[Sums, *tuple[AnyArray, ...]]) -> Tree:
         part, *rows = arguments
         return evaluate(part, jax.tree.map(operator.sub, total, part), *rows)
 
