@@ -54,23 +54,22 @@ def require_vectors(**arrays: AnyArray) -> int:
     return require_same_length(**arrays)
 
 
-@jax.jit
-def take_rows(arrays: tuple[jax.Array, ...], rows: jax.Array) -> tuple[jax.Array, ...]:
-    """The same rows of several arrays."""
-    return tuple(array[rows] for array in arrays)
-
-
 # On a CPU, BLAS and LAPACK are faster than XLA, and nothing needs to be compiled. What follows lets one function serve both:
 # NumPy runs it on NumPy's arrays, XLA compiles it for others.
 
 
 def to_host(*arrays: Any) -> tuple[Any, ...]:
     """The arrays as NumPy's where all are concrete and lie on a CPU, as JAX's elsewhere; in JAX's precision in either case."""
-    on_device = tuple(map(jnp.asarray, arrays))
-    for array in on_device:
-        if isinstance(array, jax.core.Tracer) or any(device.platform != "cpu" for device in array.devices()):
-            return on_device
-    return tuple(map(np.asarray, on_device))
+    on_device = [isinstance(array, jax.core.Tracer) or _platform(array) != "cpu" for array in arrays]
+    if any(on_device):
+        return tuple(map(jnp.asarray, arrays))
+    arrays = tuple(map(np.asarray, arrays))
+    return tuple(array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False) for array in arrays)
+
+
+def _platform(array: Any) -> str:
+    """Where an array lies, or would lie."""
+    return next(iter(array.devices())).platform if isinstance(array, jax.Array) else jax.default_backend()
 
 
 def namespace(*arrays: Any) -> Any:
@@ -90,6 +89,23 @@ def jit_off_host(function: Callable[..., Tree]) -> Callable[..., Tree]:
     return call
 
 
+def by_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``jax.jit``, but NumPy runs the function where all its arrays are concrete and lie on a CPU; the results are JAX's."""
+    run = jit_off_host(function)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        leaves, tree = jax.tree.flatten(args)
+        return to_device(run(*jax.tree.unflatten(tree, to_host(*leaves))))
+
+    return call
+
+
+def to_device(tree: Any) -> Any:
+    """NumPy's arrays in a tree as JAX's; unlike ``jnp.asarray``, it compiles nothing."""
+    return jax.tree.map(lambda leaf: jax.device_put(leaf) if namespace(leaf) is np else leaf, tree)
+
+
 def map_rows(function: Callable[[Any], Tree], arrays: Any, batch_size: int | None = None) -> Tree:
     """``lax.map`` over the first dimension of a tree of arrays; a loop where they are NumPy's."""
     leaves = jax.tree.leaves(arrays)
@@ -104,16 +120,21 @@ def matmul(a: AnyArray, b: AnyArray) -> Any:
     return np.matmul(a, b) if namespace(a, b) is np else jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
-@jax.jit
-def mean_and_scale(raw: Float[AnyArray, "N F"]) -> tuple[Float[jax.Array, " F"], Float[jax.Array, " F"]]:
+@by_numpy
+def take_rows(arrays: tuple[AnyArray, ...], rows: AnyArray) -> tuple[AnyArray, ...]:
+    """The same rows of several arrays."""
+    return tuple(array[rows] for array in arrays)
+
+
+@by_numpy
+def mean_and_scale(raw: Float[AnyArray, "N F"]) -> tuple[Float[AnyArray, " F"], Float[AnyArray, " F"]]:
     """Mean and standard deviation of each column; 1 for that of a constant one."""
-    scale = jnp.std(raw, axis=0)
-    return jnp.mean(raw, axis=0), jnp.where(scale > 0, scale, 1.0)
+    xp = namespace(raw)
+    scale = raw.std(axis=0)
+    return raw.mean(axis=0), xp.where(scale > 0, scale, xp.ones_like(scale))
 
 
-@jax.jit
-def scale_columns(
-    raw: Float[AnyArray, "N F"], mean: Float[AnyArray, " F"], scale: Float[AnyArray, " F"]
-) -> Float[jax.Array, "N F"]:
+@by_numpy
+def scale_columns(raw: Float[AnyArray, "N F"], mean: Float[AnyArray, " F"], scale: Float[AnyArray, " F"]) -> Float[AnyArray, "N F"]:
     """Columns less their mean, in units of their scale."""
-    return (jnp.asarray(raw) - mean[None, :]) / scale[None, :]
+    return (raw - mean[None, :]) / scale[None, :]

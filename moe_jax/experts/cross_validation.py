@@ -30,6 +30,7 @@ from moe_jax.core.arrays import (
     matmul,
     namespace,
     require_same_length,
+    to_device,
     to_host,
 )
 from moe_jax.core.cholesky import inverse_cholesky
@@ -83,9 +84,10 @@ def cross_validate_ridge(
     """
     require_same_length(x=x, y=y, folds=folds)
     require_positive(alphas)
-    x, y, alphas = to_host(x, y, jnp.asarray(alphas, jnp.asarray(x).dtype))
+    x, y, alphas = to_host(x, y, alphas)
+    alphas = alphas.astype(x.dtype)
     solver = choose_solver(x, y, np.ones(len(x), x.dtype), held_rows(folds))
-    cv: RidgeCV = jax.tree.map(jnp.asarray, solver.cross_validate(alphas))
+    cv: RidgeCV = to_device(solver.cross_validate(alphas))
     return cv
 
 
@@ -110,7 +112,7 @@ def fit_cross_validated(
     solver = choose_solver(x, y, mask, held)
     choice, tried, mse, out_of_fold = search_alphas(alphas, solver.cross_validate, extend_decades)
     fit = CrossValidatedRidge(solver.solve(choice.alpha), choice.alpha, choice.at_edge, tried, mse, out_of_fold)
-    on_device: CrossValidatedRidge = jax.tree.map(jnp.asarray, fit)
+    on_device: CrossValidatedRidge = to_device(fit)
     return on_device
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from moe_jax.core.arrays import AnyArray, InputError, namespace, require_same_length, to_host
+from moe_jax.core.arrays import AnyArray, InputError, by_numpy, namespace, require_same_length, to_device, to_host
 from moe_jax.experts.alphas import require_positive
 from moe_jax.experts.cross_validation import CrossValidatedRidge, fit_cross_validated, held_rows
 from moe_jax.experts.ridge import predict_ridge
@@ -101,7 +101,8 @@ def fit_experts(
     require_positive(alphas)
     cell, folds = np.asarray(cell), np.asarray(folds)
     require_cell_sizes("cell", cell, n_experts, 2 * len(np.unique(folds)))
-    x, y, alphas = to_host(x, y, jnp.asarray(alphas, jnp.asarray(x).dtype))
+    x, y, alphas = to_host(x, y, alphas)
+    alphas = alphas.astype(x.dtype)
     out_of_fold = np.full(len(y) + 1, np.nan, x.dtype)  # the last element takes the padding
     sizes = padded_sizes(np.bincount(cell[cell >= 0], minlength=n_experts))
     fits = []
@@ -111,8 +112,8 @@ def fit_experts(
         fits.append(fit._replace(out_of_fold=np.zeros(0, x.dtype)))
         if on_fitted is not None:
             on_fitted()
-    experts: CrossValidatedRidge = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *fits)
-    return experts._replace(out_of_fold=jnp.asarray(out_of_fold[:-1]))
+    experts: CrossValidatedRidge = to_device(jax.tree.map(lambda *leaves: np.stack(leaves), *fits))
+    return experts._replace(out_of_fold=to_device(out_of_fold[:-1]))
 
 
 def fit_global(
@@ -126,19 +127,21 @@ def fit_global(
     """One ridge regression for all stars, its alpha by cross-validation; arguments and errors as those of ``fit_experts``."""
     require_same_length(x=x, y=y, folds=folds)
     require_positive(alphas)
-    x, y, alphas = to_host(x, y, jnp.asarray(alphas, jnp.asarray(x).dtype))
+    x, y, alphas = to_host(x, y, alphas)
+    alphas = alphas.astype(x.dtype)
     return fit_cross_validated(x, y, np.ones(len(y), x.dtype), alphas, held_rows(folds), extend_decades)
 
 
 def predict_experts(experts: CrossValidatedRidge, x: Float[AnyArray, "N P"]) -> Float[jax.Array, "N K"]:
     """Predictions of all experts for all stars: ``predict_ridge`` of ``experts.ridge``."""
-    return predict_ridge(experts.ridge, x)
+    predictions: jax.Array = predict_ridge(experts.ridge, x)
+    return predictions
 
 
-@jax.jit
+@by_numpy
 def cross_fitted_predictions(
     predictions: Float[AnyArray, "N K"], out_of_fold: Float[AnyArray, " N"], cell: Int[AnyArray, " N"]
-) -> Float[jax.Array, "N K"]:
+) -> Float[AnyArray, "N K"]:
     """Predictions to which the star itself did not contribute: that of its own cell's expert is replaced by the out-of-fold one.
 
     The other experts were fitted to the stars of other cells, so their predictions stay.
@@ -149,8 +152,9 @@ def cross_fitted_predictions(
         cell: expert that was fitted to each star; a star of cell -1 keeps all its predictions.
     """
     require_same_length(predictions=predictions, out_of_fold=out_of_fold, cell=cell)
-    was_fitted_to = jnp.asarray(cell)[:, None] == jnp.arange(predictions.shape[1])[None, :]
-    return jnp.where(was_fitted_to, jnp.asarray(out_of_fold)[:, None], predictions)
+    xp = namespace(predictions)
+    was_fitted_to = cell[:, None] == xp.arange(predictions.shape[1])[None, :]
+    return xp.where(was_fitted_to, out_of_fold[:, None], predictions)
 
 
 def require_cell_sizes(source: str, cell: AnyArray, n_experts: int, at_least: int) -> None:

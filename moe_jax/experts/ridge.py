@@ -25,7 +25,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from moe_jax.core.arrays import AnyArray, InputError, jit_off_host, matmul, namespace, require_same_length, to_host
+from moe_jax.core.arrays import AnyArray, InputError, by_numpy, matmul, namespace, require_same_length
 from moe_jax.core.cholesky import cholesky_solver
 from moe_jax.experts.alphas import require_positive
 
@@ -56,15 +56,11 @@ def fit_ridge(x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alpha: ArrayL
     return _fit(x, y, alpha, np.ones(len(x), np.float32))
 
 
-def _fit(x: AnyArray, y: AnyArray, alpha: ArrayLike, root: AnyArray) -> Ridge:
-    fit: Ridge = jax.tree.map(jnp.asarray, _fit_here(*to_host(x, y, jnp.asarray(alpha, jnp.asarray(x).dtype), root)))
-    return fit
-
-
-@jit_off_host
-def _fit_here(x: AnyArray, y: AnyArray, alpha: AnyArray, root: AnyArray) -> Ridge:
+@by_numpy
+def _fit(x: AnyArray, y: AnyArray, alpha: AnyArray, root: AnyArray) -> Ridge:
     data = center(x, y, root.astype(x.dtype))
     matrix, added = kernel(data)
+    alpha = alpha.astype(x.dtype)
     return solve(data, alpha, cholesky_solver(matrix, alpha + added))
 
 
@@ -91,7 +87,7 @@ def fit_weighted_ridge(
     return _fit(x, y, alpha, namespace(sample_weight).sqrt(sample_weight))
 
 
-@jax.jit
+@by_numpy
 def predict_ridge(ridge: Ridge, x: Float[AnyArray, "N P"]) -> Float[AnyArray, "N ..."]:
     """Predictions x @ coef + intercept: (N,) of one ridge, (N, K) of K stacked ridges; one matmul in either case."""
     *stack, p = ridge.coef.shape

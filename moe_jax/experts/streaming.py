@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
-from moe_jax.core.arrays import AnyArray, jit_off_host, map_rows, matmul, to_host
+from moe_jax.core.arrays import AnyArray, jit_off_host, map_rows, matmul, to_device, to_host
 from moe_jax.experts.alphas import require_positive, search_alphas
 from moe_jax.experts.cross_validation import CrossValidatedRidge
 from moe_jax.experts.ridge import Ridge
@@ -180,8 +180,8 @@ def fit_sums(
         InputError: alphas that are not positive.
     """
     require_positive(alphas)
-    *leaves, alphas = to_host(*by_fold, jnp.asarray(alphas, by_fold.xx.dtype))
-    by_fold = Sums(*leaves)
+    *leaves, alphas = to_host(*by_fold, alphas)
+    by_fold, alphas = Sums(*leaves), alphas.astype(by_fold.xx.dtype)
     choice, tried, mse, without_fold = search_alphas(alphas, functools.partial(_cross_validate, by_fold), extend_decades)
 
     def with_offsets(fit: Ridge) -> Ridge:
@@ -190,7 +190,7 @@ def fit_sums(
 
     whole = with_offsets(_fit(by_fold, choice.alpha))
     fit = CrossValidatedRidge(whole, choice.alpha, choice.at_edge, tried, mse, np.zeros(0, mse.dtype))
-    fits: tuple[CrossValidatedRidge, Ridge] = jax.tree.map(jnp.asarray, (fit, with_offsets(without_fold)))
+    fits: tuple[CrossValidatedRidge, Ridge] = to_device((fit, with_offsets(without_fold)))
     return fits
 
 
