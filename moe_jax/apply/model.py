@@ -139,13 +139,13 @@ def _mix(
     pixels: tuple[LinePixels, ...],
     flux: jax.Array,
     differentiate: bool,
-) -> tuple[tuple[jax.Array, jax.Array | None], tuple[jax.Array, jax.Array, jax.Array]]:
+) -> tuple[tuple[Any, Any], tuple[Any, Any, Any]]:
     """(log_g, its gradient in the flux or None), (weights, features, expert predictions).
 
     One reverse pass gives the gradients of all stars, since each prediction depends on its own star's flux alone.
     """
 
-    def mixture(flux: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    def mixture(flux: jax.Array) -> tuple[Any, tuple[Any, Any, Any]]:
         features = features_of_pixels(feature_model, flux, pixels)
         weights, predictions = gate.apply(params, features), predict_ridge(experts, flux)
         return route_soft(weights, predictions), (weights, features, predictions)
