@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.pipeline.config import DataConfig, draw_keys
@@ -118,8 +118,8 @@ def add_uncertainty(
         calibrated = calibrate_model(config, predict_labelled(model, *stars))
     few = int((np.asarray(calibrated["calibration"].n_stars) < len(LEVELS) * 20).sum())
     notes = [f"{few} cells have fewer than {len(LEVELS) * 20} stars to calibrate on"] * bool(few)
-    dtype = jnp.asarray(uncertainty.misfit).dtype
-    calibrated = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), calibrated)
+    dtype = np.asarray(uncertainty.misfit).dtype
+    calibrated = jax.tree.map(lambda leaf: np.asarray(leaf, dtype), calibrated)
     return model._replace(uncertainty=uncertainty._replace(**calibrated)), notes
 
 
@@ -129,32 +129,32 @@ def fit_uncertainty(config: DataConfig, settings: CalibrationConfig, prepared: P
     n_stars, n_experts, experts = min(settings.n_training, train.n_stars), config.n_experts, prepared.experts
     first = train.flux(0, min(SLICE, n_stars))
     pca = fit_pca(draw_keys(config.seed).pca, first, min(N_DIRECTIONS, len(first)))
-    sums, medians = None, []
+    sums, medians, cell = None, [], np.asarray(prepared.train.cell)
     for rows, flux, error in train.slices(0, n_stars):
         medians.append(np.median(np.asarray(flux), axis=1))
-        part = sum_flux(flux, error, train.cell[rows], pca.mean, pca.components, n_experts)
-        sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
+        part = jax.tree.map(np.asarray, sum_flux(flux, error, cell[rows], pca.mean, pca.components, n_experts))
+        sums = part if sums is None else jax.tree.map(operator.add, sums, part)
     assert sums is not None
     if (smallest := float(sums.n.min())) < 2:
         raise InputError(f"calibration.n_training is {settings.n_training}: a cell has {smallest:g} stars among them, expected 2")
-    cell, dtype = np.asarray(prepared.train.cell), jnp.asarray(experts.ridge.coef).dtype
-    counts = jnp.asarray(np.bincount(cell[cell >= 0], minlength=n_experts), dtype)
+    dtype = np.asarray(experts.ridge.coef).dtype
+    counts = np.bincount(cell[cell >= 0], minlength=n_experts).astype(dtype)
     leverage = fit_leverage(sums, pca.mean, pca.components, experts.alpha, counts)
     of_first = approximate_leverage(leverage, first)
-    residual = residual_variance(jnp.nanmin(experts.mse, axis=1), of_first, jnp.asarray(cell[: len(first)]))
+    residual = residual_variance(np.nanmin(np.asarray(experts.mse), axis=1), of_first, cell[: len(first)])
     median, covered = np.concatenate(medians), prepared.train.covered()
     scaled = median.std() < SCALED * abs(median.mean())
     return Uncertainty(
         leverage=leverage,
         residual_variance=residual,
         misfit=misfit_variance(residual, experts.ridge.coef, sums.noise / sums.n[:, None]),
-        noise_variance=jnp.sum(sums.noise, axis=0) / jnp.sum(sums.n),
+        noise_variance=sums.noise.sum(axis=0) / sums.n.sum(),
         center=pca.mean,
-        rest_variance=sums.rest / jnp.sum(sums.n),
-        flux_median=jnp.asarray(median.mean() if scaled else np.nan, dtype),
-        feature_range=jax.tree.map(jnp.asarray, fit_feature_range(covered.features, covered.cell, n_experts)),
-        part_scales=jnp.ones(len(PredictiveVariance._fields), dtype),
-        calibration=Calibration(jnp.zeros(0, dtype), jnp.zeros((n_experts, 0), dtype), jnp.zeros(n_experts, dtype)),
+        rest_variance=sums.rest / sums.n.sum(),
+        flux_median=np.asarray(median.mean() if scaled else np.nan, dtype),
+        feature_range=fit_feature_range(covered.features, covered.cell, n_experts),
+        part_scales=np.ones(len(PredictiveVariance._fields), dtype),
+        calibration=Calibration(np.zeros(0, dtype), np.zeros((n_experts, 0), dtype), np.zeros(n_experts, dtype)),
     )
 
 
@@ -188,9 +188,9 @@ def predict_labelled(model: Model, stars: Observation, start: int = 0) -> Labell
     for _, flux, error in stars.slices(start):
         # Padded to a whole slice, so that all slices share one compiled program.
         padding = ((0, SLICE - len(flux)), (0, 0))
-        of_slice = predict_model(model, *(jnp.pad(array, padding, mode="edge") for array in (flux, error)))
+        of_slice = predict_model(model, *(np.pad(array, padding, mode="edge") for array in (flux, error)))
         assert of_slice.variance is not None
-        parts = jnp.stack(list(of_slice.variance), axis=1)
+        parts = np.stack(list(of_slice.variance), axis=1)
         columns = (of_slice.log_g, of_slice.sigma, of_slice.half_width, of_slice.cell, of_slice.distance, parts)
         predictions.append([np.asarray(column)[: len(flux)] for column in columns])
     prediction, sigma, half_width, group, distance, variances = (

@@ -115,7 +115,12 @@ class Keys(NamedTuple):
 
 def draw_keys(seed: int) -> Keys:
     """The keys of a seed."""
-    return Keys(*jax.random.split(jax.random.key(seed), len(Keys._fields)))
+    return _split(jax.random.key(seed))
+
+
+@jax.jit
+def _split(key: jax.Array) -> Keys:
+    return Keys(*jax.random.split(key, len(Keys._fields)))
 
 
 @dataclass(frozen=True)

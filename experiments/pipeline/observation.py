@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.pipeline.config import DataConfig, draw_keys
 from experiments.pipeline.surveys import experts_of, open_surveys
-from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.core.arrays import AnyArray, InputError, by_numpy, map_blocks
 from moe_jax.experts.fit import require_cell_sizes
 from moe_jax.spectra.survey import Labels, Spectra, add_star_noise, star_keys
 
 SLICE = 2_048  # stars that are in memory at a time
+BLOCK = 256  # stars whose noise is drawn at a time
+DRAWN = 32_768  # keys are drawn for a multiple of so many stars, so that surveys share a program; a key depends on its star alone
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Observation:
     """A survey with noise: itself spectra that are read in parts. A star's noise does not depend on the parts."""
 
     spectra: Spectra  #: clean
-    noise_keys: jax.Array  #: (N,) one for each star
+    noise_keys: np.ndarray  #: (at least N, 2) data of a random key for each star
     noise_level: float
     cell: jax.Array  #: (N,) the expert of each star, -1 where it has none
 
@@ -52,7 +54,7 @@ class Observation:
         At noise level 0 the survey's spectra are taken as observed ones, with the errors that it gives.
         """
         flux, error = self._observe(start, stop)
-        return flux, jnp.asarray(error) * (self.noise_level or 1.0)
+        return flux, _multiply(error, np.asarray(self.noise_level or 1.0, np.asarray(error).dtype))
 
     def slices(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[slice, jax.Array, jax.Array]]:
         """Rows, noisy flux and its standard deviation of the stars ``start`` to ``stop - 1``, a slice at a time."""
@@ -61,8 +63,25 @@ class Observation:
     def _observe(self, start: int, stop: int) -> tuple[jax.Array, AnyArray]:
         """Noisy flux, and the errors at noise level 1."""
         flux, error = self.spectra.read(start, stop)
-        keys = jax.random.clone(self.noise_keys[start:stop])  # a star has the same noise whenever it is read
-        return add_star_noise(keys, flux, error, self.noise_level), error
+        keys = self.noise_keys[start:stop]  # a star has the same noise whenever it is read
+        add_noise = functools.partial(_add_noise, noise_level=self.noise_level)
+        return map_blocks(add_noise, (keys, flux, error), 0, stop - start, BLOCK), error
+
+
+@jax.jit
+def _add_noise(stars: tuple[jax.Array, ...], noise_level: float) -> jax.Array:
+    keys, flux, error = stars
+    return add_star_noise(jax.random.wrap_key_data(keys), flux, error, noise_level)
+
+
+@functools.partial(jax.jit, static_argnames="n_stars")
+def _draw_keys(key: jax.Array, n_stars: int) -> jax.Array:
+    return jax.random.key_data(star_keys(key, n_stars))
+
+
+@by_numpy
+def _multiply(array: AnyArray, factor: AnyArray) -> AnyArray:
+    return array * factor
 
 
 def slices(start: int, stop: int) -> Iterator[slice]:
@@ -73,8 +92,8 @@ def slices(start: int, stop: int) -> Iterator[slice]:
 def observe(key: jax.Array, spectra: Spectra, config: DataConfig) -> Observation:
     """Spectra with the noise of a key, in the draw that the configuration names."""
     key = jax.random.fold_in(key, config.noise_draw) if config.noise_draw else key
-    keys = star_keys(key, spectra.n_stars)
-    return Observation(spectra, keys, config.noise_level, experts_of(spectra.labels, config))
+    keys = _draw_keys(key, -(-spectra.n_stars // DRAWN) * DRAWN)
+    return Observation(spectra, np.asarray(keys), config.noise_level, experts_of(spectra.labels, config))
 
 
 def observe_surveys(config: DataConfig, surveys: tuple[Spectra, Spectra] | None = None) -> tuple[Observation, Observation]:

@@ -87,9 +87,9 @@ def fit_in_memory(
     stages: Stages,
 ) -> Prepared:
     """Experts, global ridge, features and classification gate from the noisy flux of the training and the test stars."""
-    keys, x, y = draw_keys(config.seed), flux[0], jnp.asarray(labels[0].log_g)
+    keys, x, y = draw_keys(config.seed), flux[0], labels[0].log_g
     folds = np.asarray(assign_folds(keys.folds, cells[0], config.experts.n_folds))
-    alphas, global_alphas = jnp.array(config.experts.alphas), jnp.array(config.experts.global_alphas)
+    alphas, global_alphas = np.array(config.experts.alphas), np.array(config.experts.global_alphas)
     with stages.steps("experts, cross-validated", config.n_experts) as advance:
         experts = fit_experts(
             x,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from experiments.pipeline.config import DataConfig
@@ -32,12 +32,12 @@ class Stars(NamedTuple):
     @classmethod
     def of(cls, labels: Labels, cell: AnyArray, features: AnyArray, predictions: AnyArray, global_prediction: AnyArray) -> Stars:
         """The stars of a survey; features may be raw ones, which ``finish`` standardises."""
-        T_eff, M_H, log_g = map(jnp.asarray, (labels.T_eff, labels.M_H, labels.log_g))
+        T_eff, M_H, log_g = map(jax.device_put, (labels.T_eff, labels.M_H, labels.log_g))
         return cls(features, predictions, global_prediction, T_eff, M_H, log_g, cell)
 
     def select(self, rows: AnyArray) -> Stars:
         """Some of the stars."""
-        return Stars(*take_rows(tuple(jnp.asarray(array) for array in self), jnp.asarray(rows)))
+        return Stars(*take_rows(tuple(self), np.asarray(rows)))
 
     def covered(self) -> Stars:
         """The stars that have an expert."""
@@ -63,7 +63,7 @@ class Prepared(NamedTuple):
     def gate_stars(self) -> Stars:
         """The covered training stars with cross-fitted expert predictions: what a regression gate is trained on."""
         train = self.train
-        predictions = cross_fitted_predictions(jnp.asarray(train.predictions), self.experts.out_of_fold, train.cell)
+        predictions = cross_fitted_predictions(train.predictions, self.experts.out_of_fold, train.cell)
         return train._replace(predictions=predictions).covered()
 
 

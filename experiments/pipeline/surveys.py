@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import operator
 
-import jax.numpy as jnp
+import jax
 import numpy as np
-from jax import Array
 
 from experiments.pipeline.config import DataConfig, draw_keys
 from moe_jax.core.arrays import InputError
@@ -49,8 +48,8 @@ def load_surveys(config: DataConfig) -> tuple[Survey, Survey]:
     return train, test
 
 
-def experts_of(labels: Labels, config: DataConfig) -> Array:
+def experts_of(labels: Labels, config: DataConfig) -> jax.Array:
     """The expert of each star, -1 where it has none."""
-    T_eff, M_H = jnp.asarray(labels.T_eff), jnp.asarray(labels.M_H)
+    T_eff, M_H = np.asarray(labels.T_eff), np.asarray(labels.M_H)
     cell = nearest_cells(T_eff, M_H) if config.experts.coverage == "edge_clamp" else assign_cells(T_eff, M_H)
-    return jnp.where(cell < 0, N_CELLS, cell) if config.experts.coverage == "tenth_expert" else cell
+    return jax.device_put(np.where(cell < 0, N_CELLS, cell)) if config.experts.coverage == "tenth_expert" else cell

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
 
 import jax
+import platformdirs
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from moe_jax.core.arrays import InputError
 
 EXIT_BAD_INPUT = 2
-COMPILED_PROGRAMS = Path(".cache/moe_jax/compiled")
+MOST_COMPILED = 2**30  # bytes of compiled programs that are kept; those not used for longest go first
 Group = TypeVar("Group")
 
 
@@ -175,9 +176,10 @@ def compile_seconds() -> float:
 
 
 def keep_compiled_programs() -> None:
-    """Keeps compiled programs on disk for the next run, in COMPILED_PROGRAMS or in JAX_COMPILATION_CACHE_DIR."""
+    """Keeps compiled programs on disk for the next run, among the user's caches or in JAX_COMPILATION_CACHE_DIR."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(COMPILED_PROGRAMS))
+        jax.config.update("jax_compilation_cache_dir", str(platformdirs.user_cache_path("moe_jax") / "compiled"))
+        jax.config.update("jax_compilation_cache_max_size", MOST_COMPILED)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

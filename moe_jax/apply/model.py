@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -90,14 +90,31 @@ def predict_model(
     for name, array in (("error", error), ("good", good)):
         if array is not None and array.shape != flux.shape:
             raise InputError(f"{name} has shape {array.shape}, expected {flux.shape} like flux")
+    if good is not None and model.uncertainty is None:
+        raise InputError("good was given for a model without uncertainties, expected one that knows how to fill masked pixels")
+    pixels = tuple(line_pixels(model.wave).values())
+    arrays = model._replace(gate=cast(Any, None), provenance={})  # what a compiled program can take
+    prediction: MixturePrediction = _predict(model.gate, arrays, pixels, flux, error, good, scale_error)
+    return prediction
+
+
+@functools.partial(jax.jit, static_argnames="gate")
+def _predict(
+    gate: Gate,
+    model: Model,
+    pixels: tuple[LinePixels, ...],
+    flux: jax.Array,
+    error: jax.Array | None,
+    good: jax.Array | None,
+    scale_error: jax.Array | None,
+) -> MixturePrediction:
+    """``predict_model`` in one program."""
     uncertainty = model.uncertainty
     if good is not None:
-        if uncertainty is None:
-            raise InputError("good was given for a model without uncertainties, expected one that knows how to fill masked pixels")
+        assert uncertainty is not None
         flux = fill_masked(flux, good, uncertainty.center, uncertainty.leverage.basis)
-    pixels = tuple(line_pixels(model.wave).values())
     (log_g, gradient), (weights, features, predictions) = _mix(
-        model.gate, model.gate_params, model.experts, model.features, pixels, jnp.asarray(flux), uncertainty is not None
+        gate, model.gate_params, model.experts, model.features, pixels, flux, uncertainty is not None
     )
     cell = jnp.argmax(LinearGate().apply(model.classification_params, features), axis=1)
     prediction = MixturePrediction(log_g, weights, features, predictions, predict_ridge(model.global_ridge, flux), cell)
@@ -130,7 +147,6 @@ def with_variance(model: Model, prediction: MixturePrediction, variance: Predict
     return prediction._replace(variance=variance, sigma=sigma, half_width=half_width)
 
 
-@functools.partial(jax.jit, static_argnames=("gate", "differentiate"))
 def _mix(
     gate: Gate,
     params: Params,
@@ -139,13 +155,13 @@ def _mix(
     pixels: tuple[LinePixels, ...],
     flux: jax.Array,
     differentiate: bool,
-) -> tuple[tuple[jax.Array, jax.Array | None], tuple[jax.Array, jax.Array, jax.Array]]:
+) -> tuple[tuple[Any, Any], tuple[Any, Any, Any]]:
     """(log_g, its gradient in the flux or None), (weights, features, expert predictions).
 
     One reverse pass gives the gradients of all stars, since each prediction depends on its own star's flux alone.
     """
 
-    def mixture(flux: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    def mixture(flux: jax.Array) -> tuple[Any, tuple[Any, Any, Any]]:
         features = features_of_pixels(feature_model, flux, pixels)
         weights, predictions = gate.apply(params, features), predict_ridge(experts, flux)
         return route_soft(weights, predictions), (weights, features, predictions)

@@ -1,11 +1,13 @@
-"""Cholesky factors and their inverses: the inverses by LAPACK on a CPU, by XLA elsewhere and under ``jit`` or ``vmap``.
+"""Cholesky factors, their inverses, and solutions of equations: by LAPACK of NumPy's arrays, by XLA of others.
 
-On a CPU, XLA calls LAPACK for the Cholesky factor, with two more copies of the matrix. It does not call LAPACK to invert a
-triangle, but solves with the identity, which takes three times the operations. SciPy's ``potrf`` and ``trtri`` work in place.
-Both ways give the same result up to rounding.
+On a CPU, XLA takes twice the time of LAPACK for a factor. It does not call LAPACK to invert a triangle, but solves with the
+identity, which takes three times the operations. Both ways give the same result up to rounding.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,60 +18,56 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 from scipy.linalg import lapack
 
-ALIGNMENT = 64  # bytes; JAX copies an array whose memory starts elsewhere
-LAPACK = {"float32": (lapack.spotrf, lapack.strtri), "float64": (lapack.dpotrf, lapack.dtrtri)}
+from moe_jax.core.arrays import AnyArray
+
+LAPACK = {
+    "float32": (lapack.spotrf, lapack.spotrs, lapack.strtri),
+    "float64": (lapack.dpotrf, lapack.dpotrs, lapack.dtrtri),
+}
 
 
-def inverse_cholesky(matrix: Float[jax.Array, "M M"], shift: ArrayLike, n_used: int | None = None) -> Float[jax.Array, "M M"]:
+def inverse_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike) -> Float[AnyArray, "M M"]:
     """Inverse W of the Cholesky factor of matrix + shift I, so that (matrix + shift I)^-1 = W' W.
 
     Args:
-        matrix: symmetric; only its lower triangle is read.
+        matrix: symmetric.
         shift: added to the diagonal.
-        n_used: number of leading rows and columns that are not padding. The padding is 0; its part of W is unspecified.
 
     Returns:
         W, a lower triangle. It holds NaN where the matrix is not positive definite.
     """
-    if isinstance(matrix, jax.core.Tracer) or isinstance(shift, jax.core.Tracer) or _platform(matrix) != "cpu":
-        return _by_xla(matrix, shift)
-    size = len(matrix)
-    n = size if n_used is None else n_used
-    # LAPACK stores a matrix column by column: it sees our rows as columns, and our lower triangle as its upper one.
-    work = _aligned(n, matrix.dtype)
-    work[:] = np.asarray(matrix)[:n, :n]
-    work.flat[:: n + 1] += np.asarray(shift)
-    potrf, trtri = LAPACK[work.dtype.name]
-    factor, failed = potrf(work.T, lower=0, overwrite_a=1, clean=1)
-    if not failed:
-        factor, failed = trtri(factor, lower=0, overwrite_c=1)
+    if isinstance(matrix, np.ndarray):
+        factor = _factorize(matrix, shift)
+        _, _, trtri = LAPACK[factor.dtype.name]
+        return np.asarray(trtri(factor, lower=1, overwrite_c=1)[0])
+    on_device = shifted_cholesky(matrix, shift)
+    return lax.linalg.triangular_solve(on_device, jnp.eye(len(matrix), dtype=matrix.dtype), left_side=True, lower=True)
+
+
+def cholesky_solver(matrix: Float[AnyArray, "M M"], shift: ArrayLike) -> Callable[[Any], Any]:
+    """The function that multiplies a vector or columns by (matrix + shift I)^-1; NaN where that is not positive definite."""
+    if isinstance(matrix, np.ndarray):
+        factor = _factorize(matrix, shift)
+        _, potrs, _ = LAPACK[factor.dtype.name]
+        return lambda b: potrs(factor, b, lower=1)[0]
+    on_device = shifted_cholesky(matrix, shift)
+    return lambda b: cho_solve(on_device, b)
+
+
+def _factorize(matrix: np.ndarray, shift: ArrayLike) -> np.ndarray:
+    """The lower Cholesky factor of matrix + shift I by LAPACK, column by column in memory; NaN where there is none."""
+    work = np.array(matrix.T, order="F")
+    np.fill_diagonal(work, work.diagonal() + np.asarray(shift))
+    factor, failed = LAPACK[work.dtype.name][0](work, lower=1, overwrite_a=1, clean=1)
     if failed:
-        return jnp.full((size, size), jnp.nan, work.dtype)
-    if n == size:
-        return jax.dlpack.from_dlpack(factor.T, copy=False)
-    inverse = _aligned(size, matrix.dtype)
-    inverse[:n, :n] = factor.T
-    inverse[n:], inverse[:n, n:] = 0.0, 0.0
-    return jax.dlpack.from_dlpack(inverse, copy=False)
+        np.fill_diagonal(factor, np.nan)
+    return np.asarray(factor)
 
 
-def _aligned(size: int, dtype: np.dtype) -> np.ndarray:
-    """An uninitialised square matrix that JAX takes over without a copy."""
-    n_bytes = size**2 * dtype.itemsize
-    memory = np.empty(n_bytes + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + n_bytes].view(dtype).reshape(size, size)
-
-
-def _platform(matrix: jax.Array) -> str:
-    platform: str = next(iter(matrix.devices())).platform
-    return platform
-
-
-def shifted_cholesky(matrix: Float[jax.Array, "M M"], shift: ArrayLike) -> Float[jax.Array, "M M"]:
+def shifted_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike) -> Float[jax.Array, "M M"]:
     """Cholesky factor of matrix + shift I, by XLA; only the lower triangle of the matrix is read."""
     diagonal = jnp.arange(len(matrix))
-    factor: jax.Array = lax.linalg.cholesky(matrix.at[diagonal, diagonal].add(shift), symmetrize_input=False)
+    factor: jax.Array = lax.linalg.cholesky(jnp.asarray(matrix).at[diagonal, diagonal].add(shift), symmetrize_input=False)
     return factor
 
 
@@ -77,10 +75,3 @@ def cho_solve(factor: Float[jax.Array, "M M"], b: Float[jax.Array, "M ..."]) -> 
     """Solution of the equations whose Cholesky factor is given."""
     solution: jax.Array = jsl.cho_solve((factor, True), b)
     return solution
-
-
-@jax.jit
-def _by_xla(matrix: jax.Array, shift: ArrayLike) -> jax.Array:
-    factor = shifted_cholesky(matrix, shift)
-    inverse: jax.Array = lax.linalg.triangular_solve(factor, jnp.eye(len(matrix), dtype=matrix.dtype), left_side=True, lower=True)
-    return inverse

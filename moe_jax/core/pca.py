@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import lax
+import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
-from moe_jax.core.arrays import AnyArray, InputError, matmul
+from moe_jax.core.arrays import AnyArray, InputError, matmul, namespace, to_device, to_host
 
 _OVERSAMPLING = 28
 
@@ -21,8 +19,8 @@ _POWER_ITERATIONS = 9
 class PCA(NamedTuple):
     """Principal components of spectra."""
 
-    mean: Float[jax.Array, " P"]
-    components: Float[jax.Array, "C P"]  #: unit vectors, the strongest first; the largest element of each is positive
+    mean: Float[AnyArray, " P"]
+    components: Float[AnyArray, "C P"]  #: unit vectors, the strongest first; the largest element of each is positive
 
 
 def fit_pca(key: PRNGKeyArray, x: Float[AnyArray, "N P"], n_components: int) -> PCA:
@@ -41,36 +39,38 @@ def fit_pca(key: PRNGKeyArray, x: Float[AnyArray, "N P"], n_components: int) -> 
     """
     if not 0 < n_components <= min(x.shape):
         raise InputError(f"n_components is {n_components}, expected 1 to {min(x.shape)} for data of shape {x.shape}")
-    return _fit_pca(key, jnp.asarray(x), n_components)
+    (x,) = to_host(x)
+    mean, xp = x.mean(axis=0), namespace(x)
 
-
-@functools.partial(jax.jit, static_argnames="n_components")
-def fit_pca_scatter(key: PRNGKeyArray, mean: Float[jax.Array, " P"], scatter: Float[jax.Array, "P P"], n_components: int) -> PCA:
-    """``fit_pca`` from the mean of the stars and the sum of their products about it."""
-    return PCA(mean, _components(key, lambda vectors: matmul(scatter, vectors), mean, n_components, len(scatter)))
-
-
-@functools.partial(jax.jit, static_argnames="n_components")
-def _fit_pca(key: jax.Array, x: jax.Array, n_components: int) -> PCA:
-    mean = jnp.mean(x, axis=0)
-
-    def scatter(vectors: jax.Array) -> jax.Array:
+    def scatter(vectors: Any) -> Any:
         """(X - mean)' (X - mean) V without a centred copy of X."""
         projected = matmul(x, vectors) - matmul(mean[None, :], vectors)
-        return matmul(x.T, projected) - jnp.outer(mean, jnp.sum(projected, axis=0))
+        return matmul(x.T, projected) - xp.outer(mean, projected.sum(axis=0))
 
-    return PCA(mean, _components(key, scatter, mean, n_components, len(x)))
+    pca: PCA = to_device(PCA(mean, _components(key, scatter, mean, n_components, len(x))))
+    return pca
 
 
-def _components(
-    key: jax.Array, scatter: Callable[[jax.Array], jax.Array], mean: jax.Array, n_components: int, n_most: int
-) -> jax.Array:
+def fit_pca_scatter(key: PRNGKeyArray, mean: Float[AnyArray, " P"], scatter: Float[AnyArray, "P P"], n_components: int) -> PCA:
+    """``fit_pca`` from the mean of the stars and the sum of their products about it."""
+    mean, scatter = to_host(mean, scatter)
+    components = _components(key, lambda vectors: matmul(scatter, vectors), mean, n_components, len(scatter))
+    pca: PCA = to_device(PCA(mean, components))
+    return pca
+
+
+def _components(key: jax.Array, scatter: Callable[[Any], Any], mean: AnyArray, n_components: int, n_most: int) -> AnyArray:
     """The first eigenvectors of the scatter matrix that ``scatter`` multiplies by."""
-    p = len(mean)
-    start = jax.random.normal(key, (p, min(n_components + _OVERSAMPLING, n_most, p)), mean.dtype)
-    basis = lax.fori_loop(0, _POWER_ITERATIONS, lambda _, vectors: scatter(jnp.linalg.qr(vectors)[0]), start)
-    basis = jnp.linalg.qr(basis)[0]
-    _, rotation = jnp.linalg.eigh(matmul(basis.T, scatter(basis)))
+    p, xp = len(mean), namespace(mean)
+    shape = (p, min(n_components + _OVERSAMPLING, n_most, p))
+    if xp is np:
+        vectors: Any = np.random.default_rng(np.asarray(jax.random.key_data(key))).standard_normal(shape, mean.dtype)
+    else:
+        vectors = jax.random.normal(key, shape, mean.dtype)
+    for _ in range(_POWER_ITERATIONS):
+        vectors = scatter(xp.linalg.qr(vectors)[0])
+    basis = xp.linalg.qr(vectors)[0]
+    _, rotation = xp.linalg.eigh(matmul(basis.T, scatter(basis)))
     components = matmul(basis, rotation[:, ::-1][:, :n_components]).T
-    largest = jnp.take_along_axis(components, jnp.argmax(jnp.abs(components), axis=1)[:, None], axis=1)
-    return components * jnp.sign(largest)
+    largest = xp.take_along_axis(components, xp.argmax(xp.abs(components), axis=1)[:, None], axis=1)
+    return components * xp.sign(largest)

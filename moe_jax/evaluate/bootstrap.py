@@ -18,7 +18,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from moe_jax.core.arrays import AnyArray, InputError, require_same_length, require_vectors
+from moe_jax.core.arrays import AnyArray, InputError, by_numpy, namespace, require_same_length, require_vectors
 from moe_jax.evaluate.intervals import IntervalMethod, Resampled, confidence_interval, require_interval, simultaneous_interval
 
 #: Of the four methods, its actual coverage comes closest to the confidence level: see results/calibrate_bootstrap.
@@ -46,7 +46,13 @@ class Difference(NamedTuple):
     @property
     def n_undefined(self) -> Int[jax.Array, "*G"]:
         """Number of resamples without an R2."""
-        return jnp.sum(jnp.isnan(self.samples), axis=0)
+        n_undefined: jax.Array = _count_nan(self.samples)
+        return n_undefined
+
+
+@by_numpy
+def _count_nan(samples: AnyArray) -> AnyArray:
+    return namespace(samples).isnan(samples).sum(axis=0)
 
 
 class Bootstrap(NamedTuple):
@@ -132,7 +138,12 @@ def squared_error_gain(
     y: Float[AnyArray, ...], prediction: Float[AnyArray, ...], baseline: Float[AnyArray, ...]
 ) -> Float[jax.Array, ...]:
     """(y - baseline)^2 - (y - prediction)^2 of each star, in a form that is exactly 0 where the two methods agree."""
-    y, prediction, baseline = map(jnp.asarray, (y, prediction, baseline))
+    gain: jax.Array = _squared_error_gain(y, prediction, baseline)
+    return gain
+
+
+@by_numpy
+def _squared_error_gain(y: AnyArray, prediction: AnyArray, baseline: AnyArray) -> AnyArray:
     return (prediction - baseline) * (2.0 * y - baseline - prediction)
 
 
@@ -216,8 +227,8 @@ def resample_gain(
     if n_tiles > at_once:
         n_tiles = -(-n_tiles // at_once) * at_once
     columns, estimate, error, acceleration = _columns(y, gain, groups, n_groups)
-    samples, errors = _resample(jax.random.split(key, n_tiles * tile).reshape(n_tiles, tile), y, columns)
-    return Resampled(estimate, error, acceleration, samples[:n_resamples], errors[:n_resamples])
+    samples, errors = _resample(key, y, columns, (n_tiles, tile), n_resamples)
+    return Resampled(estimate, error, acceleration, samples, errors)
 
 
 @functools.partial(jax.jit, static_argnames="n_groups")
@@ -241,10 +252,13 @@ def _columns(y: jax.Array, gain: jax.Array, groups: jax.Array, n_groups: int) ->
     return columns, estimate, error, acceleration
 
 
-@jax.jit
-def _resample(keys: jax.Array, y: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Delta R2 and standard errors of the resamples whose (tiles, tile) keys are given; (tiles * tile, 1 + G) each."""
-    n, (n_tiles, n_in_tile) = len(y), keys.shape
+@functools.partial(jax.jit, static_argnames=("shape", "n_resamples"))
+def _resample(
+    key: jax.Array, y: jax.Array, columns: jax.Array, shape: tuple[int, int], n_resamples: int
+) -> tuple[jax.Array, jax.Array]:
+    """Delta R2 and standard errors of B resamples, (B, 1 + G) each, from (tiles, tile) keys of which the last may be left over."""
+    n, (n_tiles, n_in_tile) = len(y), shape
+    keys = jax.random.split(key, n_tiles * n_in_tile)
     member = columns[0] > 0
 
     def tile(counts: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -266,7 +280,7 @@ def _resample(keys: jax.Array, y: jax.Array, columns: jax.Array) -> tuple[jax.Ar
 
     at_once = min(max(COUNTS_AT_ONCE // (n_in_tile * n), 1), n_tiles)
     samples, errors = lax.map(tiles, keys.reshape(n_tiles // at_once, at_once, n_in_tile))
-    return samples.reshape(-1, samples.shape[-1]), errors.reshape(-1, errors.shape[-1])
+    return samples.reshape(-1, samples.shape[-1])[:n_resamples], errors.reshape(-1, errors.shape[-1])[:n_resamples]
 
 
 def _delta_and_error(sums: jax.Array, defined: jax.Array) -> tuple[jax.Array, jax.Array]:

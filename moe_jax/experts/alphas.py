@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
-from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.core.arrays import AnyArray, InputError, jit_off_host, namespace
 
 Tree = TypeVar("Tree")
 
@@ -19,9 +18,9 @@ Tree = TypeVar("Tree")
 class AlphaChoice(NamedTuple):
     """The alpha of the smallest cross-validated error."""
 
-    alpha: Float[jax.Array, ""]
-    position: Int[jax.Array, ""]  #: its place among the alphas
-    at_edge: Bool[jax.Array, ""]  #: it is the smallest or the largest of several, so the best may lie outside the grid
+    alpha: Float[AnyArray, ""]
+    position: Int[AnyArray, ""]  #: its place among the alphas
+    at_edge: Bool[AnyArray, ""]  #: it is the smallest or the largest of several, so the best may lie outside the grid
 
 
 def select_alpha(alphas: Float[AnyArray, " A"], mse: Float[AnyArray, " A"]) -> AlphaChoice:
@@ -34,22 +33,23 @@ def select_alpha(alphas: Float[AnyArray, " A"], mse: Float[AnyArray, " A"]) -> A
         raise InputError("alphas is empty, expected at least one positive number")
     if not isinstance(mse, jax.core.Tracer) and np.isnan(np.asarray(mse)).all():
         raise InputError(f"mse is NaN at all {len(alphas)} alphas, expected a number at one of them at least")
-    return _select(jnp.asarray(alphas), jnp.asarray(mse))
+    return _select(alphas, mse)
 
 
-@jax.jit
+@jit_off_host
 def _select(alphas: jax.Array, mse: jax.Array) -> AlphaChoice:
-    position = jnp.argmax(jnp.where(mse == jnp.nanmin(mse), alphas, -jnp.inf))
-    alpha, failed = alphas[position], jnp.isnan(mse)
-    smallest, largest = jnp.min(jnp.where(failed, jnp.inf, alphas)), jnp.max(jnp.where(failed, -jnp.inf, alphas))
+    xp = namespace(alphas, mse)
+    position = xp.argmax(xp.where(mse == xp.nanmin(mse), alphas, -xp.inf))
+    alpha, failed = alphas[position], xp.isnan(mse)
+    smallest, largest = xp.min(xp.where(failed, xp.inf, alphas)), xp.max(xp.where(failed, -xp.inf, alphas))
     return AlphaChoice(alpha, position, ((alpha == smallest) | (alpha == largest)) & (len(alphas) > 1))
 
 
 def search_alphas(
-    alphas: Float[jax.Array, " A"],
-    evaluate: Callable[[Float[jax.Array, " n"]], tuple[Float[jax.Array, " n"], Tree]],
+    alphas: Float[AnyArray, " A"],
+    evaluate: Callable[[Any], tuple[Any, Tree]],
     extend_decades: int,
-) -> tuple[AlphaChoice, Float[jax.Array, " D"], Float[jax.Array, " D"], Tree]:
+) -> tuple[AlphaChoice, Float[AnyArray, " D"], Float[AnyArray, " D"], Tree]:
     """Evaluates a grid, and extends it while the best alpha lies at an end: each time by one alpha, ten times beyond that end.
 
     Args:
@@ -63,16 +63,17 @@ def search_alphas(
     """
     n_most = len(alphas) + extend_decades
     mse, arrays = evaluate(alphas)
+    xp = namespace(alphas, mse)
     choice = select_alpha(alphas, mse)
     while len(alphas) < n_most and choice.at_edge:
-        smallest, largest = jnp.min(alphas), jnp.max(alphas)
+        smallest, largest = xp.min(alphas), xp.max(alphas)
         if choice.alpha not in (smallest, largest):  # the alphas beyond it failed
             break
         beyond = (smallest / 10 if choice.alpha == smallest else largest * 10)[None]
         more = (beyond, *evaluate(beyond))
-        alphas, mse, arrays = jax.tree.map(lambda old, new: jnp.concatenate([old, new]), (alphas, mse, arrays), more)
+        alphas, mse, arrays = jax.tree.map(lambda old, new: xp.concatenate([old, new]), (alphas, mse, arrays), more)
         choice = select_alpha(alphas, mse)
-    alphas_tried, errors = (jnp.pad(array, (0, n_most - len(alphas)), constant_values=jnp.nan) for array in (alphas, mse))
+    alphas_tried, errors = (xp.pad(array, (0, n_most - len(alphas)), constant_values=xp.nan) for array in (alphas, mse))
     best: Tree = jax.tree.map(lambda array: array[choice.position], arrays)
     return choice, alphas_tried, errors, best
 

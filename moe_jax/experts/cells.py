@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, Int
 
-from moe_jax.core.arrays import AnyArray, require_vectors
+from moe_jax.core.arrays import AnyArray, by_numpy, namespace, require_vectors
 
 T_EFF_EDGES = (3750.0, 4500.0, 5250.0, 6000.0)  # K
 M_H_EDGES = (-2.0, -1.0, 0.0, 0.5)  # dex
@@ -17,12 +17,13 @@ N_CELLS = len(CELL_NAMES)
 NOT_COVERED = -1
 
 
-def _bin(values: jax.Array, edges: tuple[float, ...]) -> jax.Array:
+def _bin(values: AnyArray, edges: tuple[float, ...]) -> AnyArray:
     """Index of the bin of each value, lower edges inclusive, the last upper edge too; -1 outside."""
-    boundaries = jnp.asarray(edges, values.dtype)
-    index = jnp.searchsorted(boundaries, values, side="right") - 1
-    index = jnp.where(values == boundaries[-1], len(edges) - 2, index)
-    return jnp.where((index >= 0) & (index < len(edges) - 1), index, -1)
+    xp = namespace(values)
+    boundaries = xp.asarray(edges, values.dtype)
+    index = xp.searchsorted(boundaries, values, side="right").astype(np.int32) - 1
+    index = xp.where(values == boundaries[-1], len(edges) - 2, index)
+    return xp.where((index >= 0) & (index < len(edges) - 1), index, -1)
 
 
 def assign_cells(T_eff: Float[AnyArray, " N"], M_H: Float[AnyArray, " N"]) -> Int[jax.Array, " N"]:
@@ -36,18 +37,18 @@ def assign_cells(T_eff: Float[AnyArray, " N"], M_H: Float[AnyArray, " N"]) -> In
         InputError: where the shapes disagree.
     """
     require_vectors(T_eff=T_eff, M_H=M_H)
-    return _assign_cells(T_eff, M_H)
+    cells: jax.Array = _assign_cells(T_eff, M_H)
+    return cells
 
 
-@jax.jit
-def _assign_cells(T_eff: jax.Array, M_H: jax.Array) -> jax.Array:
+@by_numpy
+def _assign_cells(T_eff: AnyArray, M_H: AnyArray) -> AnyArray:
     t, m = _bin(T_eff, T_EFF_EDGES), _bin(M_H, M_H_EDGES)
-    return jnp.where((t >= 0) & (m >= 0), 3 * t + m, NOT_COVERED)
+    return namespace(t).where((t >= 0) & (m >= 0), 3 * t + m, NOT_COVERED)
 
 
 def nearest_cells(T_eff: Float[AnyArray, " N"], M_H: Float[AnyArray, " N"]) -> Int[jax.Array, " N"]:
     """Cell of each star after its labels are clamped to the range of the cells: no star is left over, but for NaN labels."""
     require_vectors(T_eff=T_eff, M_H=M_H)
-    return _assign_cells(
-        jnp.clip(jnp.asarray(T_eff), T_EFF_EDGES[0], T_EFF_EDGES[-1]), jnp.clip(jnp.asarray(M_H), M_H_EDGES[0], M_H_EDGES[-1])
-    )
+    cells: jax.Array = _assign_cells(T_eff.clip(T_EFF_EDGES[0], T_EFF_EDGES[-1]), M_H.clip(M_H_EDGES[0], M_H_EDGES[-1]))
+    return cells

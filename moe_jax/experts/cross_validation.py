@@ -14,27 +14,34 @@ The first two take one factorisation for each alpha, however many folds there ar
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_length
+from moe_jax.core.arrays import (
+    AnyArray,
+    InputError,
+    jit_off_host,
+    map_rows,
+    matmul,
+    namespace,
+    require_same_length,
+    to_device,
+    to_host,
+)
 from moe_jax.core.cholesky import inverse_cholesky
 from moe_jax.experts import ridge
 from moe_jax.experts.alphas import require_positive, search_alphas
 from moe_jax.experts.ridge import Centred, Ridge, center, is_dual, jitter, kernel
-from moe_jax.experts.sums import Sums, hold_out_each, moments, solve_moments, sum_stars
+from moe_jax.experts.sums import Moments, hold_out_each, moments, solve_moments, sum_stars
 
 # These numbers set the speed and the memory. The results do not depend on them, except for rounding.
 SMALL_FOLD = 32  # rows; blocks up to this size do not keep a processor busy one by one
 FOLDS_AT_A_TIME = 16  # so many small blocks are formed together
-ROWS_WORTH_SKIPPING = 1_024  # below, the zeros of a triangular factor cost less than a program of their own
-ROW_STEPS = 6  # the rows to skip are rounded down to this fraction of all rows, so that similar data sets share programs
 # Time of factorising an (n, n) matrix, in units of n^3 operations of a matrix product; measured on two CPU cores.
 CHOLESKY_COST = 1.0
 INVERSE_CHOLESKY_COST = 1.5
@@ -43,19 +50,19 @@ INVERSE_CHOLESKY_COST = 1.5
 class RidgeCV(NamedTuple):
     """Exact cross-validation of a ridge regression over several alphas."""
 
-    mse: Float[jax.Array, " A"]  #: mean squared error of the out-of-fold predictions of all N stars
-    predictions: Float[jax.Array, "A N"]  #: prediction of each star by the model fitted without the star's fold
+    mse: Float[AnyArray, " A"]  #: mean squared error of the out-of-fold predictions of all N stars
+    predictions: Float[AnyArray, "A N"]  #: prediction of each star by the model fitted without the star's fold
 
 
 class CrossValidatedRidge(NamedTuple):
     """A ridge regression whose alpha was chosen by cross-validation, or K of them, stacked: the experts."""
 
     ridge: Ridge  #: coef (P,) and intercept (), or (K, P) and (K,)
-    alpha: Float[jax.Array, "*k"]  #: the chosen alpha
-    at_edge: Bool[jax.Array, "*k"]  #: whether it is the smallest or the largest that was tried
-    alphas: Float[jax.Array, "*k A"]  #: the alphas tried: those of the grid, then those that extend it (NaN where there is none)
-    mse: Float[jax.Array, "*k A"]  #: cross-validated mean squared error at each of ``alphas``
-    out_of_fold: Float[jax.Array, " N"]  #: each star predicted without its fold, by its own cell's expert; NaN without a cell
+    alpha: Float[AnyArray, "*k"]  #: the chosen alpha
+    at_edge: Bool[AnyArray, "*k"]  #: whether it is the smallest or the largest that was tried
+    alphas: Float[AnyArray, "*k A"]  #: the alphas tried: those of the grid, then those that extend it (NaN where there is none)
+    mse: Float[AnyArray, "*k A"]  #: cross-validated mean squared error at each of ``alphas``
+    out_of_fold: Float[AnyArray, " N"]  #: each star predicted without its fold, by its own cell's expert; NaN without a cell
 
 
 def cross_validate_ridge(
@@ -77,38 +84,36 @@ def cross_validate_ridge(
     """
     require_same_length(x=x, y=y, folds=folds)
     require_positive(alphas)
-    x, y, folds = jnp.asarray(x), jnp.asarray(y), np.asarray(folds)
-    alphas, mask = jnp.asarray(alphas, x.dtype), jnp.ones(len(x), x.dtype)
-    if not is_dual(x):
-        return choose_solver(x, y, mask, held_rows(folds), len(x)).cross_validate(alphas)
-    order = np.argsort(folds, kind="stable")
-    cv = choose_solver(x[order], y[order], mask, held_rows(folds[order]), len(x)).cross_validate(alphas)
-    return cv._replace(predictions=cv.predictions[:, np.argsort(order)])
+    x, y, alphas = to_host(x, y, alphas)
+    alphas = alphas.astype(x.dtype)
+    solver = choose_solver(x, y, np.ones(len(x), x.dtype), held_rows(folds))
+    cv: RidgeCV = to_device(solver.cross_validate(alphas))
+    return cv
 
 
 def fit_cross_validated(
-    x: jax.Array,
-    y: jax.Array,
-    mask: jax.Array,
-    alphas: jax.Array,
+    x: AnyArray,
+    y: AnyArray,
+    mask: AnyArray,
+    alphas: AnyArray,
     held: Int[np.ndarray, "folds n_held"],
-    n_stars: int,
     extend_decades: int = 0,
 ) -> CrossValidatedRidge:
     """Cross-validates over the alphas and fits with the best; the Gram matrix is formed once.
 
     Args:
-        x: features; the rows after the first ``n_stars`` are padding, and 0.
+        x: features; rows of padding are 0.
         y: target, padded likewise.
         mask: 1 for a star, 0 for padding.
         alphas: penalties.
-        held: ``held_rows``; in the dual form (fewer rows than columns) the rows of a fold must follow one another.
-        n_stars: number of rows that are stars.
+        held: ``held_rows``.
         extend_decades: see ``search_alphas``.
     """
-    solver = choose_solver(x, y, mask, held, n_stars)
+    solver = choose_solver(x, y, mask, held)
     choice, tried, mse, out_of_fold = search_alphas(alphas, solver.cross_validate, extend_decades)
-    return CrossValidatedRidge(solver.solve(choice.alpha), choice.alpha, choice.at_edge, tried, mse, out_of_fold)
+    fit = CrossValidatedRidge(solver.solve(choice.alpha), choice.alpha, choice.at_edge, tried, mse, out_of_fold)
+    on_device: CrossValidatedRidge = to_device(fit)
+    return on_device
 
 
 def held_rows(folds: AnyArray, n_padded: int | None = None, slack: int = 0) -> Int[np.ndarray, "folds n_held"]:
@@ -137,13 +142,11 @@ def held_rows(folds: AnyArray, n_padded: int | None = None, slack: int = 0) -> I
     return rows
 
 
-def choose_solver(
-    x: jax.Array, y: jax.Array, mask: jax.Array, held: Int[np.ndarray, "folds n_held"], n_stars: int
-) -> Dual | Primal | ByFold:
+def choose_solver(x: AnyArray, y: AnyArray, mask: AnyArray, held: Int[np.ndarray, "folds n_held"]) -> Dual | Primal | ByFold:
     """The cheapest form for the numbers of stars, pixels and folds; arguments as those of ``fit_cross_validated``."""
     (n, p), (n_folds, n_held) = x.shape, held.shape
     if is_dual(x):
-        return Dual(x, y, mask, held, n_stars)
+        return Dual(x, y, mask, held)
     by_fold = n_folds * CHOLESKY_COST * p**3
     at_once = INVERSE_CHOLESKY_COST * p**3 + n * p**2 + n_folds * (n_held**2 * p + n_held**3)
     return ByFold(x, y, mask, held) if by_fold < at_once else Primal(x, y, mask, held)
@@ -153,195 +156,168 @@ class _Solver:
     """What the three forms share: the inverse Cholesky factor of the Gram matrix for each alpha, and the fit to all stars."""
 
     data: Centred
-    matrix: jax.Array  # the Gram matrix, X X' or X'X
-    jitter: jax.Array
-    n_used: int | None = None  # rows of the matrix that are not padding, if not all
+    matrix: AnyArray  # the Gram matrix, X X' or X'X
+    jitter: AnyArray
 
-    def __init__(self, x: jax.Array, y: jax.Array, mask: jax.Array, held: np.ndarray) -> None:
+    def __init__(self, x: AnyArray, y: AnyArray, mask: AnyArray, held: np.ndarray) -> None:
         self.held = held
-        self._factors: dict[float, jax.Array] = {}
+        self._factors: dict[float, AnyArray] = {}
         self.prepare(x, y, mask)
 
-    def prepare(self, x: jax.Array, y: jax.Array, mask: jax.Array) -> None:
+    def prepare(self, x: AnyArray, y: AnyArray, mask: AnyArray) -> None:
         """Sets what does not depend on alpha."""
         self.data, self.matrix, self.jitter = _center_and_multiply(x, y, mask)
 
-    def inverse_factor(self, alpha: jax.Array | np.floating) -> jax.Array:
+    def inverse_factor(self, alpha: AnyArray | np.floating) -> AnyArray:
         """W with (matrix + alpha I)^-1 = W' W, computed once for each alpha."""
         if isinstance(alpha, jax.core.Tracer):  # under jit
-            return inverse_cholesky(self.matrix, alpha + self.jitter, self.n_used)
+            return _inverse_factor(self.matrix, alpha + self.jitter)
         if float(alpha) not in self._factors:
-            self._factors[float(alpha)] = inverse_cholesky(self.matrix, alpha + self.jitter, self.n_used)
+            self._factors[float(alpha)] = _inverse_factor(self.matrix, alpha + self.jitter)
         return self._factors[float(alpha)]
 
-    def residuals(self, alpha: jax.Array | np.floating) -> Float[jax.Array, " N"]:
+    def residuals(self, alpha: AnyArray | np.floating) -> Float[AnyArray, " N"]:
         """Target less out-of-fold prediction."""
         raise NotImplementedError
 
-    def cross_validate(self, alphas: jax.Array) -> RidgeCV:
+    def cross_validate(self, alphas: AnyArray) -> RidgeCV:
         """Errors and out-of-fold predictions."""
         each = alphas if isinstance(alphas, jax.core.Tracer) else np.asarray(alphas)
         return _cross_validation_of(self.data, [self.residuals(alpha) for alpha in each])
 
-    def solve(self, alpha: jax.Array) -> Ridge:
+    def solve(self, alpha: AnyArray) -> Ridge:
         """The ridge of all stars."""
         return _solve(self.data, alpha, self.inverse_factor(alpha))
 
 
 class Dual(_Solver):
-    """One factor of the kernel for each alpha; the rows of a fold follow one another."""
+    """One factor of the kernel for each alpha."""
 
-    def __init__(self, x: jax.Array, y: jax.Array, mask: jax.Array, held: np.ndarray, n_stars: int) -> None:
-        super().__init__(x, y, mask, held)
-        self.n_used, self.first_rows = n_stars, _first_rows(held, len(y))
-
-    def residuals(self, alpha: jax.Array | np.floating) -> Float[jax.Array, " N"]:
-        return _dual_residuals(self.data, self.inverse_factor(alpha), self.held, self.first_rows)
+    def residuals(self, alpha: AnyArray | np.floating) -> Float[AnyArray, " N"]:
+        return _dual_residuals(self.data, self.inverse_factor(alpha), self.held)
 
 
 class Primal(_Solver):
     """One factor of the scatter matrix for each alpha."""
 
-    def residuals(self, alpha: jax.Array | np.floating) -> Float[jax.Array, " N"]:
+    def residuals(self, alpha: AnyArray | np.floating) -> Float[AnyArray, " N"]:
         return _primal_residuals(self.data, self.inverse_factor(alpha), self.held)
 
 
 class ByFold(_Solver):
     """One factor of the scatter matrix for each alpha and fold."""
 
-    def prepare(self, x: jax.Array, y: jax.Array, mask: jax.Array) -> None:
-        self.data = _center(x, y, mask)
-        self.by_fold = _sum_by_fold(self.data, self.held)
-        self.matrix, self.jitter = _sum_folds(self.by_fold.xx)
+    def prepare(self, x: AnyArray, y: AnyArray, mask: AnyArray) -> None:
+        self.data, self.matrix, self.jitter, self.without_fold = _center_and_sum(x, y, mask, self.held)
 
-    def residuals(self, alpha: jax.Array | np.floating) -> Float[jax.Array, " N"]:
-        return _residuals_by_fold(self.data, self.by_fold, alpha, self.held)
+    def residuals(self, alpha: AnyArray | np.floating) -> Float[AnyArray, " N"]:
+        return _residuals_by_fold(self.data, self.without_fold, alpha, self.held)
 
 
-_center = jax.jit(center)
+_inverse_factor = jit_off_host(inverse_cholesky)
 
 
-@jax.jit
-def _center_and_multiply(x: jax.Array, y: jax.Array, mask: jax.Array) -> tuple[Centred, jax.Array, jax.Array]:
+@jit_off_host
+def _center_and_multiply(x: AnyArray, y: AnyArray, mask: AnyArray) -> tuple[Centred, AnyArray, AnyArray]:
     data = center(x, y, mask)
     return data, *kernel(data)
 
 
-@jax.jit
-def _solve(data: Centred, alpha: jax.Array, inverse_factor: jax.Array) -> Ridge:
+@jit_off_host
+def _center_and_sum(x: AnyArray, y: AnyArray, mask: AnyArray, held: AnyArray) -> tuple[Centred, AnyArray, AnyArray, Moments]:
+    data = center(x, y, mask)
+    by_fold = map_rows(lambda rows: sum_stars(*(_gather(array, rows) for array in (data.x, data.y, data.mask))), held)
+    matrix = by_fold.xx.sum(axis=0)
+    return data, matrix, jitter(matrix), hold_out_each(lambda _, rest: moments(rest), by_fold)
+
+
+@jit_off_host
+def _solve(data: Centred, alpha: AnyArray, inverse_factor: AnyArray) -> Ridge:
     return ridge.solve(data, alpha, lambda b: matmul(inverse_factor.T, matmul(inverse_factor, b)))
 
 
-@jax.jit
-def _cross_validation_of(data: Centred, residuals: list[jax.Array]) -> RidgeCV:
-    stacked = jnp.stack(residuals)
-    mse = jnp.sum((stacked * data.mask[None, :]) ** 2, axis=1) / jnp.sum(data.mask)
+@jit_off_host
+def _cross_validation_of(data: Centred, residuals: list[AnyArray]) -> RidgeCV:
+    stacked = namespace(*residuals).stack(residuals)
+    mse = ((stacked * data.mask[None, :]) ** 2).sum(axis=1) / data.mask.sum()
     return RidgeCV(mse, (data.y + data.y_mean)[None, :] - stacked)
 
 
-def _batch(held: AnyArray) -> int | None:
-    """How many folds are worked on at a time; None for one."""
-    return min(FOLDS_AT_A_TIME, len(held)) if held.shape[1] <= SMALL_FOLD else None
+def _gather(array: Any, rows: AnyArray) -> Any:
+    """Some rows of an array; 0 for the row numbers N, which stand for padding."""
+    if namespace(array) is not np:
+        return array.at[rows].get(mode="fill", fill_value=0)
+    taken = array[np.minimum(rows, len(array) - 1)]
+    taken[rows == len(array)] = 0
+    return taken
 
 
-def _gather(array: jax.Array, rows: jax.Array) -> jax.Array:
-    return array.at[rows].get(mode="fill", fill_value=0)
+def _hold_out_each(hold_out: Callable[[Any], AnyArray], data: Centred, held: AnyArray, *more: Any) -> AnyArray:
+    """(N,) what ``hold_out`` gives for the rows of each fold, which are followed by the fold's part of each of ``more``."""
+    n, xp = len(data.y), namespace(data.y)
+    batch_size = min(FOLDS_AT_A_TIME, len(held)) if held.shape[1] <= SMALL_FOLD else None
+    values = map_rows(hold_out, (held, *more), batch_size).reshape(-1)
+    if xp is jnp:
+        return jnp.zeros(n, values.dtype).at[held.reshape(-1)].set(values, mode="drop")
+    residuals = np.zeros(n + 1, values.dtype)  # the last element takes the padding
+    residuals[held.reshape(-1)] = values
+    return residuals[:-1]
 
 
-def _scatter(values: jax.Array, rows: jax.Array, n: int) -> jax.Array:
-    """From (folds, n_held) values to (N,)."""
-    return jnp.zeros(n, values.dtype).at[rows.reshape(-1)].set(values.reshape(-1), mode="drop")
-
-
-def _solve_block(block: jax.Array, residual: jax.Array, padding: jax.Array) -> jax.Array:
+def _solve_block(block: AnyArray, residual: AnyArray, padding: AnyArray) -> AnyArray:
     """Solves one fold's symmetric positive (n_held, n_held) block for its residuals; padded rows become the identity."""
-    block = block + jnp.diag(padding.astype(block.dtype))
-    if len(block) == 1:  # leave-one-out
-        return residual / block[0]
-    solution: jax.Array = jnp.linalg.solve(block, residual)
+    xp = namespace(block)
+    solution: AnyArray = xp.linalg.solve(block + xp.diag(padding.astype(block.dtype)), residual)
     return solution
 
 
-def _first_rows(held: np.ndarray, n: int) -> tuple[int, ...]:
-    """First possibly non-zero row of each fold's columns of a lower triangle, rounded down so that data sets share shapes.
+@jit_off_host
+def _dual_residuals(data: Centred, inverse_factor: AnyArray, held: AnyArray) -> AnyArray:
+    """(N,) held-out residuals from the inverse Cholesky factor W of the kernel: (K + alpha I)^-1 = W' W."""
+    xp, n = namespace(inverse_factor), len(data.y)
+    solution = matmul(inverse_factor.T, matmul(inverse_factor, xp.stack([data.y, data.mask], axis=1)))
+    ones, total = solution[:, 1], (data.mask * solution[:, 1]).sum()
+    a = solution[:, 0] - ones * (data.mask * solution[:, 0]).sum() / total
+    if held.shape[1] == 1:  # leave-one-out
+        return a / ((inverse_factor**2).sum(axis=0) - ones**2 / total)
 
-    Empty where folds are many: they share one program that reads all rows.
-    """
-    if len(held) > FOLDS_AT_A_TIME:
-        return ()
-    if n < ROWS_WORTH_SKIPPING:
-        return (0,) * len(held)
-    return tuple(int(ROW_STEPS * start // n * n // ROW_STEPS) for start in held[:, 0])
+    def hold_out(fold: tuple[AnyArray]) -> AnyArray:
+        (rows,) = fold
+        # The columns of W that belong to the fold are 0 above its first row; NumPy can leave these zeros out.
+        columns = _gather(inverse_factor.T, rows)[:, rows.min() if xp is np else 0 :]
+        column = _gather(ones, rows)
+        block = matmul(columns, columns.T) - xp.outer(column, column) / total
+        return _solve_block(block, _gather(a, rows), rows == n)
 
-
-@functools.partial(jax.jit, static_argnames="first_rows")
-def _dual_residuals(data: Centred, inverse_factor: jax.Array, held: jax.Array, first_rows: tuple[int, ...]) -> jax.Array:
-    """(N,) held-out residuals from the inverse Cholesky factor W of the kernel: (K + alpha I)^-1 = W' W.
-
-    The rows of a fold follow one another, so that its columns of W are a slice.
-    """
-    n, n_held = len(data.y), held.shape[1]
-    solution = matmul(inverse_factor.T, matmul(inverse_factor, jnp.stack([data.y, data.mask], axis=1)))
-    ones, total = solution[:, 1], jnp.sum(data.mask * solution[:, 1])
-    a = solution[:, 0] - ones * jnp.sum(data.mask * solution[:, 0]) / total
-
-    def product(rows: jax.Array, first_row: int = 0) -> jax.Array:
-        """W_S' W_S of the columns of W that belong to the fold."""
-        columns = lax.dynamic_slice_in_dim(inverse_factor[first_row:], jnp.minimum(rows[0], n - n_held), n_held, 1)
-        return matmul(columns.T, columns)
-
-    def hold_out(fold: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        rows, block = fold
-        start = jnp.minimum(rows[0], n - n_held)  # the slice may reach over the ends of the fold
-        window = start + jnp.arange(n_held)
-        in_fold = (window >= rows[0]) & (window < rows[0] + jnp.sum(rows < n))
-        column, right = (jnp.where(in_fold, lax.dynamic_slice_in_dim(values, start, n_held), 0.0) for values in (ones, a))
-        block = jnp.where(in_fold[:, None] & in_fold[None, :], block, 0.0) - jnp.outer(column, column) / total
-        return _solve_block(block, right, ~in_fold), jnp.where(in_fold, window, n)
-
-    if first_rows:
-        products = jnp.stack([product(held[i], first) for i, first in enumerate(first_rows)])
-        residuals, rows = lax.map(hold_out, (held, products))
-    else:
-        residuals, rows = lax.map(lambda rows: hold_out((rows, product(rows))), held, batch_size=_batch(held))
-    return _scatter(residuals, rows, n)
+    return _hold_out_each(hold_out, data, held)
 
 
-@jax.jit
-def _primal_residuals(data: Centred, inverse_factor: jax.Array, held: jax.Array) -> jax.Array:
+@jit_off_host
+def _primal_residuals(data: Centred, inverse_factor: AnyArray, held: AnyArray) -> AnyArray:
     """(N,) held-out residuals from the inverse Cholesky factor W of the scatter matrix: H = (X W')(X W')'."""
-    n = len(data.y)
+    xp, n, n_stars = namespace(inverse_factor), len(data.y), data.mask.sum()
     whitened = matmul(data.x, inverse_factor.T)
     residual = data.y - matmul(whitened, matmul(whitened.T, data.y[:, None]))[:, 0]
+    # The intercept adds 1 / n to the hat matrix.
+    if held.shape[1] == 1:  # leave-one-out
+        return residual / (1.0 - (whitened**2).sum(axis=1) - 1.0 / n_stars)
 
-    def hold_out(rows: jax.Array) -> jax.Array:
+    def hold_out(fold: tuple[AnyArray]) -> AnyArray:
+        (rows,) = fold
         part, mask = _gather(whitened, rows), _gather(data.mask, rows)
-        # The intercept adds 1 / n to the hat matrix.
-        block = jnp.diag(mask) - matmul(part, part.T) - jnp.outer(mask, mask) / jnp.sum(data.mask)
+        block = xp.diag(mask) - matmul(part, part.T) - xp.outer(mask, mask) / n_stars
         return _solve_block(block, _gather(residual, rows), rows == n)
 
-    return _scatter(lax.map(hold_out, held, batch_size=_batch(held)), held, n)
+    return _hold_out_each(hold_out, data, held)
 
 
-@jax.jit
-def _sum_by_fold(data: Centred, held: jax.Array) -> Sums:
-    return lax.map(lambda rows: sum_stars(*(_gather(array, rows) for array in (data.x, data.y, data.mask))), held)
+@jit_off_host
+def _residuals_by_fold(data: Centred, without_fold: Moments, alpha: AnyArray, held: AnyArray) -> AnyArray:
+    """(N,) held-out residuals from the moments of all stars but those of each fold."""
 
-
-@jax.jit
-def _sum_folds(by_fold: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The Gram matrix from those of the folds, and its jitter."""
-    matrix = jnp.sum(by_fold, axis=0)
-    return matrix, jitter(matrix)
-
-
-@jax.jit
-def _residuals_by_fold(data: Centred, by_fold: Sums, alpha: jax.Array, held: jax.Array) -> jax.Array:
-    """(N,) held-out residuals from the sums of each fold."""
-
-    def residuals(_: Sums, rest: Sums, rows: jax.Array) -> jax.Array:
-        train = moments(rest)
+    def hold_out(fold: tuple[AnyArray, Moments]) -> AnyArray:
+        rows, train = fold
         x_held, y_held = _gather(data.x, rows) - train.x_mean[None, :], _gather(data.y, rows) - train.y_mean
         return y_held - matmul(x_held, solve_moments(train, alpha).coef[:, None])[:, 0]
 
-    return _scatter(hold_out_each(residuals, by_fold, held), held, len(data.y))
+    return _hold_out_each(hold_out, data, held, without_fold)

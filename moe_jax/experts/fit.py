@@ -1,7 +1,7 @@
 """The experts: one ridge regression for each cell, its alpha by exact cross-validation, and one for all stars.
 
-Cells hold different numbers of stars, and a compiled program serves one size. So cells of similar size are padded with masked
-rows to a common size, and share a few programs. The padding does not change the results.
+Cells hold different numbers of stars, and a compiled program serves one size. So where programs are compiled, cells of similar
+size are padded with masked rows to a common size, and share a few of them. The padding does not change the results.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from moe_jax.core.arrays import AnyArray, InputError, require_same_length
+from moe_jax.core.arrays import AnyArray, InputError, by_numpy, namespace, require_same_length, to_device, to_host
 from moe_jax.experts.alphas import require_positive
 from moe_jax.experts.cross_validation import CrossValidatedRidge, fit_cross_validated, held_rows
-from moe_jax.experts.ridge import is_dual, predict_ridge
+from moe_jax.experts.ridge import predict_ridge
 
 ROW_MULTIPLE = 64  # padded sizes are multiples of this
 LEAST_ROWS = 256  # the least padded size: all small cells share it
@@ -48,14 +48,17 @@ def padded_sizes(counts: Int[np.ndarray, " K"]) -> list[int]:
 
 
 def _fit_expert(
-    x: jax.Array, y: jax.Array, stars: np.ndarray, n_padded: int, alphas: jax.Array, folds: np.ndarray, extend_decades: int
+    x: AnyArray, y: AnyArray, stars: np.ndarray, n_padded: int, alphas: AnyArray, folds: np.ndarray, extend_decades: int
 ) -> tuple[np.ndarray, CrossValidatedRidge]:
     """The rows of the given stars, sorted by fold and padded with N, and the expert fitted to these rows."""
     stars = stars[np.argsort(folds[stars], kind="stable")]
+    if namespace(x) is np:
+        held, ones = held_rows(folds[stars]), np.ones(len(stars), x.dtype)
+        return stars, fit_cross_validated(x[stars], y[stars], ones, alphas, held, extend_decades)
     rows = np.pad(stars, (0, n_padded - len(stars)), constant_values=len(y)).astype(np.int32)
     held = held_rows(folds[stars], n_padded, slack=FOLD_SLACK)
     x_cell, y_cell, mask = _take_padded(x, y, rows)
-    return rows, fit_cross_validated(x_cell, y_cell, mask, alphas, held, len(stars), extend_decades)
+    return rows, fit_cross_validated(x_cell, y_cell, mask, alphas, held, extend_decades)
 
 
 @jax.jit
@@ -98,19 +101,19 @@ def fit_experts(
     require_positive(alphas)
     cell, folds = np.asarray(cell), np.asarray(folds)
     require_cell_sizes("cell", cell, n_experts, 2 * len(np.unique(folds)))
-    x, y = jnp.asarray(x), jnp.asarray(y)
-    alphas = jnp.asarray(alphas, x.dtype)
+    x, y, alphas = to_host(x, y, alphas)
+    alphas = alphas.astype(x.dtype)
     out_of_fold = np.full(len(y) + 1, np.nan, x.dtype)  # the last element takes the padding
     sizes = padded_sizes(np.bincount(cell[cell >= 0], minlength=n_experts))
     fits = []
     for k in range(n_experts):
         rows, fit = _fit_expert(x, y, np.flatnonzero(cell == k), sizes[k], alphas, folds, extend_decades)
         out_of_fold[rows] = fit.out_of_fold
-        fits.append(fit._replace(out_of_fold=jnp.zeros(0)))
+        fits.append(fit._replace(out_of_fold=np.zeros(0, x.dtype)))
         if on_fitted is not None:
             on_fitted()
-    experts: CrossValidatedRidge = jax.tree.map(lambda *leaves: jnp.stack(leaves), *fits)
-    return experts._replace(out_of_fold=jnp.asarray(out_of_fold[:-1]))
+    experts: CrossValidatedRidge = to_device(jax.tree.map(lambda *leaves: np.stack(leaves), *fits))
+    return experts._replace(out_of_fold=to_device(out_of_fold[:-1]))
 
 
 def fit_global(
@@ -124,23 +127,21 @@ def fit_global(
     """One ridge regression for all stars, its alpha by cross-validation; arguments and errors as those of ``fit_experts``."""
     require_same_length(x=x, y=y, folds=folds)
     require_positive(alphas)
-    x, y, folds = jnp.asarray(x), jnp.asarray(y), np.asarray(folds)
-    alphas = jnp.asarray(alphas, x.dtype)
-    if not is_dual(x):
-        return fit_cross_validated(x, y, jnp.ones(len(y), x.dtype), alphas, held_rows(folds), len(y), extend_decades)
-    rows, fit = _fit_expert(x, y, np.arange(len(y)), len(y), alphas, folds, extend_decades)
-    return fit._replace(out_of_fold=jnp.zeros_like(y).at[rows].set(fit.out_of_fold))
+    x, y, alphas = to_host(x, y, alphas)
+    alphas = alphas.astype(x.dtype)
+    return fit_cross_validated(x, y, np.ones(len(y), x.dtype), alphas, held_rows(folds), extend_decades)
 
 
 def predict_experts(experts: CrossValidatedRidge, x: Float[AnyArray, "N P"]) -> Float[jax.Array, "N K"]:
     """Predictions of all experts for all stars: ``predict_ridge`` of ``experts.ridge``."""
-    return predict_ridge(experts.ridge, x)
+    predictions: jax.Array = predict_ridge(experts.ridge, x)
+    return predictions
 
 
-@jax.jit
+@by_numpy
 def cross_fitted_predictions(
     predictions: Float[AnyArray, "N K"], out_of_fold: Float[AnyArray, " N"], cell: Int[AnyArray, " N"]
-) -> Float[jax.Array, "N K"]:
+) -> Float[AnyArray, "N K"]:
     """Predictions to which the star itself did not contribute: that of its own cell's expert is replaced by the out-of-fold one.
 
     The other experts were fitted to the stars of other cells, so their predictions stay.
@@ -151,8 +152,9 @@ def cross_fitted_predictions(
         cell: expert that was fitted to each star; a star of cell -1 keeps all its predictions.
     """
     require_same_length(predictions=predictions, out_of_fold=out_of_fold, cell=cell)
-    was_fitted_to = jnp.asarray(cell)[:, None] == jnp.arange(predictions.shape[1])[None, :]
-    return jnp.where(was_fitted_to, jnp.asarray(out_of_fold)[:, None], predictions)
+    xp = namespace(predictions)
+    was_fitted_to = cell[:, None] == xp.arange(predictions.shape[1])[None, :]
+    return xp.where(was_fitted_to, out_of_fold[:, None], predictions)
 
 
 def require_cell_sizes(source: str, cell: AnyArray, n_experts: int, at_least: int) -> None:

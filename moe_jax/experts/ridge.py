@@ -16,19 +16,17 @@ Three measures keep a small alpha stable in float32:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_length
-from moe_jax.core.cholesky import cho_solve, shifted_cholesky
+from moe_jax.core.arrays import AnyArray, InputError, by_numpy, matmul, namespace, require_same_length
+from moe_jax.core.cholesky import cholesky_solver
 from moe_jax.experts.alphas import require_positive
 
 REFINEMENT_STEPS = 3
@@ -38,8 +36,8 @@ JITTER_ULPS = 4.0  # units in the last place of the mean eigenvalue
 class Ridge(NamedTuple):
     """A fitted linear model, y = x @ coef + intercept, or several that are stacked in the leading dimensions."""
 
-    coef: Float[jax.Array, "*k P"]
-    intercept: Float[jax.Array, "*k"]
+    coef: Float[AnyArray, "*k P"]
+    intercept: Float[AnyArray, "*k"]
 
 
 def fit_ridge(x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alpha: ArrayLike) -> Ridge:
@@ -55,15 +53,15 @@ def fit_ridge(x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alpha: ArrayL
     """
     require_same_length(x=x, y=y)
     require_positive(alpha)
-    return _fit(jnp.asarray(x), jnp.asarray(y), alpha, jnp.ones(len(x)))
+    return _fit(x, y, alpha, np.ones(len(x), np.float32))
 
 
-@jax.jit
-def _fit(x: jax.Array, y: jax.Array, alpha: ArrayLike, root: jax.Array) -> Ridge:
+@by_numpy
+def _fit(x: AnyArray, y: AnyArray, alpha: AnyArray, root: AnyArray) -> Ridge:
     data = center(x, y, root.astype(x.dtype))
-    alpha = jnp.asarray(alpha, x.dtype)
     matrix, added = kernel(data)
-    return solve(data, alpha, functools.partial(cho_solve, shifted_cholesky(matrix, alpha + added)))
+    alpha = alpha.astype(x.dtype)
+    return solve(data, alpha, cholesky_solver(matrix, alpha + added))
 
 
 def fit_weighted_ridge(
@@ -86,11 +84,11 @@ def fit_weighted_ridge(
         values = np.asarray(sample_weight)
         if not (np.isfinite(values) & (values >= 0)).all() or not values.any():
             raise InputError(f"sample_weight holds {values.min()} to {values.max()}, expected numbers >= 0, not all 0")
-    return _fit(jnp.asarray(x), jnp.asarray(y), alpha, jnp.sqrt(jnp.asarray(sample_weight)))
+    return _fit(x, y, alpha, namespace(sample_weight).sqrt(sample_weight))
 
 
-@jax.jit
-def predict_ridge(ridge: Ridge, x: Float[AnyArray, "N P"]) -> Float[jax.Array, "N ..."]:
+@by_numpy
+def predict_ridge(ridge: Ridge, x: Float[AnyArray, "N P"]) -> Float[AnyArray, "N ..."]:
     """Predictions x @ coef + intercept: (N,) of one ridge, (N, K) of K stacked ridges; one matmul in either case."""
     *stack, p = ridge.coef.shape
     return matmul(x, ridge.coef.reshape(-1, p).T).reshape(len(x), *stack) + ridge.intercept[None]
@@ -103,11 +101,11 @@ def predict_ridge(ridge: Ridge, x: Float[AnyArray, "N P"]) -> Float[jax.Array, "
 class Centred(NamedTuple):
     """Data with the mean removed, each row scaled by the root of its weight."""
 
-    x: Float[jax.Array, "N P"]
-    y: Float[jax.Array, " N"]
-    mask: Float[jax.Array, " N"]
-    x_mean: Float[jax.Array, " P"]
-    y_mean: Float[jax.Array, ""]
+    x: Float[AnyArray, "N P"]
+    y: Float[AnyArray, " N"]
+    mask: Float[AnyArray, " N"]
+    x_mean: Float[AnyArray, " P"]
+    y_mean: Float[AnyArray, ""]
 
 
 def is_dual(x: AnyArray) -> bool:
@@ -115,39 +113,41 @@ def is_dual(x: AnyArray) -> bool:
     return x.shape[0] < x.shape[1]
 
 
-def center(x: jax.Array, y: jax.Array, mask: jax.Array) -> Centred:
+def center(x: AnyArray, y: AnyArray, mask: AnyArray) -> Centred:
     """Removes the weighted means and scales each row by ``mask``, the root s^1/2 of its weight.
 
     The weighted ridge of x and y is the unweighted ridge of (x - mean) s^1/2 and (y - mean) s^1/2.
     """
     weight = mask**2
-    n = jnp.sum(weight)
+    n = weight.sum()
     y = y.astype(x.dtype)
     x_mean = matmul(weight[None, :], x)[0] / n
     # In float32 the first pass leaves a small mean, which the second pass removes.
     x_centred = x - x_mean[None, :]
     rest = matmul(weight[None, :], x_centred)[0] / n
-    y_mean = jnp.sum(y * weight) / n
-    return Centred((x_centred - rest[None, :]) * mask[:, None], (y - y_mean) * mask, mask, x_mean + rest, y_mean)
+    y_mean = (y * weight).sum() / n
+    x_centred -= rest[None, :]  # NumPy does this in place
+    x_centred *= mask[:, None]
+    return Centred(x_centred, (y - y_mean) * mask, mask, x_mean + rest, y_mean)
 
 
-def kernel(data: Centred) -> tuple[jax.Array, jax.Array]:
+def kernel(data: Centred) -> tuple[AnyArray, AnyArray]:
     """The smaller of X X' (with its zero eigenvalue moved) and X'X, and the jitter of its diagonal."""
     x, mask = data.x, data.mask
     if not is_dual(x):
         matrix = matmul(x.T, x)
         return matrix, jitter(matrix)
-    matrix = matmul(x, x.T)
-    return matrix + jnp.trace(matrix) / len(matrix) * jnp.outer(mask, mask), jitter(matrix)
+    matrix, xp = matmul(x, x.T), namespace(x)
+    return matrix + xp.trace(matrix) / len(matrix) * xp.outer(mask, mask), jitter(matrix)
 
 
-def jitter(matrix: jax.Array) -> jax.Array:
+def jitter(matrix: AnyArray) -> AnyArray:
     """What is added to the diagonal of a Gram matrix so that its factorisation succeeds."""
-    mean_eigenvalue = jnp.trace(matrix) / len(matrix)
+    mean_eigenvalue = matrix.trace() / len(matrix)
     return JITTER_ULPS * jnp.finfo(matrix.dtype).eps * mean_eigenvalue
 
 
-def solve(data: Centred, alpha: jax.Array, apply_inverse: Callable[[jax.Array], jax.Array]) -> Ridge:
+def solve(data: Centred, alpha: AnyArray, apply_inverse: Callable[[AnyArray], AnyArray]) -> Ridge:
     """Ridge of centred data, refined against the data.
 
     Args:
@@ -156,21 +156,13 @@ def solve(data: Centred, alpha: jax.Array, apply_inverse: Callable[[jax.Array], 
         apply_inverse: multiplies a column by the inverse of the kernel plus alpha.
     """
     x, y = data.x, data.y
-
-    def refine_dual(_: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        a, coef = state
-        residual = y - matmul(x, coef[:, None])[:, 0] - alpha * a
-        step = apply_inverse(residual[:, None])
-        return a + step[:, 0], coef + matmul(x.T, step)[:, 0]
-
-    def refine_primal(_: jax.Array, coef: jax.Array) -> jax.Array:
+    a, coef = 0.0 * y, 0.0 * data.x_mean
+    for _ in range(REFINEMENT_STEPS):
         residual = y - matmul(x, coef[:, None])[:, 0]
-        gradient = matmul(x.T, residual[:, None])[:, 0] - alpha * coef
-        return coef + apply_inverse(gradient[:, None])[:, 0]
-
-    zero = jnp.zeros_like(data.x_mean)
-    if is_dual(x):
-        coef = lax.fori_loop(0, REFINEMENT_STEPS, refine_dual, (jnp.zeros_like(y), zero))[1]
-    else:
-        coef = lax.fori_loop(0, REFINEMENT_STEPS, refine_primal, zero)
-    return Ridge(coef, data.y_mean - jnp.sum(data.x_mean * coef))
+        if is_dual(x):
+            step = apply_inverse((residual - alpha * a)[:, None])
+            a, coef = a + step[:, 0], coef + matmul(x.T, step)[:, 0]
+        else:
+            gradient = matmul(x.T, residual[:, None])[:, 0] - alpha * coef
+            coef = coef + apply_inverse(gradient[:, None])[:, 0]
+    return Ridge(coef, data.y_mean - (data.x_mean * coef).sum())

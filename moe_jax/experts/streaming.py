@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
-from moe_jax.core.arrays import AnyArray, matmul
+from moe_jax.core.arrays import AnyArray, jit_off_host, map_rows, matmul, to_device, to_host
 from moe_jax.experts.alphas import require_positive, search_alphas
 from moe_jax.experts.cross_validation import CrossValidatedRidge
 from moe_jax.experts.ridge import Ridge
@@ -180,40 +180,42 @@ def fit_sums(
         InputError: alphas that are not positive.
     """
     require_positive(alphas)
-    alphas = jnp.asarray(alphas, by_fold.xx.dtype)
+    *leaves, alphas = to_host(*by_fold, alphas)
+    by_fold, alphas = Sums(*leaves), alphas.astype(by_fold.xx.dtype)
     choice, tried, mse, without_fold = search_alphas(alphas, functools.partial(_cross_validate, by_fold), extend_decades)
 
     def with_offsets(fit: Ridge) -> Ridge:
-        shift = jnp.sum(jnp.broadcast_to(x_offset, fit.coef.shape) * fit.coef, axis=-1)
+        shift = (np.asarray(x_offset) * fit.coef).sum(axis=-1)
         return Ridge(fit.coef, fit.intercept + y_offset - shift)
 
     whole = with_offsets(_fit(by_fold, choice.alpha))
-    no_stars = jnp.zeros(0, mse.dtype)
-    return CrossValidatedRidge(whole, choice.alpha, choice.at_edge, tried, mse, no_stars), with_offsets(without_fold)
+    fit = CrossValidatedRidge(whole, choice.alpha, choice.at_edge, tried, mse, np.zeros(0, mse.dtype))
+    fits: tuple[CrossValidatedRidge, Ridge] = to_device((fit, with_offsets(without_fold)))
+    return fits
 
 
-@jax.jit
+@jit_off_host
 def _fit(by_fold: Sums, alpha: jax.Array) -> Ridge:
     return solve_moments(moments(sum_parts(by_fold)), alpha)
 
 
-@jax.jit
-def _cross_validate(by_fold: Sums, alphas: jax.Array) -> tuple[jax.Array, Ridge]:
+@jit_off_host
+def _cross_validate(by_fold: Sums, alphas: AnyArray) -> tuple[AnyArray, Ridge]:
     """(A,) errors, and the fits without each fold, stacked as (A, folds)."""
 
-    def fit_rest(fold: Sums, rest: Sums) -> tuple[jax.Array, Ridge]:
+    def fit_rest(fold: Sums, rest: Sums) -> tuple[AnyArray, Ridge]:
         train = moments(rest)
 
-        def one_alpha(alpha: jax.Array) -> tuple[jax.Array, Ridge]:
+        def one_alpha(alpha: AnyArray) -> tuple[AnyArray, Ridge]:
             fit = solve_moments(train, alpha)
             coef, intercept = fit
             # The sum of (y - x w - b)^2, multiplied out.
-            straight = fold.yy - 2.0 * jnp.sum(coef * fold.xy) + jnp.sum(coef * matmul(fold.xx, coef[:, None])[:, 0])
-            error = straight - 2.0 * intercept * (fold.y - jnp.sum(coef * fold.x)) + fold.n * intercept**2
+            straight = fold.yy - 2.0 * (coef * fold.xy).sum() + (coef * matmul(fold.xx, coef[:, None])[:, 0]).sum()
+            error = straight - 2.0 * intercept * (fold.y - (coef * fold.x).sum()) + fold.n * intercept**2
             return error, fit
 
-        return lax.map(one_alpha, alphas)
+        return map_rows(one_alpha, alphas)
 
     errors, fits = hold_out_each(fit_rest, by_fold)
-    by_alpha: Ridge = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), fits)
-    return jnp.sum(errors, axis=0) / jnp.sum(by_fold.n), by_alpha
+    by_alpha: Ridge = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), fits)
+    return errors.sum(axis=0) / by_fold.n.sum(), by_alpha

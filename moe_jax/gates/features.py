@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
-from moe_jax.core.arrays import AnyArray, InputError, matmul, mean_and_scale, scale_columns
+from moe_jax.core.arrays import AnyArray, InputError, by_numpy, matmul, mean_and_scale, namespace, scale_columns
 from moe_jax.core.pca import PCA, fit_pca
 
 #: First and last wavelength of each line's window, vacuum Angstrom.
@@ -38,8 +36,8 @@ class FeatureModel(NamedTuple):
     """Components and standardisation, both fitted to the training stars."""
 
     pca: PCA
-    mean: Float[jax.Array, " F"]  #: mean of the raw features
-    scale: Float[jax.Array, " F"]  #: standard deviation of the raw features
+    mean: Float[AnyArray, " F"]  #: mean of the raw features
+    scale: Float[AnyArray, " F"]  #: standard deviation of the raw features
 
 
 def line_pixels(wave: AnyArray, source: str = "wave") -> dict[str, LinePixels]:
@@ -70,23 +68,24 @@ def line_pixels(wave: AnyArray, source: str = "wave") -> dict[str, LinePixels]:
     return pixels
 
 
-def line_features(flux: Float[AnyArray, "N P"], pixels: dict[str, LinePixels]) -> Float[jax.Array, "N 9"]:
+def line_features(flux: Float[AnyArray, "N P"], pixels: dict[str, LinePixels]) -> Float[AnyArray, "N 9"]:
     """The nine features of the lines, in the order of ``FEATURE_NAMES``; EW in pixels.
 
     Where the continuum of a line is not positive, its depth and EW are 0, as if there were no line.
     """
-    depth, width = {}, {}
+    (depth, width), xp = ({}, {}), namespace(flux)
     for name, (window, sidebands) in pixels.items():
-        continuum = jnp.median(flux[:, sidebands], axis=1, keepdims=True)
+        continuum = xp.median(flux[:, sidebands], axis=1, keepdims=True)
         positive = continuum > 0
-        absorbed = jnp.where(positive, 1.0 - flux[:, window] / jnp.where(positive, continuum, 1.0), 0.0)
-        depth[name], width[name] = jnp.max(absorbed, axis=1), jnp.sum(absorbed, axis=1)
+        zero, one = xp.zeros_like(continuum), xp.ones_like(continuum)
+        absorbed = xp.where(positive, one - flux[:, window] / xp.where(positive, continuum, one), zero)
+        depth[name], width[name] = absorbed.max(axis=1), absorbed.sum(axis=1)
     triplet = width["8498"] + width["8542"] + width["8662"]
     columns = [column for name in ("8498", "8542", "8662") for column in (depth[name], width[name])]
-    return jnp.stack([*columns, triplet, depth["Na"], width["Na"]], axis=1)
+    return xp.stack([*columns, triplet, depth["Na"], width["Na"]], axis=1)
 
 
-def raw_features(flux: Float[AnyArray, "N P"], wave: AnyArray, pca: PCA) -> Float[jax.Array, "N F"]:
+def raw_features(flux: Float[AnyArray, "N P"], wave: AnyArray, pca: PCA) -> Float[AnyArray, "N F"]:
     """The 13 features of N stars before standardisation, in the order of ``FEATURE_NAMES``.
 
     Args:
@@ -97,14 +96,14 @@ def raw_features(flux: Float[AnyArray, "N P"], wave: AnyArray, pca: PCA) -> Floa
     Raises:
         InputError: as ``line_pixels``.
     """
-    return _raw_features(jnp.asarray(flux), tuple(line_pixels(wave).values()), pca)
+    return _raw_features(flux, tuple(line_pixels(wave).values()), pca)
 
 
-@jax.jit
-def _raw_features(flux: jax.Array, pixels: tuple[LinePixels, ...], pca: PCA) -> jax.Array:
+@by_numpy
+def _raw_features(flux: AnyArray, pixels: tuple[LinePixels, ...], pca: PCA) -> AnyArray:
     lines = line_features(flux, dict(zip(LINE_WINDOWS, pixels, strict=True)))
     scores = matmul(flux, pca.components.T) - matmul(pca.mean[None, :], pca.components.T)
-    return jnp.concatenate([lines, scores], axis=1)
+    return namespace(flux).concatenate([lines, scores], axis=1)
 
 
 def fit_features(key: PRNGKeyArray, flux: Float[AnyArray, "N P"], wave: AnyArray) -> FeatureModel:
@@ -118,18 +117,16 @@ def standardize(pca: PCA, raw: Float[AnyArray, "N F"]) -> FeatureModel:
     return FeatureModel(pca, *mean_and_scale(raw))
 
 
-def compute_features(model: FeatureModel, flux: Float[AnyArray, "N P"], wave: AnyArray) -> Float[jax.Array, "N F"]:
+def compute_features(model: FeatureModel, flux: Float[AnyArray, "N P"], wave: AnyArray) -> Float[AnyArray, "N F"]:
     """The 13 features of any stars, standardised by the mean and scale of the training stars."""
     return scale_features(model, raw_features(flux, wave, model.pca))
 
 
-def features_of_pixels(
-    model: FeatureModel, flux: Float[AnyArray, "N P"], pixels: tuple[LinePixels, ...]
-) -> Float[jax.Array, "N F"]:
+def features_of_pixels(model: FeatureModel, flux: Float[AnyArray, "N P"], pixels: tuple[LinePixels, ...]) -> Float[AnyArray, "N F"]:
     """``compute_features`` given the values of ``line_pixels(wave)``, in their order; may be traced."""
-    return scale_features(model, _raw_features(jnp.asarray(flux), pixels, model.pca))
+    return scale_features(model, _raw_features(flux, pixels, model.pca))
 
 
-def scale_features(model: FeatureModel, raw: Float[AnyArray, "N F"]) -> Float[jax.Array, "N F"]:
+def scale_features(model: FeatureModel, raw: Float[AnyArray, "N F"]) -> Float[AnyArray, "N F"]:
     """Raw features, standardised."""
     return scale_columns(raw, model.mean, model.scale)

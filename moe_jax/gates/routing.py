@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from moe_jax.core.arrays import AnyArray, InputError, require_same_length
+from moe_jax.core.arrays import AnyArray, InputError, by_numpy, namespace, require_same_length
 
 FALLBACK_THRESHOLD = 0.5
 
@@ -19,18 +19,18 @@ def _require_weights(weights: AnyArray, predictions: AnyArray) -> None:
         raise InputError(f"weights have shape {weights.shape}, expected (N, K) like expert_predictions {predictions.shape}")
 
 
-@jax.jit
-def route_soft(weights: Float[AnyArray, "N K"], expert_predictions: Float[AnyArray, "N K"]) -> Float[jax.Array, " N"]:
+@by_numpy
+def route_soft(weights: Float[AnyArray, "N K"], expert_predictions: Float[AnyArray, "N K"]) -> Float[AnyArray, " N"]:
     """The mixture, sum over k of weights * expert_predictions."""
     _require_weights(weights, expert_predictions)
-    return jnp.sum(jnp.asarray(weights) * expert_predictions, axis=1)
+    return (weights * expert_predictions).sum(axis=1)
 
 
-@jax.jit
-def route_hard(weights: Float[AnyArray, "N K"], expert_predictions: Float[AnyArray, "N K"]) -> Float[jax.Array, " N"]:
+@by_numpy
+def route_hard(weights: Float[AnyArray, "N K"], expert_predictions: Float[AnyArray, "N K"]) -> Float[AnyArray, " N"]:
     """The prediction of the expert with the largest weight; the first of several equal ones."""
     _require_weights(weights, expert_predictions)
-    return select_expert(expert_predictions, jnp.argmax(jnp.asarray(weights), axis=1))
+    return select_expert(expert_predictions, weights.argmax(axis=1))
 
 
 @functools.partial(jax.jit, static_argnames="threshold")
@@ -39,29 +39,32 @@ def route_fallback(
     expert_predictions: Float[AnyArray, "N K"],
     global_prediction: Float[AnyArray, " N"],
     threshold: float = FALLBACK_THRESHOLD,
-) -> Float[jax.Array, " N"]:
+) -> Float[AnyArray, " N"]:
     """The mixture, but the global model's prediction for stars whose largest weight is below ``threshold``."""
     require_same_length(weights=weights, global_prediction=global_prediction)
     unsure = jnp.max(jnp.asarray(weights), axis=1) < threshold
     return jnp.where(unsure, global_prediction, route_soft(weights, expert_predictions))
 
 
-@jax.jit
-def sharpen(weights: Float[AnyArray, "N K"], temperature: ArrayLike) -> Float[jax.Array, "N K"]:
+@by_numpy
+def sharpen(weights: Float[AnyArray, "N K"], temperature: ArrayLike) -> Float[AnyArray, "N K"]:
     """Weights at another temperature, proportional to weights^(1 / temperature): sharper below 1, more uniform above."""
-    weights = jnp.asarray(weights)
-    return jax.nn.softmax(jnp.log(jnp.maximum(weights, jnp.finfo(weights.dtype).tiny)) / temperature, axis=1)
+    xp = namespace(weights)
+    logits = xp.log(xp.maximum(weights, xp.finfo(weights.dtype).tiny)) / temperature
+    sharp = xp.exp(logits - logits.max(axis=1, keepdims=True))
+    return sharp / sharp.sum(axis=1, keepdims=True)
 
 
-@jax.jit
-def route_oracle(cell: Int[AnyArray, " N"], expert_predictions: Float[AnyArray, "N K"]) -> Float[jax.Array, " N"]:
+@by_numpy
+def route_oracle(cell: Int[AnyArray, " N"], expert_predictions: Float[AnyArray, "N K"]) -> Float[AnyArray, " N"]:
     """The prediction of the true cell's expert; NaN for a star that no cell covers (cell -1)."""
     require_same_length(expert_predictions=expert_predictions, cell=cell)
-    cell = jnp.asarray(cell)
-    return jnp.where(cell >= 0, select_expert(expert_predictions, jnp.maximum(cell, 0)), jnp.nan)
+    xp = namespace(cell, expert_predictions)
+    own = select_expert(expert_predictions, xp.maximum(cell, 0))
+    return xp.where(cell >= 0, own, xp.full_like(own, xp.nan))
 
 
-@jax.jit
-def select_expert(expert_predictions: Float[AnyArray, "N K"], expert: Int[AnyArray, " N"]) -> Float[jax.Array, " N"]:
+@by_numpy
+def select_expert(expert_predictions: Float[AnyArray, "N K"], expert: Int[AnyArray, " N"]) -> Float[AnyArray, " N"]:
     """The prediction of one given expert for each star."""
-    return jnp.take_along_axis(jnp.asarray(expert_predictions), jnp.asarray(expert)[:, None], axis=1)[:, 0]
+    return namespace(expert_predictions).take_along_axis(expert_predictions, expert[:, None], axis=1)[:, 0]

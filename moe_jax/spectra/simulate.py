@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float, PRNGKeyArray
 
-from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.core.arrays import AnyArray, InputError, map_blocks, to_device
 from moe_jax.spectra.grid import SpectralGrid, interpolate_grid, load_grid
 from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.sky import sky_variance, throughput
@@ -160,25 +160,21 @@ class SimulatedSpectra:
             if axis[0] > low or axis[-1] < high:
                 raise InputError(f"the grid's {name} runs from {axis[0]:g} to {axis[-1]:g}, expected {low:g} to {high:g}")
         drawn = _draw_labels(key, n_stars, label_sampling)
-        self.wave, self.n_stars = jnp.asarray(WAVE), n_stars
-        self.labels = Labels(**drawn, redshift=jnp.zeros(n_stars), snr=jnp.full(n_stars, jnp.nan))
+        self.wave, self.n_stars = to_device(WAVE), n_stars
+        self.labels = Labels(**drawn, redshift=to_device(np.zeros(n_stars)), snr=to_device(np.full(n_stars, np.nan)))
 
     def read(self, start: int, stop: int) -> tuple[Float[jax.Array, "n P"], Float[jax.Array, "n P"]]:
         """Clean flux and error of the stars ``start`` to ``stop - 1``."""
-        stars = {name: getattr(self.labels, name)[start:stop] for name in ("T_eff", "log_g", "M_H", "a_M", "mag")}
-        return _spectra(stars, self._axes, self._components)
+        stars = {name: getattr(self.labels, name) for name in ("T_eff", "log_g", "M_H", "a_M", "mag")}
+        spectra = functools.partial(_spectra, axes=self._axes, components=self._components)
+        return map_blocks(spectra, stars, start, stop, _BATCH)
 
 
 @functools.partial(jax.jit, static_argnames=("axes",))
 def _spectra(
     labels: dict[str, jax.Array], axes: tuple[tuple[float, ...], ...], components: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    """Flux and error of some stars, in batches."""
+    """Flux and error of some stars."""
     grid = SpectralGrid(*map(np.array, axes), *components)
-
-    def spectrum(star: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        flux = model_flux(grid, *(star[name][None] for name in ("T_eff", "log_g", "M_H", "a_M")))
-        return flux[0], flux_error(star["mag"][None], flux)[0]
-
-    flux, error = lax.map(spectrum, labels, batch_size=min(_BATCH, len(labels["mag"])))
-    return flux, error
+    flux = model_flux(grid, *(labels[name] for name in ("T_eff", "log_g", "M_H", "a_M")))
+    return flux, flux_error(labels["mag"], flux)

@@ -6,8 +6,7 @@ from sklearn.linear_model import Ridge
 
 import moe_jax
 from moe_jax import InputError
-from moe_jax.experts import cross_validation
-from moe_jax.experts.fit import padded_sizes
+from moe_jax.experts import fit
 
 ALPHAS = np.array([0.1, 1.0, 10.0])
 
@@ -39,12 +38,19 @@ def test_each_expert_is_the_ridge_of_its_cell(cells, x64):
     assert np.isnan(fitted.out_of_fold[cell < 0]).all()
 
 
-def test_cells_of_similar_size_share_a_program(cells, x64):
+@pytest.mark.parametrize("n_pixels", [70, 15])
+def test_compiled_programs_give_what_lapack_gives(cells, n_pixels, x64, monkeypatch):
+    """Off a CPU, cells are padded to common sizes, and XLA compiles what NumPy and LAPACK run here."""
     x, y, cell, folds = cells
-    before = cross_validation._dual_residuals._cache_size()
-    moe_jax.fit_experts(np.pad(x, ((0, 0), (0, 299))), y, cell, ALPHAS, folds, n_experts=4)
-    assert cross_validation._dual_residuals._cache_size() == before + 1  # 60, 57, 40 and 25 stars are all padded to 256
-    assert padded_sizes(np.array([3807, 3659, 3297, 3173, 2969, 2749, 2563, 2322, 2041])) == [
+    x = x[:, :n_pixels]
+    by_lapack = moe_jax.fit_experts(x, y, cell, ALPHAS, folds, n_experts=4)
+    monkeypatch.setattr(fit, "to_host", lambda *arrays: tuple(map(jnp.asarray, arrays)))
+    compiled = moe_jax.fit_experts(x, y, cell, ALPHAS, folds, n_experts=4)
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-7, atol=1e-9), compiled, by_lapack)
+
+
+def test_padded_sizes():
+    assert fit.padded_sizes(np.array([3807, 3659, 3297, 3173, 2969, 2749, 2563, 2322, 2041])) == [
         3840, 3840, 3328, 3328, 3008, 2752, 2752, 2368, 2048,
     ]  # fmt: skip
 
