@@ -207,7 +207,7 @@ def gain_survives_noise(scale: pd.DataFrame, choices: pd.DataFrame, n_test: int)
     noisy = scale[(scale["noise_level"] == 1.0) & (scale["method"] == "MLP")]
     texts = []
     for n_train in (32_000, noisy["n_train"].max()):
-        at_edge = row_of(choices, noise_level=1.0, n_train=n_train)["cells_at_edge"]
+        at_edge = int(row_of(choices, noise_level=1.0, n_train=n_train)["cells_at_edge"])
         text = f"{shown(row_of(noisy, n_train=n_train), prefix='delta_r2_')} with {int(n_train):,} training stars"
         texts.append(text + (f" (alpha at an end of its grid in {at_edge} of {len(CELL_NAMES)} cells)" if at_edge else ""))
     ours = row_of(noisy, n_train=32_000)
