@@ -66,11 +66,23 @@ def _platform(matrix: jax.Array) -> str:
     return platform
 
 
-def shifted_cholesky(matrix: Float[jax.Array, "M M"], shift: ArrayLike) -> Float[jax.Array, "M M"]:
-    """Cholesky factor of matrix + shift I, by XLA; only the lower triangle of the matrix is read."""
+def shifted_cholesky(matrix: Float[jax.Array, "M M"], shift: ArrayLike, jitter: ArrayLike = 0.0) -> Float[jax.Array, "M M"]:
+    """Cholesky factor of matrix + (shift + jitter) I, by XLA; only the lower triangle of the matrix is read.
+
+    Rounding scales with the largest eigenvalue, and may make a matrix of low rank indefinite. While the factorisation fails, the
+    jitter is raised to 32 times itself, three times at most; then the factor holds NaN.
+    """
     diagonal = jnp.arange(len(matrix))
-    factor: jax.Array = lax.linalg.cholesky(matrix.at[diagonal, diagonal].add(shift), symmetrize_input=False)
-    return factor
+
+    def factor(added: ArrayLike) -> jax.Array:
+        return lax.linalg.cholesky(matrix.at[diagonal, diagonal].add(shift + added), symmetrize_input=False)
+
+    if isinstance(jitter, float):
+        return factor(jitter)
+    first = (jitter, factor(jitter))
+    failed = lambda state: jnp.isnan(state[1][-1, -1]) & (state[0] < 32**3 * jitter)  # noqa: E731
+    result: jax.Array = lax.while_loop(failed, lambda state: (32 * state[0], factor(32 * state[0])), first)[1]
+    return result
 
 
 def cho_solve(factor: Float[jax.Array, "M M"], b: Float[jax.Array, "M ..."]) -> Float[jax.Array, "M ..."]:

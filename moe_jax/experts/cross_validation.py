@@ -63,6 +63,10 @@ def cross_validate_ridge(
 ) -> RidgeCV:
     """Out-of-fold predictions of ridge regressions for every alpha; they equal those of a refit without each fold.
 
+    Unlike a fit they are not refined. Where fewer stars than pixels are left without a fold, but not without any (N from P to
+    5/4 P for five folds), the relative error is at most about the rounding error times the largest eigenvalue of X'X over alpha;
+    an alpha of 1e-3 of that eigenvalue gives 1e-4 in float32. Elsewhere it is below 1e-4.
+
     Args:
         x: features.
         y: target.
@@ -171,7 +175,11 @@ class _Solver:
         if isinstance(alpha, jax.core.Tracer):  # under jit
             return inverse_cholesky(self.matrix, alpha + self.jitter, self.n_used)
         if float(alpha) not in self._factors:
-            self._factors[float(alpha)] = inverse_cholesky(self.matrix, alpha + self.jitter, self.n_used)
+            for growth in (1, 32, 32**2, 32**3):  # as in ``shifted_cholesky``
+                factor = inverse_cholesky(self.matrix, alpha + growth * self.jitter, self.n_used)
+                if jnp.isfinite(factor[0, 0]):
+                    break
+            self._factors[float(alpha)] = factor
         return self._factors[float(alpha)]
 
     def residuals(self, alpha: jax.Array | np.floating) -> Float[jax.Array, " N"]:

@@ -51,11 +51,21 @@ def fit_ridge(x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alpha: ArrayL
         alpha: penalty of the squared coefficients, in the convention of scikit-learn's ``Ridge``; > 0.
 
     Raises:
-        InputError: shapes that disagree, or an alpha that is not positive.
+        InputError: shapes that disagree, numbers that are not finite, or an alpha that is not positive.
     """
     require_same_length(x=x, y=y)
     require_positive(alpha)
-    return _fit(jnp.asarray(x), jnp.asarray(y), alpha, jnp.ones(len(x)))
+    return _finite(_fit(jnp.asarray(x), jnp.asarray(y), alpha, jnp.ones(len(x))), x=x, y=y)
+
+
+def _finite(ridge: Ridge, **arrays: AnyArray) -> Ridge:
+    """The ridge; an ``InputError`` where it is not finite, with the array that is to blame."""
+    if not isinstance(ridge.coef, jax.core.Tracer) and not np.isfinite(ridge.coef).all():
+        for name, array in arrays.items():
+            if not np.isfinite(np.asarray(array)).all():
+                raise InputError(f"{name} holds numbers that are not finite, expected finite ones")
+        raise InputError("the fit is not finite, expected x of a smaller range or a larger alpha")
+    return ridge
 
 
 @jax.jit
@@ -63,7 +73,8 @@ def _fit(x: jax.Array, y: jax.Array, alpha: ArrayLike, root: jax.Array) -> Ridge
     data = center(x, y, root.astype(x.dtype))
     alpha = jnp.asarray(alpha, x.dtype)
     matrix, added = kernel(data)
-    return solve(data, alpha, functools.partial(cho_solve, shifted_cholesky(matrix, alpha + added)))
+    alpha = jnp.where(jnp.isfinite(added), alpha, jnp.nan)  # squares that overflow must not end in coefficients of 0
+    return solve(data, alpha, functools.partial(cho_solve, shifted_cholesky(matrix, alpha, added)))
 
 
 def fit_weighted_ridge(
@@ -74,11 +85,11 @@ def fit_weighted_ridge(
     Args:
         x: features.
         y: target.
-        sample_weight: s_i, at least 0 and not all 0.
+        sample_weight: s_i, at least 0 and not all 0. In float32 they should span less than about 10^8.
         alpha: penalty, > 0.
 
     Raises:
-        InputError: shapes that disagree, weights or an alpha out of range.
+        InputError: shapes that disagree, numbers that are not finite, weights or an alpha out of range.
     """
     require_same_length(x=x, y=y, sample_weight=sample_weight)
     require_positive(alpha)
@@ -86,12 +97,17 @@ def fit_weighted_ridge(
         values = np.asarray(sample_weight)
         if not (np.isfinite(values) & (values >= 0)).all() or not values.any():
             raise InputError(f"sample_weight holds {values.min()} to {values.max()}, expected numbers >= 0, not all 0")
-    return _fit(jnp.asarray(x), jnp.asarray(y), alpha, jnp.sqrt(jnp.asarray(sample_weight)))
+    fit = _fit(jnp.asarray(x), jnp.asarray(y), alpha, jnp.sqrt(jnp.asarray(sample_weight)))
+    return _finite(fit, x=x, y=y)
 
 
 @jax.jit
 def predict_ridge(ridge: Ridge, x: Float[AnyArray, "N P"]) -> Float[jax.Array, "N ..."]:
-    """Predictions x @ coef + intercept: (N,) of one ridge, (N, K) of K stacked ridges; one matmul in either case."""
+    """Predictions x @ coef + intercept: (N,) of one ridge, (N, K) of K stacked ridges; one matmul in either case.
+
+    A prediction depends on its own row alone, so nothing is centred: rounding is that of x @ coef. Where columns lie far from 0
+    against their spread, bring them near 0 before the fit.
+    """
     *stack, p = ridge.coef.shape
     return matmul(x, ridge.coef.reshape(-1, p).T).reshape(len(x), *stack) + ridge.intercept[None]
 

@@ -59,7 +59,7 @@ def moments(sums: Sums) -> Moments:
 
 def solve_moments(train: Moments, alpha: jax.Array) -> Ridge:
     """The ridge regression of the stars."""
-    coef = cho_solve(shifted_cholesky(train.xx, alpha + jitter(train.xx)), train.xy[:, None])[:, 0]
+    coef = cho_solve(shifted_cholesky(train.xx, alpha, jitter(train.xx)), train.xy[:, None])[:, 0]
     return Ridge(coef, train.y_mean - jnp.sum(train.x_mean * coef))
 
 
