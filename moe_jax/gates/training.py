@@ -175,7 +175,8 @@ def fit_gate(
         hyper: replaces the learning rate and the penalties of ``config``; may hold tracers, to vmap over them.
 
     Raises:
-        InputError: as ``require_informative``; also for fewer than 2 stars, or no ``logistic`` to start from.
+        InputError: as ``require_informative``; also for fewer than 2 stars, no ``logistic`` to start from, or a loss that is not
+            finite.
     """
     config = GateConfig() if config is None else config
     require_informative(features, expert_predictions, y)
@@ -190,7 +191,7 @@ def fit_gate(
         params = gate.from_linear(params, logistic)
     numbers = Hyper.of(config) if hyper is None else hyper
     penalty = None if hyper is None and config.entropy_penalty == 0 else numbers.entropy_penalty
-    return minimize(
+    fit = minimize(
         key_train,
         MixtureObjective(gate, penalty),
         params,
@@ -200,6 +201,9 @@ def fit_gate(
         validation_objective=MixtureObjective(gate),
         weight_decay=numbers.weight_decay,
     )
+    if not isinstance(fit.train_loss, jax.core.Tracer) and not np.isfinite(fit.train_loss[fit.best_epoch]):
+        raise InputError(f"the loss is {fit.train_loss[fit.best_epoch]}, expected numbers whose squares do not overflow")
+    return fit
 
 
 def fit_gates(
