@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 from moe_jax.core.arrays import AnyArray, InputError, require_vectors
+from moe_jax.core.convert import convert_arguments
 
 LEVELS = (0.68, 0.90, 0.95)
 
@@ -29,6 +30,7 @@ class Calibration(NamedTuple):
     n_stars: Float[AnyArray, " K"]  #: held-out stars of each group
 
 
+@convert_arguments("score", "group")
 def calibrate(
     score: Float[AnyArray, " N"], group: Int[AnyArray, " N"], n_groups: int, levels: tuple[float, ...] = LEVELS
 ) -> Calibration:

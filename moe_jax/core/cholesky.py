@@ -66,7 +66,7 @@ def _platform(matrix: jax.Array) -> str:
     return platform
 
 
-def shifted_cholesky(matrix: Float[jax.Array, "M M"], shift: ArrayLike, jitter: ArrayLike = 0.0) -> Float[jax.Array, "M M"]:
+def shifted_cholesky(matrix: Float[jax.Array, "M M"], shift: ArrayLike, jitter: jax.Array | None = None) -> Float[jax.Array, "M M"]:
     """Cholesky factor of matrix + (shift + jitter) I, by XLA; only the lower triangle of the matrix is read.
 
     Rounding scales with the largest eigenvalue, and may make a matrix of low rank indefinite. While the factorisation fails, the
@@ -74,14 +74,20 @@ def shifted_cholesky(matrix: Float[jax.Array, "M M"], shift: ArrayLike, jitter: 
     """
     diagonal = jnp.arange(len(matrix))
 
-    def factor(added: ArrayLike) -> jax.Array:
+    def factor(added: jax.Array, matrix: jax.Array = matrix, shift: ArrayLike = shift) -> jax.Array:
         return lax.linalg.cholesky(matrix.at[diagonal, diagonal].add(shift + added), symmetrize_input=False)
 
-    if isinstance(jitter, float):
-        return factor(jitter)
-    first = (jitter, factor(jitter))
-    failed = lambda state: jnp.isnan(state[1][-1, -1]) & (state[0] < 32**3 * jitter)  # noqa: E731
-    result: jax.Array = lax.while_loop(failed, lambda state: (32 * state[0], factor(32 * state[0])), first)[1]
+    if jitter is None:
+        return factor(jnp.zeros((), matrix.dtype))
+    first = factor(jitter)
+    # Only the last factorisation is differentiated.
+    *fixed, start = lax.stop_gradient((matrix, shift, jitter))
+    grown, _ = lax.while_loop(
+        lambda state: state[1] & (state[0] < 32**3 * start),
+        lambda state: (32 * state[0], jnp.isnan(factor(32 * state[0], *fixed)[-1, -1])),
+        (start, jnp.isnan(lax.stop_gradient(first)[-1, -1])),
+    )
+    result: jax.Array = lax.cond(grown > start, lambda: factor(grown), lambda: first)
     return result
 
 

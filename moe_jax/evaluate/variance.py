@@ -19,6 +19,7 @@ import scipy.stats
 from jaxtyping import Float
 
 from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.core.convert import convert_arguments
 
 SOURCES = ("test stars", "survey", "noise draw", "gate seed", "survey x test", "noise x test", "seed x test")
 #: The sources whose variance falls as 1 / (stars in a test set).
@@ -53,6 +54,7 @@ class VarianceComponents(NamedTuple):
         return {name: (float(low), float(high)) for name, v in positive.items() for low, high in [np.quantile(v / total, tails)]}
 
 
+@convert_arguments("values")
 def variance_components(values: Float[AnyArray, "S N G T"], confidence_level: float = 0.95) -> VarianceComponents:
     """Splits the spread of values[s, n, g, t] into its sources.
 

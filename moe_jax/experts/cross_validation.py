@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 
 from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_length
 from moe_jax.core.cholesky import inverse_cholesky
+from moe_jax.core.convert import convert_arguments
 from moe_jax.experts import ridge
 from moe_jax.experts.alphas import require_positive, search_alphas
 from moe_jax.experts.ridge import Centred, Ridge, center, is_dual, jitter, kernel
@@ -58,6 +59,7 @@ class CrossValidatedRidge(NamedTuple):
     out_of_fold: Float[jax.Array, " N"]  #: each star predicted without its fold, by its own cell's expert; NaN without a cell
 
 
+@convert_arguments("folds", finite=("x", "y"))
 def cross_validate_ridge(
     x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alphas: Float[AnyArray, " A"], folds: Int[AnyArray, " N"]
 ) -> RidgeCV:

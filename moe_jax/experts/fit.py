@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from moe_jax.core.arrays import AnyArray, InputError, require_same_length
+from moe_jax.core.convert import convert_arguments
 from moe_jax.experts.alphas import require_positive
 from moe_jax.experts.cross_validation import CrossValidatedRidge, fit_cross_validated, held_rows
 from moe_jax.experts.ridge import is_dual, predict_ridge
@@ -25,6 +26,7 @@ LEAST_FILL = 0.93  # a cell is padded to a larger cell's size if it fills this p
 FOLD_SLACK = 8  # rows that a fold may hold more than an equal share, without another program
 
 
+@convert_arguments()
 def assign_folds(key: PRNGKeyArray, cell: Int[AnyArray, " N"], n_folds: int = 5) -> Int[jax.Array, " N"]:
     """Random folds, stratified: within each cell, their sizes differ by one star at the most."""
     return _assign_folds(key, jnp.asarray(cell), n_folds)
@@ -65,6 +67,7 @@ def _take_padded(x: jax.Array, y: jax.Array, rows: jax.Array) -> tuple[jax.Array
     return x_cell, y_cell, (rows < len(y)).astype(x.dtype)
 
 
+@convert_arguments("x", "y", "cell", "alphas", "folds")
 def fit_experts(
     x: Float[AnyArray, "N P"],
     y: Float[AnyArray, " N"],
@@ -113,6 +116,7 @@ def fit_experts(
     return experts._replace(out_of_fold=jnp.asarray(out_of_fold[:-1]))
 
 
+@convert_arguments("folds")
 def fit_global(
     x: Float[AnyArray, "N P"],
     y: Float[AnyArray, " N"],
@@ -132,11 +136,13 @@ def fit_global(
     return fit._replace(out_of_fold=jnp.zeros_like(y).at[rows].set(fit.out_of_fold))
 
 
+@convert_arguments()
 def predict_experts(experts: CrossValidatedRidge, x: Float[AnyArray, "N P"]) -> Float[jax.Array, "N K"]:
     """Predictions of all experts for all stars: ``predict_ridge`` of ``experts.ridge``."""
     return predict_ridge(experts.ridge, x)
 
 
+@convert_arguments()
 @jax.jit
 def cross_fitted_predictions(
     predictions: Float[AnyArray, "N K"], out_of_fold: Float[AnyArray, " N"], cell: Int[AnyArray, " N"]

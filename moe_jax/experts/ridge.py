@@ -29,6 +29,7 @@ from jaxtyping import Float
 
 from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_length
 from moe_jax.core.cholesky import cho_solve, shifted_cholesky
+from moe_jax.core.convert import convert_arguments
 from moe_jax.experts.alphas import require_positive
 
 REFINEMENT_STEPS = 3
@@ -42,6 +43,7 @@ class Ridge(NamedTuple):
     intercept: Float[jax.Array, "*k"]
 
 
+@convert_arguments()
 def fit_ridge(x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alpha: ArrayLike) -> Ridge:
     """Fits y on x by ridge regression with an unpenalised intercept; exact, by Cholesky, jitted.
 
@@ -77,6 +79,7 @@ def _fit(x: jax.Array, y: jax.Array, alpha: ArrayLike, root: jax.Array) -> Ridge
     return solve(data, alpha, functools.partial(cho_solve, shifted_cholesky(matrix, alpha, added)))
 
 
+@convert_arguments()
 def fit_weighted_ridge(
     x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], sample_weight: Float[AnyArray, " N"], alpha: ArrayLike
 ) -> Ridge:
@@ -101,6 +104,7 @@ def fit_weighted_ridge(
     return _finite(fit, x=x, y=y)
 
 
+@convert_arguments()
 @jax.jit
 def predict_ridge(ridge: Ridge, x: Float[AnyArray, "N P"]) -> Float[jax.Array, "N ..."]:
     """Predictions x @ coef + intercept: (N,) of one ridge, (N, K) of K stacked ridges; one matmul in either case.

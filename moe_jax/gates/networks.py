@@ -1,8 +1,9 @@
 """Gates turn a star's features into the weights of the experts.
 
 A gate is a small frozen description (``LinearGate()``, ``MLPGate(hidden=64)``) with two pure functions: ``init`` makes its
-params, a nested dict of arrays, and ``apply`` turns features into weights. Only this module knows that the networks behind
-them are Flax NNX modules.
+params, a nested dict of arrays, and ``apply`` turns features into weights. It is a pytree without leaves, so that a mixture may
+pass through ``jit``; register one of your own with ``jax.tree_util.register_static``. Only this module knows that the networks
+behind them are Flax NNX modules.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Float, PRNGKeyArray
 
@@ -98,6 +100,7 @@ def _graph(gate: _FlaxGate, n_features: int, n_experts: int) -> nnx.GraphDef:
     return nnx.split(network)[0]
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class LinearGate(_FlaxGate):
     """softmax(W features + b): the form of a multinomial logistic regression."""
@@ -110,6 +113,7 @@ class LinearGate(_FlaxGate):
         return jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), params, linear)
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class MLPGate(_FlaxGate):
     """softmax of a network with one hidden layer of rectified units."""
@@ -150,6 +154,19 @@ class MLPGate(_FlaxGate):
             "head": {"bias": linear["head"]["bias"], "kernel": jnp.concatenate([kernel, -kernel, rest.astype(kernel.dtype)])},
         }
         return jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), params, start)
+
+
+def require_simplex(gate: Gate, params: Params, features: AnyArray) -> None:
+    """Raises an ``InputError`` if a gate of one's own gives no weights: they must be >= 0 and sum to 1. Tracers are not checked."""
+    if isinstance(gate, _FlaxGate) or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, features))):
+        return
+    weights = np.asarray(gate.apply(params, features), np.float64)
+    total = weights.sum(axis=-1)
+    if not (weights.min() >= -1e-3 and np.all(np.abs(total - 1) <= 1e-3)):
+        raise InputError(
+            f"gate.apply gives weights of at least {weights.min():.3g} that sum to {total.min():.3g} to {total.max():.3g}, "
+            "expected weights >= 0 of sum 1: end with a softmax"
+        )
 
 
 def linear_params(kernel: Float[AnyArray, "F K"], bias: Float[AnyArray, " K"]) -> Params:
