@@ -81,10 +81,10 @@ def shifted_cholesky(matrix: Float[jax.Array, "M M"], shift: ArrayLike, jitter: 
         return factor(jnp.zeros((), matrix.dtype))
     first = factor(jitter)
     # Only the last factorisation is differentiated.
-    *fixed, start = lax.stop_gradient((matrix, shift, jitter))
+    fixed, at, start = lax.stop_gradient((matrix, jnp.asarray(shift, matrix.dtype), jitter))
     grown, _ = lax.while_loop(
         lambda state: state[1] & (state[0] < 32**3 * start),
-        lambda state: (32 * state[0], jnp.isnan(factor(32 * state[0], *fixed)[-1, -1])),
+        lambda state: (32 * state[0], jnp.isnan(factor(32 * state[0], fixed, at)[-1, -1])),
         (start, jnp.isnan(lax.stop_gradient(first)[-1, -1])),
     )
     result: jax.Array = lax.cond(grown > start, lambda: factor(grown), lambda: first)
