@@ -1,6 +1,6 @@
 """Would the difference come out again? Surveys, noise draws and gate seeds are repeated, and judged on ten test sets.
 
-    python -m experiments.replicate                 4 surveys x 8 noise draws x 32 gate seeds x 10 test sets; 35 min on 2 cores
+    python -m experiments.replicate                 4 surveys x 8 noise draws x 32 gate seeds x 10 test sets; 40 min on 2 cores
     python -m experiments.replicate --preset smoke  2 x 2 x 2 x 2, small; about a minute
 
 A run that was stopped goes on where it was, from the cache. Results go to results/replicate/PRESET.
@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from experiments.pipeline.config import BootstrapOptions, DataConfig, ExpertOptions, OutputOptions
-from experiments.pipeline.gates import CONVERGED_LINEAR, GateRun, mix_by_class, run_gates
-from experiments.pipeline.methods import PROTOCOLS
+from experiments.pipeline.gates import CONVERGED, GateRun, mix_by_class, run_gates
+from experiments.pipeline.methods import CROSS_FITTED, IN_SAMPLE
 from experiments.pipeline.prepare import prepare_each
 from experiments.pipeline.stars import Prepared
 from experiments.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure
@@ -74,14 +74,24 @@ PRESETS = {
 }
 
 
+#: The converged linear gate on the stars that the MLP is trained on: of the same fifth, the same part is held out.
+CONVERGED_ON_SAME = dataclasses.replace(CONVERGED, validation_fraction=0.2, patience=100)
+#: Differences between two gates: name, gate, and the gate that it is compared with instead of the classification gate.
+DIFFERENCES = {
+    "MLP - converged linear, in-sample 20 %": ("MLP, in-sample 20 %", "linear, in-sample 20 %, converged"),
+    "MLP - converged linear, cross-fitted": ("MLP, cross-fitted", "linear, cross-fitted, converged"),
+}
+
+
 def gates_of(config: ReplicateConfig) -> dict[str, GateRun]:
-    """The gates by the name in the tables; from the logistic regression to the optimum on all stars, nothing is drawn."""
+    """The gates by the name in the tables; in a converged one only the stars that are held out are drawn, once."""
     mlp, linear = config.mlp, LinearGate()
     return {
-        "MLP, in-sample 20 %": GateRun(mlp, config.gate, PROTOCOLS[0], 0.2, config.n_seeds),
+        "MLP, in-sample 20 %": GateRun(mlp, config.gate, IN_SAMPLE, 0.2, config.n_seeds),
         "MLP, cross-fitted": GateRun(mlp, config.gate, n_seeds=config.n_seeds),
-        "linear, in-sample 20 %": GateRun(linear, config.gate, PROTOCOLS[0], 0.2, config.n_seeds),
-        "linear, cross-fitted, converged": CONVERGED_LINEAR,
+        "linear, in-sample 20 %": GateRun(linear, config.gate, IN_SAMPLE, 0.2, config.n_seeds),
+        "linear, in-sample 20 %, converged": GateRun(linear, CONVERGED_ON_SAME, IN_SAMPLE, 0.2, 1),
+        "linear, cross-fitted, converged": GateRun(linear, CONVERGED_ON_SAME, CROSS_FITTED, 1.0, 1),
     }
 
 
@@ -120,7 +130,8 @@ def repeat(config: ReplicateConfig, stages: Stages) -> tuple[dict[str, np.ndarra
             size = int(np.sum(np.asarray(prepared.test.cell) >= 0)) // config.n_sets
             advance()
     shape = (config.n_surveys, config.n_draws, config.n_seeds, config.n_sets)
-    return {name: np.stack([values[name] for values in repetitions]).reshape(shape) for name in repetitions[0]}, size
+    values = {name: np.stack([values[name] for values in repetitions]).reshape(shape) for name in repetitions[0]}
+    return values | {name: values[ours] - values[theirs] for name, (ours, theirs) in DIFFERENCES.items()}, size
 
 
 def summarize(config: ReplicateConfig, values: dict[str, np.ndarray]) -> tuple[dict[str, pd.DataFrame], dict]:
@@ -140,8 +151,10 @@ def summarize(config: ReplicateConfig, values: dict[str, np.ndarray]) -> tuple[d
         for name, c in components.items()
     )
     sources = pd.DataFrame(
-        {"gate": name, "source": source, "sd": np.sqrt(max(v, 0.0)), "share": max(v, 0.0) / c.total, "variance": v}
+        {"gate": name, "source": source, "sd": np.sqrt(max(v, 0.0)), "share": c.share[source]}
+        | {"share_low": shares[source][0], "share_high": shares[source][1], "variance": v}
         for name, c in components.items()
+        for shares in [c.share_intervals(config.bootstrap.confidence_level)]
         for source, v in c.variance.items()
     )
     singles = pd.DataFrame(
@@ -169,14 +182,14 @@ def draw_figures(values: dict[str, np.ndarray], components: dict[str, VarianceCo
     ax.axvline(0.0, color=BLACK, lw=0.8, ls="--")
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.set_xlabel(r"$\Delta R^2$ against the classification gate, test sets of the report's size")
+    ax.set_xlabel(r"$\Delta R^2$, test sets of the report's size")
     fig.legend(fontsize=8, ncols=4, loc="outside upper center")
     shares, ax = new_figure(figsize=(8.0, 3.6))
     left = np.zeros(len(names))
     colors = (GREY, BLUE, ORANGE, GREEN, "#56B4E9", "#F0E442", "#CC79A7")
     hatches = ("", "", "", "", "//", "\\\\", "xx")
     for source, color, hatch in zip(SOURCES, colors, hatches, strict=True):
-        width = np.array([max(components[name].variance[source], 0.0) / components[name].total for name in names])
+        width = np.array([components[name].share[source] for name in names])
         ax.barh(range(len(names)), width, left=left, color=color, hatch=hatch, edgecolor="white", label=source)
         left += width
     ax.set_yticks(range(len(names)), names)
@@ -200,20 +213,25 @@ def sections_of(config: ReplicateConfig, tables: dict[str, pd.DataFrame], size: 
         }
         for row in tables["intervals"].to_dict("records")
     )
-    spread = tables["components"].pivot(index="gate", columns="source", values="sd").loc[tables["intervals"]["gate"], list(SOURCES)]
+    parts = tables["components"].copy()
+    ends = zip(parts["share"], parts["share_low"], parts["share_high"], strict=True)
+    parts["shown"] = [f"{share:.0%} [{low:.0%}, {high:.0%}]" for share, low, high in ends]
+    shares = parts.pivot(index="gate", columns="source", values="shown").loc[tables["intervals"]["gate"], list(SOURCES)]
     return [
         f"{config.n_surveys} surveys of {config.data.n_train:,} training stars x {config.n_draws} noise draws x "
         f"{config.n_seeds} gate seeds, each judged on the same {config.n_sets} test sets of {size} covered stars. Delta R2 is "
-        "against the classification gate of the same repetition. "
-        "The converged linear gate starts at the classification gate and has no seed.",
+        "against the classification gate of the same repetition; in the last two rows, of the MLP against the converged linear "
+        "gate. Test stars keep their noise; each draw of the training stars' noise has gate seeds of its own. A converged gate "
+        "starts at the classification gate; both kinds hold out a fifth of their stars.",
         table_markdown(shown),
         "*Expected*: holds the mean over repetitions. *One repetition*: holds what a new survey, noise draw, gate seed and test "
         "set would give; it is what a single published number should be read with.",
         "![All repetitions](repetitions.png)",
-        "## Where the spread comes from: standard deviations by source",
-        table_markdown(spread.reset_index()),
+        f"## Where the spread comes from: shares of the variance of one repetition, with {level} intervals",
+        table_markdown(shares.reset_index()),
         "The last three are interactions: how differently test sets take the same change of survey, noise or seed. Moment "
-        "estimates (balanced analysis of variance); below 0 they are shown as 0, and as they are in `components.csv`.",
+        "estimates (balanced analysis of variance), those below 0 as 0, and generalised confidence intervals: "
+        f"{config.n_surveys} surveys say little about the share of surveys. `components.csv` has the standard deviations.",
         "![Shares of the variance](shares.png)",
     ]
 

@@ -85,7 +85,7 @@ class RidgeMixtureRegressor(RegressorMixin, BaseEstimator):
             self.cell_ = self._clusters(x, n_folds, state) if cell is None else np.asarray(cell)
             key, alphas = jax.random.key(state.randint(2**31)), tuple(self.alphas)
             fitted = fit_moe(key, x, target, self.cell_, alphas=alphas, n_folds=n_folds, gate=gate, config=config)
-            self.mixture_ = jax.tree.map(np.asarray, fitted, is_leaf=lambda leaf: leaf is gate)._replace(gate=gate)
+            self.mixture_ = jax.tree.map(np.asarray, fitted)
         return self
 
     def predict(self, X: Any) -> np.ndarray:

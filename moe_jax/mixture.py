@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from moe_jax.core.arrays import AnyArray, InputError, mean_and_scale, require_same_length, scale_columns, take_rows
+from moe_jax.core.convert import convert_arguments
 from moe_jax.experts.alphas import require_positive
 from moe_jax.experts.fit import assign_folds, cross_fitted_predictions, fit_experts
 from moe_jax.experts.ridge import Ridge, predict_ridge
@@ -46,6 +47,7 @@ class MoEPrediction(NamedTuple):
     expert_predictions: Float[jax.Array, "N K"]
 
 
+@convert_arguments("x", "y", "cell", "features", finite=("x", "y", "features"))
 def fit_moe(
     key: PRNGKeyArray,
     x: Float[AnyArray, "N P"],
@@ -60,11 +62,14 @@ def fit_moe(
 ) -> MixtureOfExperts:
     """Fits the experts and the gate, in the precision of x.
 
+    The rows of a cell set the shapes of its expert, so x, y, cell and features must be concrete: this function does not pass
+    through ``jit`` or ``vmap``. ``predict_moe`` does, and a mixture is a pytree.
+
     Args:
         key: draws the folds, the gate's initial params, its validation rows and its batches.
         x: columns that the experts regress on. A ridge penalises all columns alike, so bring them to one scale.
         y: target.
-        cell: expert of each row, 0 .. K - 1, or -1 for a row that is left out; concrete. Each cell needs at least
+        cell: expert of each row, 0 .. K - 1, or -1 for a row that is left out. Each cell needs at least
             2 * n_folds rows.
         features: columns that the gate sees, standardised inside; x by default.
         alphas: penalties to choose from, for each expert.
@@ -79,15 +84,14 @@ def fit_moe(
     features = x if features is None else features
     require_same_length(x=x, y=y, cell=cell)
     require_same_length(features=features, y=y)
-    for name, array in (("x", x), ("y", y), ("features", features)):
-        if not np.isfinite(np.asarray(array)).all():
-            raise InputError(f"{name} holds numbers that are not finite, expected finite ones")
     require_positive(np.asarray(alphas))
     if n_folds < 2:
         raise InputError(f"n_folds is {n_folds}, expected at least 2")
     gate, config = gate or MLPGate(), config or GateConfig()
     key_folds, key_gate = jax.random.split(key)
     x, y, features, cell = jnp.asarray(x), jnp.asarray(y), jnp.asarray(features), np.asarray(cell)
+    if cell.max() < 0:
+        raise InputError(f"cell is {cell.max()} for all {len(cell)} rows, expected 0 to K - 1 for some")
     folds = assign_folds(key_folds, cell, n_folds)
     experts = fit_experts(x, y, cell, jnp.asarray(alphas, x.dtype), folds, n_experts=int(cell.max()) + 1)
     rows = np.flatnonzero(cell >= 0)
@@ -98,6 +102,7 @@ def fit_moe(
     return MixtureOfExperts(experts.ridge, experts.alpha, experts.at_edge, gate, fit.params, mean, scale)
 
 
+@convert_arguments()
 def predict_moe(
     mixture: MixtureOfExperts, x: Float[AnyArray, "N P"], features: Float[AnyArray, "N F"] | None = None
 ) -> MoEPrediction:
@@ -114,7 +119,7 @@ def predict_moe(
     features = x if features is None else features
     n_columns, n_features = mixture.experts.coef.shape[1], len(mixture.feature_mean)
     for name, array, expected in (("x", x, n_columns), ("features", features, n_features)):
-        if array.ndim != 2 or array.shape[1] != expected:
+        if array.shape[1] != expected:
             raise InputError(f"{name} has shape {array.shape}, expected (N, {expected}) as in the fit")
     require_same_length(x=x)
     if len(features) != len(x):

@@ -67,9 +67,9 @@ class DataConfig:
     seed: int = 0
     """Seed of the data, the noise, the folds and everything else that is drawn."""
     test_seed: int | None = None
-    """Seed of the test stars; None: ``seed``."""
+    """Seed of the test stars and of their noise; None: ``seed``."""
     noise_draw: int = 0
-    """Number of the noise draw: each number gives the same stars other noise."""
+    """Number of the noise draw: each number gives the same training stars other noise, and the gates other seeds."""
     chunk_stars: int = 0
     """Stars of a chunk; 0: all at once. Spectra are read or simulated chunk by chunk, in memory that does not grow with their
     number. A run that was stopped goes on from its last chunk."""

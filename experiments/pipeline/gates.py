@@ -80,8 +80,8 @@ def run_gates(config: DataConfig, prepared: Prepared, run: GateRun, cache: Cache
 
 
 def gate_keys(config: DataConfig, n_seeds: int) -> jax.Array:
-    """One key for each seed. Every kind of gate gets the same keys, so that kinds are compared on the same random draws."""
-    return jax.random.split(jax.random.fold_in(draw_keys(config.seed).gates, 1_000), n_seeds)
+    """One key for each seed; each noise draw has its own. All kinds of gates share them, to be compared on the same draws."""
+    return jax.random.split(jax.random.fold_in(draw_keys(config.seed).gates, 1_000 + config.noise_draw), n_seeds)
 
 
 def train_gates(

@@ -90,8 +90,7 @@ def slices(start: int, stop: int) -> Iterator[slice]:
 
 
 def observe(key: jax.Array, spectra: Spectra, config: DataConfig) -> Observation:
-    """Spectra with the noise of a key, in the draw that the configuration names."""
-    key = jax.random.fold_in(key, config.noise_draw) if config.noise_draw else key
+    """Spectra with the noise of a key."""
     keys = _draw_keys(key, -(-spectra.n_stars // DRAWN) * DRAWN)
     return Observation(spectra, np.asarray(keys), config.noise_level, experts_of(spectra.labels, config))
 
@@ -102,8 +101,12 @@ def observe_surveys(config: DataConfig, surveys: tuple[Spectra, Spectra] | None 
     Raises:
         InputError: one sentence, where the stars are too few, or their log g is the same for all.
     """
-    keys, (train, test) = draw_keys(config.seed), surveys or open_surveys(config)
-    observed = observe(keys.train_noise, train, config), observe(keys.test_noise, test, config)
+    train, test = surveys or open_surveys(config)
+    train_key = draw_keys(config.seed).train_noise
+    train_key = jax.random.fold_in(train_key, config.noise_draw) if config.noise_draw else train_key
+    # The noise of test stars belongs to them: neither another survey nor another noise draw to train on changes it.
+    test_key = draw_keys(config.seed if config.test_seed is None else config.test_seed).test_noise
+    observed = observe(train_key, train, config), observe(test_key, test, config)
     names = [config.train_file or "the simulated training survey", config.test_file or "the simulated test survey"]
     require_cell_sizes(f"{names[0]}: labels T_eff and M_H", observed[0].cell, config.n_experts, 2 * config.experts.n_folds)
     for name, observation in zip(names, observed, strict=True):

@@ -17,6 +17,7 @@ import scipy
 from jaxtyping import Float, Int
 
 from moe_jax.core.arrays import AnyArray, InputError, require_vectors
+from moe_jax.core.convert import convert_arguments
 
 LEVELS = (0.68, 0.90, 0.95)
 
@@ -29,6 +30,7 @@ class Calibration(NamedTuple):
     n_stars: Float[AnyArray, " K"]  #: held-out stars of each group
 
 
+@convert_arguments("score", "group")
 def calibrate(
     score: Float[AnyArray, " N"], group: Int[AnyArray, " N"], n_groups: int, levels: tuple[float, ...] = LEVELS
 ) -> Calibration:
@@ -41,13 +43,15 @@ def calibrate(
         levels: coverages, each above 0 and below 1.
 
     Raises:
-        InputError: shapes that disagree, scores that are not finite numbers >= 0, levels out of range, or too few stars in all
-            for the highest level.
+        InputError: shapes that disagree, scores that are not finite numbers >= 0, groups or levels out of range, or too few stars
+            in all for the highest level.
     """
     n_stars = require_vectors(score=score, group=group)
     score, group = np.asarray(score, np.float64), np.asarray(group)
     if not (np.isfinite(score) & (score >= 0)).all():
         raise InputError(f"score holds {score[~(np.isfinite(score) & (score >= 0))][0]}, expected finite numbers >= 0")
+    if group.min() < 0 or group.max() >= n_groups:
+        raise InputError(f"group holds {group.min()} to {group.max()}, expected 0 to {n_groups - 1}")
     if not all(0 < level < 1 for level in levels):
         raise InputError(f"levels are {levels}, expected numbers above 0 and below 1")
     if _rank(n_stars, max(levels)) > n_stars:

@@ -32,6 +32,7 @@ from jaxtyping import Float, Int
 
 from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_length
 from moe_jax.core.cholesky import cho_solve, shifted_cholesky
+from moe_jax.core.convert import convert_arguments
 from moe_jax.experts.alphas import require_positive
 from moe_jax.experts.ridge import center, is_dual, kernel
 
@@ -73,6 +74,7 @@ class PredictiveVariance(NamedTuple):
         return jnp.sum(parts if scales is None else parts * jnp.asarray(scales, parts.dtype)[None, :], axis=1)
 
 
+@convert_arguments(finite=("x_train",))
 def ridge_leverage(x_train: Float[AnyArray, "N P"], alpha: ArrayLike, x: Float[AnyArray, "M P"]) -> Float[jax.Array, " M"]:
     """1/n + x' (X'X + alpha I)^-1 x of centred data: the variance of a ridge's prediction in units of the residual variance.
 
@@ -89,7 +91,7 @@ def ridge_leverage(x_train: Float[AnyArray, "N P"], alpha: ArrayLike, x: Float[A
     """
     require_same_length(x_train=x_train)
     require_positive(alpha)
-    return _ridge_leverage(jnp.asarray(x_train), jnp.asarray(alpha, x_train.dtype), jnp.asarray(x))
+    return _ridge_leverage(jnp.asarray(x_train), jnp.asarray(alpha, jnp.asarray(x_train).dtype), jnp.asarray(x))
 
 
 @jax.jit

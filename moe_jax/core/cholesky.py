@@ -13,17 +13,14 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 import numpy as np
+import scipy
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
-from scipy.linalg import lapack
 
 from moe_jax.core.arrays import AnyArray
 
-LAPACK = {
-    "float32": (lapack.spotrf, lapack.spotrs, lapack.strtri),
-    "float64": (lapack.dpotrf, lapack.dpotrs, lapack.dtrtri),
-}
+JITTER_GROWTH = (1, 32, 32**2, 32**3)  # while the factorisation fails
 
 
 def inverse_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike) -> Float[AnyArray, "M M"]:
@@ -38,37 +35,66 @@ def inverse_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike) -> Float[
     """
     if isinstance(matrix, np.ndarray):
         factor = _factorize(matrix, shift)
-        _, _, trtri = LAPACK[factor.dtype.name]
+        trtri = _lapack("trtri", factor)
         return np.asarray(trtri(factor, lower=1, overwrite_c=1)[0])
     on_device = shifted_cholesky(matrix, shift)
     return lax.linalg.triangular_solve(on_device, jnp.eye(len(matrix), dtype=matrix.dtype), left_side=True, lower=True)
 
 
-def cholesky_solver(matrix: Float[AnyArray, "M M"], shift: ArrayLike) -> Callable[[Any], Any]:
-    """The function that multiplies a vector or columns by (matrix + shift I)^-1; NaN where that is not positive definite."""
+def cholesky_solver(matrix: Float[AnyArray, "M M"], shift: ArrayLike, jitter: AnyArray) -> Callable[[Any], Any]:
+    """The function that multiplies columns by (matrix + (shift + jitter) I)^-1; for the jitter see ``shifted_cholesky``."""
     if isinstance(matrix, np.ndarray):
-        factor = _factorize(matrix, shift)
-        _, potrs, _ = LAPACK[factor.dtype.name]
+        for growth in JITTER_GROWTH:
+            factor = _factorize(matrix, shift + growth * jitter)
+            if np.isfinite(factor[0, 0]):
+                break
+        potrs = _lapack("potrs", factor)
         return lambda b: potrs(factor, b, lower=1)[0]
-    on_device = shifted_cholesky(matrix, shift)
+    on_device = shifted_cholesky(matrix, shift, jitter)
     return lambda b: cho_solve(on_device, b)
+
+
+def _lapack(name: str, matrix: np.ndarray) -> Callable[..., tuple[np.ndarray, int]]:
+    """LAPACK's routine in the precision of the matrix."""
+    routine: Callable[..., tuple[np.ndarray, int]] = getattr(scipy.linalg.lapack, {"f": "s", "d": "d"}[matrix.dtype.char] + name)
+    return routine
 
 
 def _factorize(matrix: np.ndarray, shift: ArrayLike) -> np.ndarray:
     """The lower Cholesky factor of matrix + shift I by LAPACK, column by column in memory; NaN where there is none."""
     work = np.array(matrix.T, order="F")
     np.fill_diagonal(work, work.diagonal() + np.asarray(shift))
-    factor, failed = LAPACK[work.dtype.name][0](work, lower=1, overwrite_a=1, clean=1)
+    potrf = _lapack("potrf", work)
+    factor, failed = potrf(work, lower=1, overwrite_a=1, clean=1)
     if failed:
         np.fill_diagonal(factor, np.nan)
     return np.asarray(factor)
 
 
-def shifted_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike) -> Float[jax.Array, "M M"]:
-    """Cholesky factor of matrix + shift I, by XLA; only the lower triangle of the matrix is read."""
-    diagonal = jnp.arange(len(matrix))
-    factor: jax.Array = lax.linalg.cholesky(jnp.asarray(matrix).at[diagonal, diagonal].add(shift), symmetrize_input=False)
-    return factor
+def shifted_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike, jitter: AnyArray | None = None) -> Float[jax.Array, "M M"]:
+    """Cholesky factor of matrix + (shift + jitter) I, by XLA; only the lower triangle of the matrix is read.
+
+    Rounding scales with the largest eigenvalue, and may make a matrix of low rank indefinite. While the factorisation fails, the
+    jitter is raised to 32 times itself, three times at most; then the factor holds NaN.
+    """
+    diagonal, matrix = jnp.arange(len(matrix)), jnp.asarray(matrix)
+
+    def factor(added: jax.Array, matrix: jax.Array = matrix, shift: ArrayLike = shift) -> jax.Array:
+        return lax.linalg.cholesky(matrix.at[diagonal, diagonal].add(shift + added), symmetrize_input=False)
+
+    if jitter is None:
+        return factor(jnp.zeros((), matrix.dtype))
+    jitter = jnp.asarray(jitter)
+    first = factor(jitter)
+    # Only the last factorisation is differentiated.
+    fixed, at, start = lax.stop_gradient((matrix, jnp.asarray(shift, matrix.dtype), jitter))
+    grown, _ = lax.while_loop(
+        lambda state: state[1] & (state[0] < JITTER_GROWTH[-1] * start),
+        lambda state: (32 * state[0], jnp.isnan(factor(32 * state[0], fixed, at)[-1, -1])),
+        (start, jnp.isnan(lax.stop_gradient(first)[-1, -1])),
+    )
+    result: jax.Array = lax.cond(grown > start, lambda: factor(grown), lambda: first)
+    return result
 
 
 def cho_solve(factor: Float[jax.Array, "M M"], b: Float[jax.Array, "M ..."]) -> Float[jax.Array, "M ..."]:

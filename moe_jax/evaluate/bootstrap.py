@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from moe_jax.core.arrays import AnyArray, InputError, by_numpy, namespace, require_same_length, require_vectors
+from moe_jax.core.convert import convert_arguments
 from moe_jax.evaluate.intervals import IntervalMethod, Resampled, confidence_interval, require_interval, simultaneous_interval
 
 #: Of the four methods, its actual coverage comes closest to the confidence level: see results/calibrate_bootstrap.
@@ -107,6 +108,7 @@ def paired_bootstrap(key: PRNGKeyArray, statistic: Callable[..., Any], arrays: t
     return jax.vmap(resample)(jax.random.split(key, n_resamples))
 
 
+@convert_arguments()
 def bootstrap_delta_r2(
     key: PRNGKeyArray,
     y: Float[AnyArray, " N"],
@@ -147,6 +149,7 @@ def _squared_error_gain(y: AnyArray, prediction: AnyArray, baseline: AnyArray) -
     return (prediction - baseline) * (2.0 * y - baseline - prediction)
 
 
+@convert_arguments()
 def bootstrap_gain(
     key: PRNGKeyArray,
     y: Float[AnyArray, " N"],
@@ -171,7 +174,7 @@ def bootstrap_gain(
         method: of the intervals, see ``moe_jax.evaluate.intervals``. The published report used ``"percentile"``.
         groups: group of each star, from 0. The differences within groups come from the same resamples as the overall one. A
             star with a negative group counts in the overall difference only.
-        n_groups: G; by default the highest group plus one.
+        n_groups: G; by default the highest group plus one, unless groups are traced. Under ``jit``, B and G are static.
 
     Raises:
         InputError: as ``bootstrap_delta_r2``.
@@ -183,6 +186,8 @@ def bootstrap_gain(
         groups, n_groups = jnp.zeros(len(y), jnp.int32), 0
     require_same_length(y=y, groups=groups)
     if n_groups is None:
+        if isinstance(groups, jax.core.Tracer):
+            raise InputError("n_groups is None, expected a number where groups is traced")
         n_groups = int(np.max(np.asarray(groups))) + 1
     _require_finite(y=y, gain=gain)
     y, gain, groups = map(jnp.asarray, (y, gain, groups))

@@ -1,4 +1,4 @@
-"""Confidence intervals from bootstrap resamples: percentile, basic, BCa, studentized, and simultaneous ones by max-t.
+"""Confidence intervals from bootstrap resamples: percentile, basic, BCa, studentized, symmetric, and simultaneous by max-t.
 
 Each takes a ``Resampled``, which holds for C statistics at once what the methods need. Acceleration and standard errors come
 from the influence function, so no jackknife and no second level of resampling is run. When each fails:
@@ -23,7 +23,7 @@ from jaxtyping import Float
 
 from moe_jax.core.arrays import InputError
 
-IntervalMethod = Literal["percentile", "basic", "bca", "studentized"]
+IntervalMethod = Literal["percentile", "basic", "bca", "studentized", "symmetric"]
 METHODS: tuple[IntervalMethod, ...] = get_args(IntervalMethod)
 LEAST_TO_SORT_PARTLY = 100  # with fewer samples, a whole sort is as fast
 
@@ -55,15 +55,16 @@ def confidence_interval(resampled: Resampled, method: IntervalMethod, confidence
     Args:
         resampled: the statistics and their resamples. Undefined samples (NaN) are left out.
         method: ``"percentile"`` (Efron & Tibshirani 1993, section 13.3), ``"basic"`` (Davison & Hinkley 1997, eq. 5.6),
-            ``"bca"`` (Efron 1987; bias from the samples, acceleration from the influence function), or ``"studentized"``
-            (Davison & Hinkley 1997, eq. 5.7).
+            ``"bca"`` (Efron 1987; bias from the samples, acceleration from the influence function), ``"studentized"``
+            (Davison & Hinkley 1997, eq. 5.7), or ``"symmetric"``, which is studentized with equal arms (Hall 1988).
         confidence_level: between 0 and 1.
 
     Raises:
         InputError: if the method is not one of these, or the level is not between 0 and 1.
     """
     require_interval(method, confidence_level)
-    tail = 0.5 * (1.0 - jnp.asarray(confidence_level, resampled.samples.dtype))
+    level = jnp.asarray(confidence_level, resampled.samples.dtype)
+    tail = 0.5 * (1.0 - level)
     tails = jnp.stack([tail, 1.0 - tail])
     samples, estimate = resampled.samples, resampled.estimate
     if method == "percentile":
@@ -74,6 +75,9 @@ def confidence_interval(resampled: Resampled, method: IntervalMethod, confidence
     if method == "studentized":
         low, high = column_quantiles(_studentized(resampled), tails)
         return Interval(estimate - high * resampled.standard_error, estimate - low * resampled.standard_error)
+    if method == "symmetric":
+        width = column_quantiles(jnp.abs(_studentized(resampled)), jnp.stack([1.0 - level, level]))[1] * resampled.standard_error
+        return Interval(estimate - width, estimate + width)
     return Interval(*column_quantiles(samples, _bca_probabilities(resampled, tails)))
 
 
@@ -136,7 +140,9 @@ def _bca_probabilities(resampled: Resampled, tails: jax.Array) -> jax.Array:
     below = 0.5 * (jnp.sum(samples < estimate, axis=0) + jnp.sum(samples <= estimate, axis=0)) / n_defined
     # The bias of an estimate outside all samples would be infinite. The estimate is taken to lie half a sample inside.
     bias = ndtri(jnp.clip(below, 0.5 / n_defined, 1.0 - 0.5 / n_defined))[None, :]
-    shifted = bias + ndtri(tails)[:, None]
+    # A tail that rounds to 0 would lie at an infinite quantile.
+    smallest = jnp.finfo(tails.dtype).eps
+    shifted = bias + ndtri(jnp.clip(tails, smallest, 1.0 - smallest))[:, None]
     stretch = jnp.maximum(1.0 - resampled.acceleration[None, :] * shifted, 1e-3)
     return ndtr(bias + shifted / stretch)
 

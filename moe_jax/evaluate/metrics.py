@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from moe_jax.core.arrays import AnyArray, require_vectors
+from moe_jax.core.convert import convert_arguments
 
 
 class GroupScores(NamedTuple):
@@ -23,6 +24,7 @@ class GroupScores(NamedTuple):
     defined: Bool[jax.Array, " G"]  #: whether the group has two stars with different targets
 
 
+@convert_arguments()
 def r2_score(y: Float[AnyArray, " N"], prediction: Float[AnyArray, " N"]) -> Float[jax.Array, ""]:
     """Coefficient of determination, 1 - sum (y - prediction)^2 / sum (y - mean y)^2; NaN for a constant y.
 
@@ -40,6 +42,7 @@ def _r2_score(y: jax.Array, prediction: jax.Array) -> jax.Array:
     return jnp.where(defined, 1.0 - jnp.sum((y - prediction) ** 2) / jnp.where(defined, total, 1.0), jnp.nan)
 
 
+@convert_arguments()
 def mae(y: Float[AnyArray, " N"], prediction: Float[AnyArray, " N"]) -> Float[jax.Array, ""]:
     """Mean absolute error, in the unit of y."""
     require_vectors(y=y, prediction=prediction)
@@ -51,6 +54,7 @@ def _mae(y: jax.Array, prediction: jax.Array) -> jax.Array:
     return jnp.mean(jnp.abs(y - prediction))
 
 
+@convert_arguments()
 def rmse(y: Float[AnyArray, " N"], prediction: Float[AnyArray, " N"]) -> Float[jax.Array, ""]:
     """Root of the mean squared error, in the unit of y."""
     require_vectors(y=y, prediction=prediction)
@@ -62,6 +66,7 @@ def _rmse(y: jax.Array, prediction: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.mean((y - prediction) ** 2))
 
 
+@convert_arguments()
 def r2_by_group(
     y: Float[AnyArray, " N"], prediction: Float[AnyArray, " N"], groups: Int[AnyArray, " N"], n_groups: int
 ) -> GroupScores:

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from moe_jax.core.arrays import AnyArray, InputError, jit_off_host, namespace
+from moe_jax.core.convert import convert_arguments
 
 Tree = TypeVar("Tree")
 
@@ -23,6 +24,7 @@ class AlphaChoice(NamedTuple):
     at_edge: Bool[AnyArray, ""]  #: it is the smallest or the largest of several, so the best may lie outside the grid
 
 
+@convert_arguments()
 def select_alpha(alphas: Float[AnyArray, " A"], mse: Float[AnyArray, " A"]) -> AlphaChoice:
     """The alpha with the smallest error. A tie goes to the larger alpha, and an error of NaN is never chosen.
 

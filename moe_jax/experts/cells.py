@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from moe_jax.core.arrays import AnyArray, by_numpy, namespace, require_vectors
+from moe_jax.core.convert import convert_arguments
 
 T_EFF_EDGES = (3750.0, 4500.0, 5250.0, 6000.0)  # K
 M_H_EDGES = (-2.0, -1.0, 0.0, 0.5)  # dex
@@ -26,6 +27,7 @@ def _bin(values: AnyArray, edges: tuple[float, ...]) -> AnyArray:
     return xp.where((index >= 0) & (index < len(edges) - 1), index, -1)
 
 
+@convert_arguments()
 def assign_cells(T_eff: Float[AnyArray, " N"], M_H: Float[AnyArray, " N"]) -> Int[jax.Array, " N"]:
     """Cell of each star: 3 * (T_eff bin) + ([M/H] bin), or -1 for a star that no cell covers (NaN labels included).
 
@@ -47,6 +49,7 @@ def _assign_cells(T_eff: AnyArray, M_H: AnyArray) -> AnyArray:
     return namespace(t).where((t >= 0) & (m >= 0), 3 * t + m, NOT_COVERED)
 
 
+@convert_arguments()
 def nearest_cells(T_eff: Float[AnyArray, " N"], M_H: Float[AnyArray, " N"]) -> Int[jax.Array, " N"]:
     """Cell of each star after its labels are clamped to the range of the cells: no star is left over, but for NaN labels."""
     require_vectors(T_eff=T_eff, M_H=M_H)

@@ -33,7 +33,8 @@ from moe_jax.core.arrays import (
     to_device,
     to_host,
 )
-from moe_jax.core.cholesky import inverse_cholesky
+from moe_jax.core.cholesky import JITTER_GROWTH, inverse_cholesky
+from moe_jax.core.convert import convert_arguments
 from moe_jax.experts import ridge
 from moe_jax.experts.alphas import require_positive, search_alphas
 from moe_jax.experts.ridge import Centred, Ridge, center, is_dual, jitter, kernel
@@ -65,10 +66,15 @@ class CrossValidatedRidge(NamedTuple):
     out_of_fold: Float[AnyArray, " N"]  #: each star predicted without its fold, by its own cell's expert; NaN without a cell
 
 
+@convert_arguments("folds", finite=("x", "y"))
 def cross_validate_ridge(
     x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alphas: Float[AnyArray, " A"], folds: Int[AnyArray, " N"]
 ) -> RidgeCV:
     """Out-of-fold predictions of ridge regressions for every alpha; they equal those of a refit without each fold.
+
+    Unlike a fit they are not refined. Where fewer stars than pixels are left without a fold, but not without any (N from P to
+    5/4 P for five folds), the relative error is at most about the rounding error times the largest eigenvalue of X'X over alpha;
+    an alpha of 1e-3 of that eigenvalue gives 1e-4 in float32. Elsewhere it is below 1e-4.
 
     Args:
         x: features.
@@ -173,7 +179,11 @@ class _Solver:
         if isinstance(alpha, jax.core.Tracer):  # under jit
             return _inverse_factor(self.matrix, alpha + self.jitter)
         if float(alpha) not in self._factors:
-            self._factors[float(alpha)] = _inverse_factor(self.matrix, alpha + self.jitter)
+            for growth in JITTER_GROWTH:
+                factor = _inverse_factor(self.matrix, alpha + growth * self.jitter)
+                if np.isfinite(factor[0, 0]):
+                    break
+            self._factors[float(alpha)] = factor
         return self._factors[float(alpha)]
 
     def residuals(self, alpha: AnyArray | np.floating) -> Float[AnyArray, " N"]:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from moe_jax.core.arrays import AnyArray, InputError, by_numpy, namespace, require_same_length, to_device, to_host
+from moe_jax.core.convert import convert_arguments
 from moe_jax.experts.alphas import require_positive
 from moe_jax.experts.cross_validation import CrossValidatedRidge, fit_cross_validated, held_rows
 from moe_jax.experts.ridge import predict_ridge
@@ -25,6 +26,7 @@ LEAST_FILL = 0.93  # a cell is padded to a larger cell's size if it fills this p
 FOLD_SLACK = 8  # rows that a fold may hold more than an equal share, without another program
 
 
+@convert_arguments()
 def assign_folds(key: PRNGKeyArray, cell: Int[AnyArray, " N"], n_folds: int = 5) -> Int[jax.Array, " N"]:
     """Random folds, stratified: within each cell, their sizes differ by one star at the most."""
     return _assign_folds(key, jnp.asarray(cell), n_folds)
@@ -68,6 +70,7 @@ def _take_padded(x: jax.Array, y: jax.Array, rows: jax.Array) -> tuple[jax.Array
     return x_cell, y_cell, (rows < len(y)).astype(x.dtype)
 
 
+@convert_arguments("x", "y", "cell", "alphas", "folds")
 def fit_experts(
     x: Float[AnyArray, "N P"],
     y: Float[AnyArray, " N"],
@@ -116,6 +119,7 @@ def fit_experts(
     return experts._replace(out_of_fold=to_device(out_of_fold[:-1]))
 
 
+@convert_arguments("folds")
 def fit_global(
     x: Float[AnyArray, "N P"],
     y: Float[AnyArray, " N"],
@@ -132,12 +136,14 @@ def fit_global(
     return fit_cross_validated(x, y, np.ones(len(y), x.dtype), alphas, held_rows(folds), extend_decades)
 
 
+@convert_arguments()
 def predict_experts(experts: CrossValidatedRidge, x: Float[AnyArray, "N P"]) -> Float[jax.Array, "N K"]:
     """Predictions of all experts for all stars: ``predict_ridge`` of ``experts.ridge``."""
     predictions: jax.Array = predict_ridge(experts.ridge, x)
     return predictions
 
 
+@convert_arguments()
 @by_numpy
 def cross_fitted_predictions(
     predictions: Float[AnyArray, "N K"], out_of_fold: Float[AnyArray, " N"], cell: Int[AnyArray, " N"]

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 
 from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_length
 from moe_jax.core.cholesky import cho_solve, shifted_cholesky
+from moe_jax.core.convert import convert_arguments
 from moe_jax.experts.alphas import require_positive
 from moe_jax.experts.cross_validation import held_rows
 from moe_jax.experts.ridge import Ridge, jitter, predict_ridge
@@ -49,6 +50,7 @@ def mixture_objective(
     return jnp.sum((jnp.asarray(y) - mixture) ** 2) + alpha * jnp.sum(experts.coef**2)
 
 
+@convert_arguments(finite=("x", "y", "weights"))
 def fit_mixture_experts(
     x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], weights: Float[AnyArray, "N K"], alpha: ArrayLike
 ) -> Ridge:
@@ -85,6 +87,7 @@ def _fit_mixture_experts(x: jax.Array, y: jax.Array, weights: jax.Array, alpha: 
     return Ridge(coef, intercept - matmul(coef, mean[:, None])[:, 0])
 
 
+@convert_arguments("folds", finite=("x", "y", "weights"))
 def backfit_mixture_experts(
     x: Float[AnyArray, "N P"],
     y: Float[AnyArray, " N"],

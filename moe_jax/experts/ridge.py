@@ -27,6 +27,7 @@ from jaxtyping import Float
 
 from moe_jax.core.arrays import AnyArray, InputError, by_numpy, matmul, namespace, require_same_length
 from moe_jax.core.cholesky import cholesky_solver
+from moe_jax.core.convert import convert_arguments
 from moe_jax.experts.alphas import require_positive
 
 REFINEMENT_STEPS = 3
@@ -40,6 +41,7 @@ class Ridge(NamedTuple):
     intercept: Float[AnyArray, "*k"]
 
 
+@convert_arguments()
 def fit_ridge(x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alpha: ArrayLike) -> Ridge:
     """Fits y on x by ridge regression with an unpenalised intercept; exact, by Cholesky, jitted.
 
@@ -49,21 +51,33 @@ def fit_ridge(x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alpha: ArrayL
         alpha: penalty of the squared coefficients, in the convention of scikit-learn's ``Ridge``; > 0.
 
     Raises:
-        InputError: shapes that disagree, or an alpha that is not positive.
+        InputError: shapes that disagree, numbers that are not finite, or an alpha that is not positive.
     """
     require_same_length(x=x, y=y)
     require_positive(alpha)
-    return _fit(x, y, alpha, np.ones(len(x), np.float32))
+    return _finite(_fit(x, y, alpha, np.ones(len(x), np.float32)), x=x, y=y)
+
+
+def _finite(ridge: Ridge, **arrays: AnyArray) -> Ridge:
+    """The ridge; an ``InputError`` where it is not finite, with the array that is to blame."""
+    if not isinstance(ridge.coef, jax.core.Tracer) and not np.isfinite(ridge.coef).all():
+        for name, array in arrays.items():
+            if not np.isfinite(np.asarray(array)).all():
+                raise InputError(f"{name} holds numbers that are not finite, expected finite ones")
+        raise InputError("the fit is not finite, expected x of a smaller range or a larger alpha")
+    return ridge
 
 
 @by_numpy
 def _fit(x: AnyArray, y: AnyArray, alpha: AnyArray, root: AnyArray) -> Ridge:
     data = center(x, y, root.astype(x.dtype))
     matrix, added = kernel(data)
-    alpha = alpha.astype(x.dtype)
-    return solve(data, alpha, cholesky_solver(matrix, alpha + added))
+    xp = namespace(added)
+    alpha = xp.where(xp.isfinite(added), alpha, xp.nan).astype(x.dtype)  # squares that overflow must not end in coefficients of 0
+    return solve(data, alpha, cholesky_solver(matrix, alpha, added))
 
 
+@convert_arguments()
 def fit_weighted_ridge(
     x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], sample_weight: Float[AnyArray, " N"], alpha: ArrayLike
 ) -> Ridge:
@@ -72,11 +86,11 @@ def fit_weighted_ridge(
     Args:
         x: features.
         y: target.
-        sample_weight: s_i, at least 0 and not all 0.
+        sample_weight: s_i, at least 0 and not all 0. In float32 they should span less than about 10^8.
         alpha: penalty, > 0.
 
     Raises:
-        InputError: shapes that disagree, weights or an alpha out of range.
+        InputError: shapes that disagree, numbers that are not finite, weights or an alpha out of range.
     """
     require_same_length(x=x, y=y, sample_weight=sample_weight)
     require_positive(alpha)
@@ -84,12 +98,17 @@ def fit_weighted_ridge(
         values = np.asarray(sample_weight)
         if not (np.isfinite(values) & (values >= 0)).all() or not values.any():
             raise InputError(f"sample_weight holds {values.min()} to {values.max()}, expected numbers >= 0, not all 0")
-    return _fit(x, y, alpha, namespace(sample_weight).sqrt(sample_weight))
+    return _finite(_fit(x, y, alpha, namespace(sample_weight).sqrt(sample_weight)), x=x, y=y)
 
 
+@convert_arguments()
 @by_numpy
 def predict_ridge(ridge: Ridge, x: Float[AnyArray, "N P"]) -> Float[AnyArray, "N ..."]:
-    """Predictions x @ coef + intercept: (N,) of one ridge, (N, K) of K stacked ridges; one matmul in either case."""
+    """Predictions x @ coef + intercept: (N,) of one ridge, (N, K) of K stacked ridges; one matmul in either case.
+
+    A prediction depends on its own row alone, so nothing is centred: rounding is that of x @ coef. Where columns lie far from 0
+    against their spread, bring them near 0 before the fit.
+    """
     *stack, p = ridge.coef.shape
     return matmul(x, ridge.coef.reshape(-1, p).T).reshape(len(x), *stack) + ridge.intercept[None]
 

@@ -59,7 +59,7 @@ def moments(sums: Sums) -> Moments:
 
 def solve_moments(train: Moments, alpha: AnyArray) -> Ridge:
     """The ridge regression of the stars."""
-    coef = cholesky_solver(train.xx, alpha + jitter(train.xx))(train.xy[:, None])[:, 0]
+    coef = cholesky_solver(train.xx, alpha, jitter(train.xx))(train.xy[:, None])[:, 0]
     return Ridge(coef, train.y_mean - (train.x_mean * coef).sum())
 
 

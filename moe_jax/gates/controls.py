@@ -13,12 +13,14 @@ import scipy
 from jaxtyping import Float, PRNGKeyArray
 
 from moe_jax.core.arrays import AnyArray, InputError, mean_and_scale, require_same_length, scale_columns
+from moe_jax.core.convert import convert_arguments
 from moe_jax.gates.networks import MLPGate
 from moe_jax.gates.optimize import GateFit, Params, Rows, minimize
 from moe_jax.gates.routing import route_soft, sharpen
 from moe_jax.gates.training import GateConfig
 
 
+@convert_arguments("predictions", "y", finite=("predictions", "y"))
 def simplex_weights(predictions: Float[AnyArray, "N K"], y: Float[AnyArray, " N"]) -> Float[np.ndarray, " K"]:
     """The constant weights w of least squared error, with sum_k w_k = 1 and w_k >= 0; exact, in float64.
 
@@ -42,6 +44,7 @@ def simplex_weights(predictions: Float[AnyArray, "N K"], y: Float[AnyArray, " N"
     return weights
 
 
+@convert_arguments("weights", "predictions", "y", finite=("weights", "predictions", "y"))
 def fit_temperature(weights: Float[AnyArray, "N K"], predictions: Float[AnyArray, "N K"], y: Float[AnyArray, " N"]) -> float:
     """The temperature, between 0.05 and 20, at which the mixture has the least squared error; one for all stars."""
 
@@ -77,6 +80,7 @@ class MLPRegressor(NamedTuple):
     y_scale: Float[jax.Array, ""]
 
 
+@convert_arguments(finite=("x", "y"))
 def fit_mlp_regressor(
     key: PRNGKeyArray,
     x: Float[AnyArray, "N F"],
@@ -116,6 +120,7 @@ def fit_mlp_regressor(
     return MLPRegressor(fit.params, x_mean, x_scale, y_mean, y_scale), fit
 
 
+@convert_arguments()
 def predict_mlp_regressor(model: MLPRegressor, x: Float[AnyArray, "N F"]) -> Float[jax.Array, " N"]:
     """Predictions of a fitted network."""
     network = MLPGate(hidden=model.params["head"]["kernel"].shape[0])

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
 from moe_jax.core.arrays import AnyArray, InputError, by_numpy, matmul, mean_and_scale, namespace, scale_columns
+from moe_jax.core.convert import convert_arguments
 from moe_jax.core.pca import PCA, fit_pca
 
 #: First and last wavelength of each line's window, vacuum Angstrom.
@@ -106,6 +107,7 @@ def _raw_features(flux: AnyArray, pixels: tuple[LinePixels, ...], pca: PCA) -> A
     return namespace(flux).concatenate([lines, scores], axis=1)
 
 
+@convert_arguments("wave")
 def fit_features(key: PRNGKeyArray, flux: Float[AnyArray, "N P"], wave: AnyArray) -> FeatureModel:
     """Fits the components, and the mean and scale of each raw feature, to the training stars."""
     pca = fit_pca(key, flux, N_COMPONENTS)
@@ -117,6 +119,7 @@ def standardize(pca: PCA, raw: Float[AnyArray, "N F"]) -> FeatureModel:
     return FeatureModel(pca, *mean_and_scale(raw))
 
 
+@convert_arguments("wave")
 def compute_features(model: FeatureModel, flux: Float[AnyArray, "N P"], wave: AnyArray) -> Float[AnyArray, "N F"]:
     """The 13 features of any stars, standardised by the mean and scale of the training stars."""
     return scale_features(model, raw_features(flux, wave, model.pca))

@@ -2,7 +2,8 @@
 
 A gate is a small frozen description (``LinearGate()``, ``MLPGate(hidden=64)``) with two pure functions: ``init`` makes its
 params, a nested dict of arrays, and ``apply`` turns features into weights. The networks behind them are Flax NNX modules, of
-``flax_networks``, which is imported when a gate is first used: it takes longer to import than all else here.
+``flax_networks``, which is imported when a gate is first used: it takes longer to import than all else here. A gate is a pytree
+without leaves, so that a mixture may pass through ``jit``; register one of your own with ``jax.tree_util.register_static``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
 from moe_jax.core.arrays import AnyArray, InputError
@@ -80,6 +82,7 @@ def _graph(gate: _FlaxGate, n_features: int, n_experts: int) -> Any:
     return nnx.split(network)[0]
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class LinearGate(_FlaxGate):
     """softmax(W features + b): the form of a multinomial logistic regression."""
@@ -94,6 +97,7 @@ class LinearGate(_FlaxGate):
         return jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), params, linear)
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class MLPGate(_FlaxGate):
     """softmax of a network with one hidden layer of rectified units."""
@@ -136,6 +140,19 @@ class MLPGate(_FlaxGate):
             "head": {"bias": linear["head"]["bias"], "kernel": jnp.concatenate([kernel, -kernel, rest.astype(kernel.dtype)])},
         }
         return jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), params, start)
+
+
+def require_simplex(gate: Gate, params: Params, features: AnyArray) -> None:
+    """Raises an ``InputError`` if a gate of one's own gives no weights: they must be >= 0 and sum to 1. Tracers are not checked."""
+    if isinstance(gate, _FlaxGate) or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, features))):
+        return
+    weights = np.asarray(gate.apply(params, features), np.float64)
+    total = weights.sum(axis=-1)
+    if not (weights.min() >= -1e-3 and np.all(np.abs(total - 1) <= 1e-3)):
+        raise InputError(
+            f"gate.apply gives weights of at least {weights.min():.3g} that sum to {total.min():.3g} to {total.max():.3g}, "
+            "expected weights >= 0 of sum 1: end with a softmax"
+        )
 
 
 def linear_params(kernel: Float[AnyArray, "F K"], bias: Float[AnyArray, " K"]) -> Params:

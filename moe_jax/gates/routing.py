@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from moe_jax.core.arrays import AnyArray, InputError, by_numpy, namespace, require_same_length
+from moe_jax.core.convert import convert_arguments
 
 FALLBACK_THRESHOLD = 0.5
 
@@ -19,6 +20,7 @@ def _require_weights(weights: AnyArray, predictions: AnyArray) -> None:
         raise InputError(f"weights have shape {weights.shape}, expected (N, K) like expert_predictions {predictions.shape}")
 
 
+@convert_arguments()
 @by_numpy
 def route_soft(weights: Float[AnyArray, "N K"], expert_predictions: Float[AnyArray, "N K"]) -> Float[AnyArray, " N"]:
     """The mixture, sum over k of weights * expert_predictions."""
@@ -26,6 +28,7 @@ def route_soft(weights: Float[AnyArray, "N K"], expert_predictions: Float[AnyArr
     return (weights * expert_predictions).sum(axis=1)
 
 
+@convert_arguments()
 @by_numpy
 def route_hard(weights: Float[AnyArray, "N K"], expert_predictions: Float[AnyArray, "N K"]) -> Float[AnyArray, " N"]:
     """The prediction of the expert with the largest weight; the first of several equal ones."""
@@ -33,6 +36,7 @@ def route_hard(weights: Float[AnyArray, "N K"], expert_predictions: Float[AnyArr
     return select_expert(expert_predictions, weights.argmax(axis=1))
 
 
+@convert_arguments()
 @functools.partial(jax.jit, static_argnames="threshold")
 def route_fallback(
     weights: Float[AnyArray, "N K"],
@@ -46,6 +50,7 @@ def route_fallback(
     return jnp.where(unsure, global_prediction, route_soft(weights, expert_predictions))
 
 
+@convert_arguments()
 @by_numpy
 def sharpen(weights: Float[AnyArray, "N K"], temperature: ArrayLike) -> Float[AnyArray, "N K"]:
     """Weights at another temperature, proportional to weights^(1 / temperature): sharper below 1, more uniform above."""
@@ -55,6 +60,7 @@ def sharpen(weights: Float[AnyArray, "N K"], temperature: ArrayLike) -> Float[An
     return sharp / sharp.sum(axis=1, keepdims=True)
 
 
+@convert_arguments()
 @by_numpy
 def route_oracle(cell: Int[AnyArray, " N"], expert_predictions: Float[AnyArray, "N K"]) -> Float[AnyArray, " N"]:
     """The prediction of the true cell's expert; NaN for a star that no cell covers (cell -1)."""

@@ -14,8 +14,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PRNGKeyArray
 
 from moe_jax.core.arrays import AnyArray, InputError, require_same_length
+from moe_jax.core.convert import convert_arguments
 from moe_jax.core.parallel import devices_for, map_devices, on_all
-from moe_jax.gates.networks import Gate
+from moe_jax.gates.networks import Gate, require_simplex
 from moe_jax.gates.optimize import LBFGS, Adam, GateFit, Params, Rows, minimize
 from moe_jax.gates.routing import route_soft
 
@@ -85,6 +86,7 @@ class Hyper(NamedTuple):
         return cls(config.learning_rate, config.weight_decay, config.entropy_penalty)
 
 
+@convert_arguments()
 def mixture_loss(
     gate: Gate,
     params: Params,
@@ -143,6 +145,7 @@ def require_informative(features: AnyArray, expert_predictions: AnyArray, y: Any
         )
 
 
+@convert_arguments()
 def fit_gate(
     key: PRNGKeyArray,
     gate: Gate,
@@ -175,7 +178,8 @@ def fit_gate(
         hyper: replaces the learning rate and the penalties of ``config``; may hold tracers, to vmap over them.
 
     Raises:
-        InputError: as ``require_informative``; also for fewer than 2 stars, or no ``logistic`` to start from.
+        InputError: as ``require_informative``; also for fewer than 2 stars, no ``logistic`` to start from, a gate whose
+            weights are not on the simplex, or a loss that is not finite.
     """
     config = GateConfig() if config is None else config
     require_informative(features, expert_predictions, y)
@@ -188,9 +192,10 @@ def fit_gate(
         params = start
     elif config.init == "logistic" and logistic is not None:
         params = gate.from_linear(params, logistic)
+    require_simplex(gate, params, features)
     numbers = Hyper.of(config) if hyper is None else hyper
     penalty = None if hyper is None and config.entropy_penalty == 0 else numbers.entropy_penalty
-    return minimize(
+    fit = minimize(
         key_train,
         MixtureObjective(gate, penalty),
         params,
@@ -200,8 +205,12 @@ def fit_gate(
         validation_objective=MixtureObjective(gate),
         weight_decay=numbers.weight_decay,
     )
+    if not isinstance(fit.train_loss, jax.core.Tracer) and not np.isfinite(fit.train_loss[fit.best_epoch]):
+        raise InputError(f"the loss is {fit.train_loss[fit.best_epoch]}, expected numbers whose squares do not overflow")
+    return fit
 
 
+@convert_arguments()
 def fit_gates(
     keys: Key[jax.Array, " S"],
     gate: Gate,

@@ -90,6 +90,7 @@ def test_five_samples_by_hand(x64):
     # t = -1, 0.5, -2, 0.5, 0: quantiles at 0.1 and 0.9 are -1.6 and 0.5
     np.testing.assert_allclose(ends["studentized"], [1 - 0.5 * 0.5, 1 + 1.6 * 0.5])
     # |t| = 0, 0.5, 0.5, 1, 2: the quantile at 0.8 is 1.2
+    np.testing.assert_allclose(ends["symmetric"], [1 - 0.6, 1 + 0.6])
     np.testing.assert_allclose(np.ravel(simultaneous_interval(resampled, 0.8)), [1 - 0.6, 1 + 0.6])
     # A bias: the estimate above four of five samples; z0 = Phi^-1(0.8), read at Phi(2 z0 -+ 1.2816).
     biased = resampled._replace(estimate=jnp.array([2.5]))
@@ -104,6 +105,16 @@ def test_simultaneous_intervals_hold_all_groups_of_normal_statistics(rng, x64):
     resampled = Resampled(jnp.zeros(9), jnp.full(9, 2.0), jnp.zeros(9), samples, jnp.ones((200_000, 9)))
     known = scipy.stats.norm.ppf(0.5 * (1 + 0.95 ** (1 / 9)))
     np.testing.assert_allclose(simultaneous_interval(resampled, 0.95).high, 2.0 * known, rtol=0.01)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_level_next_to_1_gives_the_widest_interval_that_the_samples_hold(method, rng, dtype):
+    samples = rng.normal(size=(1_000, 2)).astype(dtype)
+    resampled = Resampled(jnp.zeros(2, dtype), jnp.ones(2, dtype), jnp.array([0.05, -0.05], dtype), samples, np.ones_like(samples))
+    wide, usual = (confidence_interval(resampled, method, level) for level in (1 - 1e-12, 0.9))
+    assert (wide.low < usual.low).all()
+    assert (wide.high > usual.high).all()
+    assert (abs(np.concatenate(wide)) < 6).all()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -125,7 +136,7 @@ def test_all_methods_agree_on_many_ordinary_stars(method, rng, x64):
 
 
 def test_bad_method(stars):
-    with pytest.raises(InputError, match=r"method is 'bootstrap', expected one of percentile, basic, bca, studentized"):
+    with pytest.raises(InputError, match=r"method is 'bootstrap', expected one of percentile, basic, bca, studentized, symmetric"):
         bootstrap_delta_r2(jax.random.key(0), *stars, method="bootstrap")
 
 

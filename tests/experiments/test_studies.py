@@ -49,7 +49,7 @@ STUDIES = {
     "control_gate": (control_gate, {"n_seeds": 2, "network": QUICK}),
     "ablate_gate": (ablate_gate, {"n_seeds": 2, "gate": QUICK, "widths": (8,), "fractions": (0.5,)}),
     "cover_all": (cover_all, {"n_seeds": 2, "gate": QUICK}),
-    "calibrate_bootstrap": (calibrate_bootstrap, {"n_population": 600, "n_sets": 60, "set_size": 200, "gate": QUICK}),
+    "calibrate_bootstrap": (calibrate_bootstrap, {"n_population": 600, "n_sets": (60,), "set_sizes": (200,), "gate": QUICK}),
     "replicate": (replicate, {"n_surveys": 2, "n_draws": 2, "n_seeds": 2, "n_sets": 2, "gate": QUICK, "global_alphas": ()}),
     "train_jointly": (train_jointly, {"joint_alphas": (1.0,), "n_rounds": 1, "max_sweeps": 1, "gradient_epochs": 2, "gate": QUICK}),
     "calibrate_uncertainty": (
@@ -207,8 +207,8 @@ def test_the_replication_is_as_large_as_it_says():
     config = replicate.PRESETS["default"]
     assert (config.n_surveys, config.n_draws, config.n_seeds, config.data.n_train) == (4, 8, 32, 32_000)
     calibration = calibrate_bootstrap.PRESETS["default"]
-    assert calibration.n_sets >= 2_000
-    assert calibration.set_size == 816
+    assert calibration.set_sizes == (816, 8_000)
+    assert calibration.n_sets[0] >= 2_000
 
 
 @pytest.mark.parametrize(
@@ -216,8 +216,8 @@ def test_the_replication_is_as_large_as_it_says():
     [
         (lambda: replicate.ReplicateConfig(n_seeds=1), "n_seeds is 1, expected at least 2"),
         (lambda: scale.ScaleConfig(n_trains=()), "n_trains is empty"),
-        (lambda: with_options(findings.PRESETS["default"], n_resamples=50), "n_resamples is 50, expected at least 100"),
-        (lambda: calibrate_bootstrap.CalibrateConfig(set_size=1), "set_size is 1"),
+        (lambda: with_options(findings.PRESETS["default"], n_weight_seeds=1), "n_weight_seeds is 1, expected at least 2"),
+        (lambda: calibrate_bootstrap.CalibrateConfig(set_sizes=(1,)), r"set_sizes is \(1,\)"),
         (lambda: with_options(converge_gate.PRESETS["default"], hidden=0), "hidden is 0"),
     ],
 )
