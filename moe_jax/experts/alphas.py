@@ -39,7 +39,7 @@ def select_alpha(alphas: Float[AnyArray, " A"], mse: Float[AnyArray, " A"]) -> A
 
 
 @jit_off_host
-def _select(alphas: jax.Array, mse: jax.Array) -> AlphaChoice:
+def _select(alphas: AnyArray, mse: AnyArray) -> AlphaChoice:
     xp = namespace(alphas, mse)
     position = xp.argmax(xp.where(mse == xp.nanmin(mse), alphas, -xp.inf))
     alpha, failed = alphas[position], xp.isnan(mse)

@@ -174,7 +174,7 @@ class _Solver:
         """Sets what does not depend on alpha."""
         self.data, self.matrix, self.jitter = _center_and_multiply(x, y, mask)
 
-    def inverse_factor(self, alpha: AnyArray | np.floating) -> AnyArray:
+    def inverse_factor(self, alpha: Any) -> AnyArray:
         """W with (matrix + alpha I)^-1 = W' W, computed once for each alpha."""
         if isinstance(alpha, jax.core.Tracer):  # under jit
             return _inverse_factor(self.matrix, alpha + self.jitter)
@@ -186,7 +186,7 @@ class _Solver:
             self._factors[float(alpha)] = factor
         return self._factors[float(alpha)]
 
-    def residuals(self, alpha: AnyArray | np.floating) -> Float[AnyArray, " N"]:
+    def residuals(self, alpha: Any) -> Float[AnyArray, " N"]:
         """Target less out-of-fold prediction."""
         raise NotImplementedError
 
@@ -195,7 +195,7 @@ class _Solver:
         each = alphas if isinstance(alphas, jax.core.Tracer) else np.asarray(alphas)
         return _cross_validation_of(self.data, [self.residuals(alpha) for alpha in each])
 
-    def solve(self, alpha: AnyArray) -> Ridge:
+    def solve(self, alpha: Any) -> Ridge:
         """The ridge of all stars."""
         return _solve(self.data, alpha, self.inverse_factor(alpha))
 
@@ -203,14 +203,14 @@ class _Solver:
 class Dual(_Solver):
     """One factor of the kernel for each alpha."""
 
-    def residuals(self, alpha: AnyArray | np.floating) -> Float[AnyArray, " N"]:
+    def residuals(self, alpha: Any) -> Float[AnyArray, " N"]:
         return _dual_residuals(self.data, self.inverse_factor(alpha), self.held)
 
 
 class Primal(_Solver):
     """One factor of the scatter matrix for each alpha."""
 
-    def residuals(self, alpha: AnyArray | np.floating) -> Float[AnyArray, " N"]:
+    def residuals(self, alpha: Any) -> Float[AnyArray, " N"]:
         return _primal_residuals(self.data, self.inverse_factor(alpha), self.held)
 
 
@@ -220,7 +220,7 @@ class ByFold(_Solver):
     def prepare(self, x: AnyArray, y: AnyArray, mask: AnyArray) -> None:
         self.data, self.matrix, self.jitter, self.without_fold = _center_and_sum(x, y, mask, self.held)
 
-    def residuals(self, alpha: AnyArray | np.floating) -> Float[AnyArray, " N"]:
+    def residuals(self, alpha: Any) -> Float[AnyArray, " N"]:
         return _residuals_by_fold(self.data, self.without_fold, alpha, self.held)
 
 
@@ -228,13 +228,13 @@ _inverse_factor = jit_off_host(inverse_cholesky)
 
 
 @jit_off_host
-def _center_and_multiply(x: AnyArray, y: AnyArray, mask: AnyArray) -> tuple[Centred, AnyArray, AnyArray]:
+def _center_and_multiply(x: AnyArray, y: AnyArray, mask: AnyArray) -> tuple[Centred, AnyArray, Any]:
     data = center(x, y, mask)
     return data, *kernel(data)
 
 
 @jit_off_host
-def _center_and_sum(x: AnyArray, y: AnyArray, mask: AnyArray, held: AnyArray) -> tuple[Centred, AnyArray, AnyArray, Moments]:
+def _center_and_sum(x: AnyArray, y: AnyArray, mask: AnyArray, held: AnyArray) -> tuple[Centred, AnyArray, Any, Moments]:
     data = center(x, y, mask)
     by_fold = map_rows(lambda rows: sum_stars(*(_gather(array, rows) for array in (data.x, data.y, data.mask))), held)
     matrix = by_fold.xx.sum(axis=0)
@@ -242,7 +242,7 @@ def _center_and_sum(x: AnyArray, y: AnyArray, mask: AnyArray, held: AnyArray) ->
 
 
 @jit_off_host
-def _solve(data: Centred, alpha: AnyArray, inverse_factor: AnyArray) -> Ridge:
+def _solve(data: Centred, alpha: Any, inverse_factor: AnyArray) -> Ridge:
     return ridge.solve(data, alpha, lambda b: matmul(inverse_factor.T, matmul(inverse_factor, b)))
 
 
@@ -322,7 +322,7 @@ def _primal_residuals(data: Centred, inverse_factor: AnyArray, held: AnyArray) -
 
 
 @jit_off_host
-def _residuals_by_fold(data: Centred, without_fold: Moments, alpha: AnyArray, held: AnyArray) -> AnyArray:
+def _residuals_by_fold(data: Centred, without_fold: Moments, alpha: Any, held: AnyArray) -> AnyArray:
     """(N,) held-out residuals from the moments of all stars but those of each fold."""
 
     def hold_out(fold: tuple[AnyArray, Moments]) -> AnyArray:

@@ -17,7 +17,7 @@ Three measures keep a small alpha stable in float32:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ def _finite(ridge: Ridge, **arrays: AnyArray) -> Ridge:
 
 
 @by_numpy
-def _fit(x: AnyArray, y: AnyArray, alpha: AnyArray, root: AnyArray) -> Ridge:
+def _fit(x: AnyArray, y: AnyArray, alpha: Any, root: AnyArray) -> Ridge:
     data = center(x, y, root.astype(x.dtype))
     matrix, added = kernel(data)
     xp = namespace(added)
@@ -150,7 +150,7 @@ def center(x: AnyArray, y: AnyArray, mask: AnyArray) -> Centred:
     return Centred(x_centred, (y - y_mean) * mask, mask, x_mean + rest, y_mean)
 
 
-def kernel(data: Centred) -> tuple[AnyArray, AnyArray]:
+def kernel(data: Centred) -> tuple[AnyArray, Any]:
     """The smaller of X X' (with its zero eigenvalue moved) and X'X, and the jitter of its diagonal."""
     x, mask = data.x, data.mask
     if not is_dual(x):
@@ -160,13 +160,13 @@ def kernel(data: Centred) -> tuple[AnyArray, AnyArray]:
     return matrix + xp.trace(matrix) / len(matrix) * xp.outer(mask, mask), jitter(matrix)
 
 
-def jitter(matrix: AnyArray) -> AnyArray:
+def jitter(matrix: AnyArray) -> Any:
     """What is added to the diagonal of a Gram matrix so that its factorisation succeeds."""
     mean_eigenvalue = matrix.trace() / len(matrix)
     return JITTER_ULPS * jnp.finfo(matrix.dtype).eps * mean_eigenvalue
 
 
-def solve(data: Centred, alpha: AnyArray, apply_inverse: Callable[[AnyArray], AnyArray]) -> Ridge:
+def solve(data: Centred, alpha: Any, apply_inverse: Callable[[AnyArray], AnyArray]) -> Ridge:
     """Ridge of centred data, refined against the data.
 
     Args:

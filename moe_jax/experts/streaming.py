@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -195,18 +195,18 @@ def fit_sums(
 
 
 @jit_off_host
-def _fit(by_fold: Sums, alpha: jax.Array) -> Ridge:
+def _fit(by_fold: Sums, alpha: Any) -> Ridge:
     return solve_moments(moments(sum_parts(by_fold)), alpha)
 
 
 @jit_off_host
-def _cross_validate(by_fold: Sums, alphas: AnyArray) -> tuple[AnyArray, Ridge]:
+def _cross_validate(by_fold: Sums, alphas: AnyArray) -> tuple[Any, Ridge]:
     """(A,) errors, and the fits without each fold, stacked as (A, folds)."""
 
-    def fit_rest(fold: Sums, rest: Sums) -> tuple[AnyArray, Ridge]:
+    def fit_rest(fold: Sums, rest: Sums) -> tuple[Any, Ridge]:
         train = moments(rest)
 
-        def one_alpha(alpha: AnyArray) -> tuple[AnyArray, Ridge]:
+        def one_alpha(alpha: Any) -> tuple[Any, Ridge]:
             fit = solve_moments(train, alpha)
             coef, intercept = fit
             # The sum of (y - x w - b)^2, multiplied out.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jaxtyping import Float
@@ -57,7 +57,7 @@ def moments(sums: Sums) -> Moments:
     return Moments(x_mean, y_mean, sums.xx - n * xp.outer(x_mean, x_mean), sums.xy - n * y_mean * x_mean)
 
 
-def solve_moments(train: Moments, alpha: AnyArray) -> Ridge:
+def solve_moments(train: Moments, alpha: Any) -> Ridge:
     """The ridge regression of the stars."""
     coef = cholesky_solver(train.xx, alpha, jitter(train.xx))(train.xy[:, None])[:, 0]
     return Ridge(coef, train.y_mean - (train.x_mean * coef).sum())
