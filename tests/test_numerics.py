@@ -63,9 +63,3 @@ def test_a_loss_that_overflows_is_refused(rng):
     x = rng.normal(size=(40, 2)).astype(np.float32)
     with pytest.raises(InputError, match="the loss is (nan|inf), expected numbers whose squares do not overflow"):
         moe_jax.fit_gate(jax.random.key(0), moe_jax.LinearGate(), x, 1e25 * x, x[:, 0], moe_jax.GateConfig(epochs=2))
-
-
-def test_calibration_with_a_group_that_does_not_exist():
-    for group in (-1, 2):
-        with pytest.raises(InputError, match=rf"group holds {min(group, 0)} to {max(group, 0)}, expected 0 to 1"):
-            moe_jax.calibrate(np.ones(100), np.where(np.arange(100) == 3, group, 0), 2)

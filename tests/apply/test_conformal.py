@@ -63,3 +63,9 @@ def test_half_widths_follow_group_and_sigma():
 def test_bad_input(score, levels, message):
     with pytest.raises(InputError, match=message):
         calibrate(score, np.zeros(len(score), int), 1, levels)
+
+
+def test_a_group_that_does_not_exist():
+    for group in (-1, 2):
+        with pytest.raises(InputError, match=rf"group holds {min(group, 0)} to {max(group, 0)}, expected 0 to 1"):
+            calibrate(np.ones(100), np.where(np.arange(100) == 3, group, 0), 2)
