@@ -19,7 +19,7 @@ def test_against_scipy(matrix, dtype):
         ours = inverse_cholesky(array, 0.5)
         assert ours.dtype == dtype
         np.testing.assert_allclose(ours, expected, atol=tolerance)
-        solution = cholesky_solver(array, 0.5)(array[:, :2])
+        solution = cholesky_solver(array, 0.5, np.zeros((), dtype))(array[:, :2])
         np.testing.assert_allclose(solution, scipy.linalg.solve(shifted, matrix[:, :2]), rtol=0, atol=10 * tolerance)
     assert isinstance(inverse_cholesky(matrix, 0.5), np.ndarray)
 
@@ -27,4 +27,4 @@ def test_against_scipy(matrix, dtype):
 def test_not_positive_definite(matrix, dtype):
     for array in (-matrix, jnp.asarray(-matrix)):
         assert np.isnan(np.asarray(inverse_cholesky(array, 0.0))).any()
-        assert np.isnan(np.asarray(cholesky_solver(array, 0.0)(array[:, 0]))).all()
+        assert np.isnan(np.asarray(cholesky_solver(array, 0.0, np.zeros((), dtype))(array[:, 0]))).all()
