@@ -216,16 +216,21 @@ def component_methods(config: CompareConfig, bases: Bases, train: Spectra) -> di
     return methods
 
 
+def fit_pls(x: np.ndarray, y: np.ndarray, n_components: int) -> Ridge:
+    """Partial least squares: after m steps from 0, LSQR on centred data has its solution with m components (Elden 2004)."""
+    x_mean, y_mean = x.mean(axis=0), y.mean()
+    coef = lsqr(x - x_mean[None, :], y - y_mean, atol=0, btol=0, conlim=0, iter_lim=n_components)[0]
+    return Ridge(jnp.asarray(coef, jnp.float32), jnp.asarray(y_mean - x_mean @ coef, jnp.float32))
+
+
 def pixel_methods(config: CompareConfig, train: Spectra) -> dict[str, Callable[[], Predict]]:
     """Methods that see all pixels; with each, how it is fitted."""
     y = np.asarray(train.labels.log_g)
     labels = np.stack([getattr(train.labels, name) for name in LABEL_UNITS], axis=1)
 
-    def partial_least_squares(number: int, rows: np.ndarray) -> Predict:
-        """After m steps, LSQR is partial least squares with m components (Elden 2004)."""
-        x, mean, y_mean = np.asarray(train.flux)[rows], np.asarray(jnp.mean(train.flux, axis=0)), y[rows].mean()
-        coef = lsqr(x - mean[None, :], y[rows] - y_mean, atol=0, btol=0, conlim=0, iter_lim=number)[0].astype(np.float32)
-        return lambda flux, _: (jnp.asarray(flux) - mean[None, :]) @ coef + y_mean
+    def pls(number: int, rows: np.ndarray) -> Predict:
+        ridge = fit_pls(np.asarray(train.flux)[rows], y[rows], number)
+        return lambda flux, _: predict_ridge(ridge, flux)
 
     def local(n_cells: int) -> Predict:
         mixture = fit_local(
@@ -233,9 +238,7 @@ def pixel_methods(config: CompareConfig, train: Spectra) -> dict[str, Callable[[
         )
         return lambda flux, error: predict_local(mixture, flux, median_error(error))
 
-    methods: dict[str, Callable[[], Predict]] = {
-        "partial least squares": lambda: choose([10, 20, 30, 45, 60], partial_least_squares, train)
-    }
+    methods: dict[str, Callable[[], Predict]] = {"partial least squares": lambda: choose([10, 20, 30, 45, 60], pls, train)}
     names = {n: f"{n:,} local linear experts" for n in config.n_cells[:-1]} | {config.n_cells[-1]: LOCAL}
     return methods | {name: lambda n=n: local(n) for n, name in names.items()}
 
