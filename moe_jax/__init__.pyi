@@ -36,6 +36,10 @@ from .experts.fit import fit_global as fit_global
 from .experts.fit import predict_experts as predict_experts
 from .experts.joint import backfit_mixture_experts as backfit_mixture_experts
 from .experts.joint import fit_mixture_experts as fit_mixture_experts
+from .experts.local import LocalMixture as LocalMixture
+from .experts.local import fit_local as fit_local
+from .experts.local import median_error as median_error
+from .experts.local import predict_local as predict_local
 from .experts.ridge import Ridge as Ridge
 from .experts.ridge import fit_ridge as fit_ridge
 from .experts.ridge import fit_weighted_ridge as fit_weighted_ridge

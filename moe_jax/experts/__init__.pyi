@@ -13,6 +13,10 @@ from .fit import fit_global as fit_global
 from .fit import predict_experts as predict_experts
 from .joint import backfit_mixture_experts as backfit_mixture_experts
 from .joint import fit_mixture_experts as fit_mixture_experts
+from .local import LocalMixture as LocalMixture
+from .local import fit_local as fit_local
+from .local import median_error as median_error
+from .local import predict_local as predict_local
 from .ridge import Ridge as Ridge
 from .ridge import fit_ridge as fit_ridge
 from .ridge import fit_weighted_ridge as fit_weighted_ridge

@@ -1,0 +1,478 @@
+"""Which method predicts log g best from the same noisy spectra, and why does a mixture of nine ridges lose?
+
+    python -m experiments.compare_methods                    about 5 min on 2 cores
+    python -m experiments.compare_methods --preset smoke     small; about a minute
+    python -m experiments.compare_methods --noise-level 1 --n-train 100000
+
+All methods are fitted to the covered training stars, choose what they have to choose on a held-out fifth of these, and predict the
+same covered test stars. Results go to results/compare_methods/PRESET.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from scipy.sparse.linalg import lsqr
+from sklearn.ensemble import HistGradientBoostingRegressor
+from sklearn.kernel_approximation import Nystroem
+from sklearn.linear_model import Ridge as RidgeRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, PolynomialFeatures, StandardScaler
+
+from experiments.pipeline.config import SMALL, BootstrapOptions, DataConfig, OutputOptions, draw_keys
+from experiments.pipeline.observation import Observation, observe_surveys
+from experiments.pipeline.prepare import prepare
+from experiments.pipeline.stars import Prepared
+from experiments.report.markdown import interval, table_markdown
+from experiments.report.results import Results, Study
+from experiments.report.variants import compare_by, variants_results
+from experiments.runner.cache import Cache
+from experiments.runner.command_line import group, run_command
+from experiments.runner.stages import Stages
+from moe_jax.core.arrays import AnyArray
+from moe_jax.core.pca import fit_pca
+from moe_jax.experts.fit import predict_experts
+from moe_jax.experts.local import fit_local, median_error, predict_local
+from moe_jax.experts.ridge import Ridge, fit_weighted_ridge, predict_ridge
+from moe_jax.gates.controls import fit_mlp_regressor, predict_mlp_regressor
+from moe_jax.gates.features import raw_features, scale_features
+from moe_jax.gates.networks import LinearGate, MLPGate
+from moe_jax.gates.routing import route_soft
+from moe_jax.gates.training import GateConfig, fit_gate
+from moe_jax.mixture import fit_moe, predict_moe
+from moe_jax.spectra.fisher import LABEL_UNITS, cramer_rao
+from moe_jax.spectra.survey import Labels
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """The comparison."""
+
+    preset: Literal["default", "smoke"] = "default"
+    """Preset from which the other options start."""
+    n_components: tuple[int, ...] = (8, 13, 20, 40)
+    """Numbers of principal components to choose from."""
+    n_landmarks: int = 1_000
+    """Landmarks of the Nystroem kernel."""
+    n_cells: tuple[int, ...] = (9, 25, 64, 256, 1_024)
+    """Numbers of local linear experts; the last is the mixture of the table."""
+    degree: int = 7
+    """Degree of the polynomial of the labels behind the local experts."""
+    n_floor: int = 1_000
+    """Test stars of the Cramer-Rao floor."""
+    network: GateConfig = group(GateConfig(epochs=300, patience=20), prefix=True)
+    data: DataConfig = group(DataConfig())
+    bootstrap: BootstrapOptions = group(BootstrapOptions())
+    output: OutputOptions = group(OutputOptions(), without=("cache_dir", "use_cache"))
+
+
+PRESETS = {
+    "default": CompareConfig(),
+    "smoke": CompareConfig(
+        preset="smoke",
+        data=dataclasses.replace(SMALL, experts=dataclasses.replace(SMALL.experts, n_folds=2)),
+        n_components=(5, 13),
+        n_landmarks=100,
+        n_cells=(9, 64),
+        degree=3,
+        n_floor=100,
+        network=GateConfig(epochs=5),
+    ),
+}
+
+MIXTURE, LOCAL = "nine ridges, MLP gate (the mixture)", "local linear experts (the new mixture)"
+FLOOR = "Cramer-Rao floor"
+Predict = Callable[[AnyArray, AnyArray], Any]
+"""From noisy flux (N, P) and its error (N, P) to log g (N,)."""
+
+
+class Spectra(NamedTuple):
+    """The covered stars of a survey."""
+
+    flux: jax.Array  #: noisy
+    error: jax.Array  #: standard deviation of the noise
+    labels: Labels
+
+
+class Fitted(NamedTuple):
+    """A method, its predictions, and its time."""
+
+    prediction: np.ndarray  #: (N,) of the test stars
+    seconds: float  #: to fit, with the choices and the compilation
+    rate: float  #: stars predicted in a second, from spectra
+
+
+def read_covered(observation: Observation) -> Spectra:
+    """The noisy spectra and errors of the covered stars."""
+    rows = np.flatnonzero(np.asarray(observation.cell) >= 0)
+    flux, error = np.empty((2, len(rows), len(observation.wave)), np.float32)
+    for part, *arrays in observation.slices():
+        first, last = np.searchsorted(rows, (part.start, part.stop))
+        for kept, array in zip((flux, error), arrays, strict=True):
+            kept[first:last] = np.asarray(array)[rows[first:last] - part.start]
+    return Spectra(jnp.asarray(flux), jnp.asarray(error), Labels(*(np.asarray(label)[rows] for label in observation.labels)))
+
+
+def choose(candidates: list[Any], fit: Callable[[Any, np.ndarray], Predict], train: Spectra) -> Predict:
+    """Fits each candidate to four fifths of the stars, and the best on the last fifth to all of them."""
+    y, rows = train.labels.log_g, np.arange(len(train.labels.log_g))
+    held, kept = rows[::5], rows[rows % 5 > 0]
+    if len(candidates) == 1:
+        return fit(candidates[0], rows)
+    flux, error = train.flux[held], train.error[held]
+    errors = [np.mean((np.asarray(fit(candidate, kept)(flux, error)) - y[held]) ** 2) for candidate in candidates]
+    return fit(candidates[int(np.argmin(errors))], rows)
+
+
+class Bases(NamedTuple):
+    """Components of the training stars, and the functions that make them from any spectra."""
+
+    plain: Predict  #: principal components of the noisy flux
+    weighted: Predict  #: those of stars weighted by 1 / error^2, in units of the error of the pixel
+
+
+def fit_bases(config: CompareConfig, train: Spectra) -> Bases:
+    """Principal components of the training stars."""
+    key, number = draw_keys(config.data.seed).pca, max(config.n_components)
+    plain = fit_pca(key, train.flux, number)
+    noise = median_error(train.error)
+    template = jnp.sqrt(jnp.mean((train.error / noise[:, None]) ** 2, axis=0))
+    weight = 1 / noise
+    mean = jnp.sum(train.flux * (weight**2)[:, None], axis=0) / jnp.sum(weight**2)
+    scaled = (train.flux - mean[None, :]) * (weight[:, None] / template[None, :])
+    vectors = fit_pca(jax.random.clone(key), scaled, number).components / template[None, :]
+    return Bases(
+        lambda flux, _: jnp.asarray(flux) @ plain.components.T - (plain.components @ plain.mean)[None, :],
+        lambda flux, _: jnp.asarray(flux) @ vectors.T - (vectors @ mean)[None, :],
+    )
+
+
+def component_methods(config: CompareConfig, bases: Bases, train: Spectra) -> dict[str, Callable[[], Predict]]:
+    """Methods that regress on components; with each, how it is fitted."""
+    y = train.labels.log_g
+    z = {name: np.asarray(basis(train.flux, train.error)) for name, basis in bases._asdict().items()}
+    noise = np.log(np.asarray(median_error(train.error)))
+    key = draw_keys(config.data.seed).gates
+
+    def on_components(basis: str, number: int, rows: np.ndarray, model: Any) -> Predict:
+        model.fit(z[basis][rows, :number].astype(np.float64), y[rows])
+        return lambda flux, error: model.predict(np.asarray(getattr(bases, basis)(flux, error))[:, :number].astype(np.float64))
+
+    def mlp(basis: str, number: int, rows: np.ndarray, with_noise: bool) -> Predict:
+        def inputs(z: AnyArray, noise: AnyArray) -> jax.Array:
+            return (
+                jnp.concatenate([z[:, :number], jnp.asarray(noise)[:, None]], axis=1) if with_noise else jnp.asarray(z)[:, :number]
+            )
+
+        x = inputs(z[basis][rows], noise[rows])
+        model, _ = fit_mlp_regressor(jax.random.clone(key), x, y[rows], hidden=64, config=config.network)
+        return lambda flux, error: predict_mlp_regressor(
+            model, inputs(getattr(bases, basis)(flux, error), jnp.log(median_error(error)))
+        )
+
+    def kernel(candidate: tuple[int, float], rows: np.ndarray) -> Predict:
+        number, gamma = candidate
+        # Columns are divided by the root of their scale: the leading components keep more weight in the distances.
+        root = np.sqrt(z["plain"][rows, :number].std(axis=0)).astype(np.float64)
+        kernel_map = Nystroem(gamma=gamma / (2 * np.sum(root**2)), n_components=config.n_landmarks, random_state=config.data.seed)
+        model = make_pipeline(FunctionTransformer(lambda x: x / root), kernel_map, RidgeRegression(1e-2))
+        return on_components("plain", number, rows, model)
+
+    def quadratic(candidate: tuple[int, float], rows: np.ndarray) -> Predict:
+        number, alpha = candidate
+        model = make_pipeline(StandardScaler(), PolynomialFeatures(2, include_bias=False), RidgeRegression(alpha))
+        return on_components("plain", number, rows, model)
+
+    most = config.n_components[-1]
+    methods: dict[str, Callable[[], Predict]] = {
+        "quadratic ridge on components": lambda: choose(
+            [(n, a) for n in config.n_components[1:] for a in (1.0, 100.0)], quadratic, train
+        ),
+        "Nystroem kernel ridge on components": lambda: choose(
+            [(n, g) for n in config.n_components[1:] for g in (1.0, 4.0)], kernel, train
+        ),
+        "HistGradientBoosting on components": lambda: on_components(
+            "plain", most, np.arange(len(y)), HistGradientBoostingRegressor(random_state=config.data.seed)
+        ),
+    }
+    if importlib.util.find_spec("lightgbm"):
+        boosting = importlib.import_module("lightgbm").LGBMRegressor(n_estimators=500, learning_rate=0.05, verbose=-1)
+        methods["LightGBM on components"] = lambda: on_components("plain", most, np.arange(len(y)), boosting)
+    for basis, with_noise in (("plain", False), ("weighted", False), ("weighted", True)):
+        name = f"MLP on {'' if basis == 'plain' else 'weighted '}components{' and noise' if with_noise else ''}"
+        methods[name] = lambda basis=basis, with_noise=with_noise: choose(  # type: ignore[misc]
+            list(config.n_components), lambda number, rows: mlp(basis, number, rows, with_noise), train
+        )
+    return methods
+
+
+def fit_pls(x: np.ndarray, y: np.ndarray, n_components: int) -> Ridge:
+    """Partial least squares: after m steps from 0, LSQR on centred data has its solution with m components (Elden 2004)."""
+    x_mean, y_mean = x.mean(axis=0), y.mean()
+    coef = lsqr(x - x_mean[None, :], y - y_mean, atol=0, btol=0, conlim=0, iter_lim=n_components)[0]
+    return Ridge(jnp.asarray(coef, jnp.float32), jnp.asarray(y_mean - x_mean @ coef, jnp.float32))
+
+
+def pixel_methods(config: CompareConfig, train: Spectra) -> dict[str, Callable[[], Predict]]:
+    """Methods that see all pixels; with each, how it is fitted."""
+    y = np.asarray(train.labels.log_g)
+    labels = np.stack([getattr(train.labels, name) for name in LABEL_UNITS], axis=1)
+
+    def pls(number: int, rows: np.ndarray) -> Predict:
+        ridge = fit_pls(np.asarray(train.flux)[rows], y[rows], number)
+        return lambda flux, _: predict_ridge(ridge, flux)
+
+    def local(n_cells: int) -> Predict:
+        mixture = fit_local(
+            train.flux, train.error, labels, y, n_cells=min(n_cells, len(y) // 4), degree=config.degree, seed=config.data.seed
+        )
+        return lambda flux, error: predict_local(mixture, flux, median_error(error))
+
+    methods: dict[str, Callable[[], Predict]] = {"partial least squares": lambda: choose([10, 20, 30, 45, 60], pls, train)}
+    names = {n: f"{n:,} local linear experts" for n in config.n_cells[:-1]} | {config.n_cells[-1]: LOCAL}
+    return methods | {name: lambda n=n: local(n) for n, name in names.items()}
+
+
+def prepared_methods(config: CompareConfig, prepared: Prepared, stages: Stages) -> dict[str, tuple[Callable[[], Predict], float]]:
+    """The methods of the other commands; with each, how it is finished, and the seconds that it took before."""
+    seconds = {name: took for name, took in stages.seconds.items()}
+    before = seconds["experts, cross-validated"] + seconds["features"]
+
+    def features(flux: AnyArray) -> jax.Array:
+        return scale_features(prepared.model, raw_features(flux, prepared.wave, prepared.model.pca))
+
+    def mixture(gate: LinearGate | MLPGate, params: Any) -> Predict:
+        return lambda flux, _: route_soft(gate.apply(params, features(flux)), predict_experts(prepared.experts, flux))
+
+    def mlp_gate() -> Predict:
+        stars, gate = prepared.gate_stars(), MLPGate()
+        return mixture(
+            gate, fit_gate(draw_keys(config.data.seed).gates, gate, stars.features, stars.predictions, stars.log_g).params
+        )
+
+    return {
+        "one ridge for all stars": (
+            lambda: lambda flux, _: predict_ridge(prepared.global_ridge.ridge, flux),
+            seconds["global ridge, cross-validated"],
+        ),
+        "nine ridges, classification gate": (
+            lambda: mixture(LinearGate(), prepared.classifier.params),
+            before + seconds["classification gate"],
+        ),
+        MIXTURE: (mlp_gate, before),
+    }
+
+
+def explanations(config: CompareConfig, prepared: Prepared, bases: Bases, train: Spectra) -> dict[str, Callable[[], Predict]]:
+    """The mixture with one thing changed at a time; with each, how it is fitted."""
+    stars, cell, key = prepared.gate_stars(), np.asarray(prepared.train.covered().cell), draw_keys(config.data.seed).gates
+    y, noise = jnp.asarray(stars.log_g), median_error(train.error)
+    plain, weighted = (basis(train.flux, train.error) for basis in bases)
+    wide = config.n_components[-2]  # components of a gate
+
+    def features(flux: AnyArray) -> jax.Array:
+        return scale_features(prepared.model, raw_features(flux, prepared.wave, prepared.model.pca))
+
+    def on_components(basis: Predict, x: jax.Array, gate_inputs: Callable[[AnyArray, AnyArray], jax.Array]) -> Predict:
+        """Nine ridges on components, with a gate on other inputs."""
+        alphas = tuple(float(a) for a in np.var(np.asarray(x[:, -1])) * np.array([1.0, 10.0, 100.0, 1_000.0]))
+        mixture = fit_moe(key, x, y, cell, gate_inputs(train.flux, train.error), alphas=alphas, n_folds=config.data.experts.n_folds)
+        return lambda flux, error: predict_moe(mixture, basis(flux, error), gate_inputs(flux, error)).y
+
+    def by_weight() -> Predict:
+        """Nine ridges with star weights. Each is fitted to thousands of stars in few columns: in-sample predictions will do."""
+        alpha = 10.0 * float(jnp.var(plain[:, -1]))
+        weight = 1 / noise**2 / jnp.mean(1 / noise**2)
+        fits = [fit_weighted_ridge(plain[rows], y[rows], weight[rows], alpha) for rows in map(np.flatnonzero, cells)]
+        ridges: Ridge = jax.tree.map(lambda *leaves: jnp.stack(leaves), *fits)
+        gate = MLPGate()
+        params = fit_gate(key, gate, stars.features, predict_ridge(ridges, plain), y).params
+        return lambda flux, error: route_soft(gate.apply(params, features(flux)), predict_ridge(ridges, bases.plain(flux, error)))
+
+    def residual_head() -> Predict:
+        """The mixture's weights p, and one ridge on [p_k, p_k z]: all experts at once, free to leave each other's range."""
+        mixture = fit_moe(key, plain, y, cell, stars.features, n_folds=config.data.experts.n_folds)
+
+        def columns(flux: AnyArray, error: AnyArray) -> jax.Array:
+            z = bases.plain(flux, error)
+            p = predict_moe(mixture, z, features(flux)).weights
+            z = jnp.concatenate([jnp.ones_like(z[:, :1]), z], axis=1)
+            return (p[:, :, None] * z[:, None, :]).reshape(len(z), -1)
+
+        x = columns(train.flux, train.error)
+        ridge = fit_weighted_ridge(x, y, jnp.ones_like(y), float(10 * jnp.var(plain[:, -1])))
+        return lambda flux, error: predict_ridge(ridge, columns(flux, error))
+
+    def gate_on_components() -> Predict:
+        mean, scale, gate = plain[:, :wide].mean(axis=0), plain[:, :wide].std(axis=0), MLPGate()
+
+        def inputs(z: jax.Array) -> jax.Array:
+            return (z[:, :wide] - mean[None, :]) / scale[None, :]
+
+        params = fit_gate(key, gate, inputs(plain), stars.predictions, y).params
+        return lambda flux, error: route_soft(
+            gate.apply(params, inputs(bases.plain(flux, error))), predict_experts(prepared.experts, flux)
+        )
+
+    cells = [cell == k for k in range(cell.max() + 1)]
+
+    def with_noise(flux: AnyArray, error: AnyArray) -> jax.Array:
+        return jnp.concatenate([bases.weighted(flux, error)[:, :wide], jnp.log(median_error(error))[:, None]], axis=1)
+
+    return {
+        f"(a) experts on {plain.shape[1]} components": lambda: on_components(bases.plain, plain, lambda flux, _: features(flux)),
+        f"(a, b) experts on {plain.shape[1]} components of weighted stars": lambda: on_components(
+            bases.weighted, weighted, lambda flux, _: features(flux)
+        ),
+        "(b) as (a), stars weighted by 1 / error^2": by_weight,
+        "(d) as (a), then one ridge on (p, p z)": residual_head,
+        f"(e) gate on {wide} components": gate_on_components,
+        "(a, b, e) experts and gate on weighted components and noise": lambda: on_components(bases.weighted, weighted, with_noise),
+    }
+
+
+def fit_likelihood() -> Predict | None:
+    """The likelihood fit of the model grid, where the package has it. It is given the grid, and is fitted to no training star."""
+    if importlib.util.find_spec("moe_jax.spectra.label_fit") is None:
+        return None
+    module = importlib.import_module("moe_jax.spectra.label_fit")
+    return lambda flux, error: module.fit_labels(flux, error, velocity=np.zeros(len(flux)), broadening=False).labels[:, 1]
+
+
+def run(fit: Callable[[], Predict], test: Spectra, seconds: float = 0.0) -> Fitted:
+    """Fits a method, predicts the test stars twice, and times the fit and the second prediction."""
+    start = time.perf_counter()
+    predict = fit()
+    seconds += time.perf_counter() - start
+    np.asarray(predict(test.flux, test.error))
+    start = time.perf_counter()
+    prediction = np.asarray(predict(test.flux, test.error), np.float32)
+    return Fitted(prediction, seconds, len(prediction) / (time.perf_counter() - start))
+
+
+def floor_row(config: CompareConfig, test: Spectra) -> dict[str, Any]:
+    """The row of the Cramer-Rao floor, from the first test stars."""
+    n = min(config.n_floor, len(test.flux))
+    floor = cramer_rao(Labels(*(label[:n] for label in test.labels)), test.error[:n], prior=True)
+    mse = float(np.mean(floor**2))
+    return {"variant": FLOOR, "r2": 1 - mse / float(np.var(test.labels.log_g)), "rms": mse**0.5}
+
+
+def table_of(config: CompareConfig, fitted: Mapping[str, Fitted], y: np.ndarray) -> pd.DataFrame:
+    """R2, rms, time, and the differences from both mixtures."""
+    variants = {name: fit.prediction[None, :] for name, fit in fitted.items()}
+    table = compare_by(config, y, variants, variants[MIXTURE])
+    from_local = compare_by(config, y, variants, variants[LOCAL])
+    table["rms"] = [float(np.sqrt(np.mean((fit.prediction - y) ** 2))) for fit in fitted.values()]
+    for column in ("delta_r2", "low", "high"):
+        table[f"{column}_from_local"] = from_local[column]
+    table["seconds"], table["stars_per_second"] = [f.seconds for f in fitted.values()], [f.rate for f in fitted.values()]
+    return table
+
+
+def compute(config: CompareConfig, stages: Stages) -> Results:
+    """Fits all methods."""
+    prepared = prepare(config.data, stages, Cache(None))
+    with stages("spectra"):
+        train, test = map(read_covered, observe_surveys(config.data))
+    with stages("components"):
+        bases = fit_bases(config, train)
+    y = np.asarray(test.labels.log_g)
+    fitted: dict[str, Fitted] = {}
+
+    def keep(name: str, fit: Callable[[], Predict], seconds: float = 0.0) -> None:
+        with stages(name):
+            fitted[name] = run(fit, test, seconds)
+
+    for name, (fit, seconds) in prepared_methods(config, prepared, stages).items():
+        keep(name, fit, seconds)
+    for name, fit in {**component_methods(config, bases, train), **pixel_methods(config, train)}.items():
+        keep(name, fit)
+    likelihood = fit_likelihood()
+    if likelihood is not None:
+        keep("likelihood fit of the model grid", lambda: likelihood)
+    methods = list(fitted)
+    for name, fit in explanations(config, prepared, bases, train).items():
+        keep(name, fit)
+    with stages("bootstrap and floor"):
+        table = table_of(config, fitted, y)
+        floor = floor_row(config, test)
+    counts = [name for name in methods if name.endswith("local linear experts")]
+    main_rows = table["variant"].isin(methods) & ~table["variant"].isin(counts)
+    shown = pd.concat([_shown(table[main_rows]), pd.DataFrame([floor])]).fillna("")
+    why = _shown(table[~main_rows | table["variant"].isin([MIXTURE, LOCAL])])
+    missing = [
+        sentence
+        for module, sentence in (
+            ("lightgbm", "LightGBM is not installed, so its row is left out."),
+            ("moe_jax.spectra.label_fit", "The package has no likelihood fit, so its row is left out."),
+        )
+        if importlib.util.find_spec(module) is None
+    ]
+    results = variants_results(
+        "Every method on the same spectra",
+        config.bootstrap,
+        table[main_rows].drop(columns=[c for c in table.columns if c.endswith("_from_local")]),
+        setup=f"{len(train.flux):,} covered training stars, {len(y):,} covered test stars, noise level "
+        f"{config.data.noise_level:g}. Choices are made on a fifth of the training stars. Seconds to fit include choices and "
+        "compilation, but not the "
+        f"{stages.seconds['components']:.0f} s of the components; stars per second are predicted from spectra.",
+        against=MIXTURE,
+    )
+    percent = f"{100 * config.bootstrap.confidence_level:g} %"
+    sections = [
+        results.sections[0],
+        table_markdown(shown),
+        " ".join(
+            [
+                f"Differences of R2 with {percent} intervals (paired {config.bootstrap.interval_method} bootstrap over the test "
+                "stars). Weighted components: of stars weighted by 1 / error^2, in units of the error of the pixel. "
+                f"{FLOOR}: root mean square of the floor with the knowledge of the survey's ranges of labels, of "
+                f"{min(config.n_floor, len(y)):,} test stars.",
+                *missing,
+            ]
+        ),
+        "![Differences of R2](delta_r2.png)",
+        "## Why the mixture loses",
+        table_markdown(why),
+        "(a) A ridge on pixels spends its penalty on noise. (b) Bright and faint stars count alike. (c) Nine cells are too coarse: "
+        "the number of local linear experts. (d) A convex combination cannot leave the range of its experts. (e) Line features "
+        "starve the gate. Each row changes the mixture in that only, and all but (c) keep the nine cells.",
+    ]
+    return dataclasses.replace(results, sections=sections, tables={"methods": table, "floor": pd.DataFrame([floor])})
+
+
+def _shown(table: pd.DataFrame) -> pd.DataFrame:
+    """A table as it stands in the report."""
+
+    def differences(suffix: str) -> list[str]:
+        columns = (table[f"{name}{suffix}"] for name in ("delta_r2", "low", "high"))
+        return [interval(*row) for row in zip(*columns, strict=True)]
+
+    return pd.DataFrame(
+        {
+            "variant": table["variant"],
+            "r2": table["r2"],
+            "rms": table["rms"],
+            "from the mixture": differences(""),
+            "from the new mixture": differences("_from_local"),
+            "seconds to fit": [f"{value:.1f}" for value in table["seconds"]],
+            "stars per second": [f"{value:,.0f}" for value in table["stars_per_second"]],
+        }
+    )
+
+
+main = Study("compare_methods", PRESETS, compute)
+
+if __name__ == "__main__":
+    run_command(main, PRESETS, __doc__)

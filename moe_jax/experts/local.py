@@ -1,0 +1,253 @@
+"""Many local linear experts and their gate, both in closed form: a linear model of the spectra, turned round by Bayes' theorem.
+
+The nine ridges regress log g on noisy pixels. Here the regression first runs from labels to flux, as in The Cannon (Ness et al.
+2015): the flux of each pixel is a polynomial in the labels, fitted with the stars' inverse variances. Thousands of stars share
+its few hundred terms, so that it is nearly free of noise. The fitted spectra span few components (reduced-rank regression,
+Izenman 1975). In these components a star is z = h + s e, with its clean spectrum h, its noise level s and e ~ N(0, I).
+
+The training stars are divided into K cells of similar labels. In cell k, h and the target y are taken as jointly normal. Their
+moments are those of the fitted spectra: means m_k and y_k, leading variances v_kr along the axes V_k, and the covariance c_kr
+of each axis with y. So an expert is linear in z, and the gate is the probability of the cell:
+
+    E[y | z, k] = y_k + sum_r c_kr u_kr / (v_kr + s^2)   with u_k = V_k' (z - m_k),
+    p(k | z) ~ n_k N(z; m_k, V_k diag(v_k) V_k' + s^2 I).
+
+Both depend on the noise of the star. A faint star is drawn to the mean of its cell, and its weights spread over more cells.
+"""
+
+from __future__ import annotations
+
+import functools
+from itertools import combinations_with_replacement
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.linalg as jsl
+import numpy as np
+from jax import lax
+from jaxtyping import Float, Int
+from sklearn.cluster import KMeans
+
+from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_length
+from moe_jax.core.cholesky import shifted_cholesky
+
+PENALTY = 1e-3  # of the polynomial's coefficients, per unit of weight: for the rounding of float32 more than for the fit
+N_COMPONENTS = (10, 14, 20, 28)
+_BATCH = 256  # stars that are predicted at a time
+
+
+class FluxModel(NamedTuple):
+    """Spectra as polynomials in the labels, in C components: clean flux = mean + template * (h @ components)."""
+
+    mean: Float[jax.Array, " P"]  #: weighted mean flux of the training stars
+    template: Float[jax.Array, " P"]  #: error of each pixel in units of a star's noise level
+    components: Float[jax.Array, "C P"]  #: unit vectors of flux / template, the strongest first
+    term_mean: Float[jax.Array, " M"]  #: weighted mean of the polynomial's terms
+    coef: Float[jax.Array, "M C"]  #: h = (terms - term_mean) @ coef
+
+
+class LocalExperts(NamedTuple):
+    """Local linear experts, and what their gate needs."""
+
+    mean: Float[jax.Array, "K C"]
+    axes: Float[jax.Array, "K R C"]  #: unit vectors
+    variance: Float[jax.Array, "K R"]  #: of the clean spectra along the axes
+    y: Float[jax.Array, " K"]
+    covariance: Float[jax.Array, "K R"]  #: of the clean spectra along the axes with y
+    log_count: Float[jax.Array, " K"]  #: of the training stars
+
+
+class LocalMixture(NamedTuple):
+    """A fitted mixture of local linear experts."""
+
+    model: FluxModel
+    experts: LocalExperts
+    tried: Float[np.ndarray, " T"]  #: mean squared error on the held-out stars, for each number of components tried
+
+
+def median_error(error: Float[AnyArray, "N P"]) -> Float[jax.Array, " N"]:
+    """Median error of each star, from every 16th pixel.
+
+    One number for a star: its brightness. The errors of single pixels would give its lines away, since its own photon noise
+    imprints them.
+    """
+    return jnp.asarray(np.median(np.asarray(error)[:, ::16], axis=1))  # NumPy selects where XLA sorts
+
+
+@functools.partial(jax.jit, static_argnames="degree")
+def polynomial_terms(labels: Float[AnyArray, "N L"], degree: int) -> Float[jax.Array, "N M"]:
+    """Products of Legendre polynomials of the labels, of total degree 1 to ``degree``, each with mean square 1 on [-1, 1]^L."""
+    x = jnp.asarray(labels)
+    legendre = [jnp.ones_like(x), x]
+    for n in range(1, degree):
+        legendre.append(((2 * n + 1) * x * legendre[n] - n * legendre[n - 1]) / (n + 1))
+    values = jnp.stack([p * (2 * n + 1) ** 0.5 for n, p in enumerate(legendre)])  # (degree + 1, N, L)
+    n_labels = x.shape[1]
+    chosen = [c for d in range(1, degree + 1) for c in combinations_with_replacement(range(n_labels), d)]
+    powers = np.array([np.bincount(c, minlength=n_labels) for c in chosen])
+    return functools.reduce(jnp.multiply, [values[powers[:, j], :, j] for j in range(n_labels)]).T
+
+
+@functools.partial(jax.jit, static_argnames="n_components")
+def fit_flux_model(
+    terms: Float[AnyArray, "N M"],
+    flux: Float[AnyArray, "N P"],
+    noise: Float[AnyArray, " N"],
+    template: Float[AnyArray, " P"],
+    n_components: int,
+    used: Float[AnyArray, " N"] | None = None,
+) -> FluxModel:
+    """Reduced-rank ridge regression of the flux on the terms, with weights 1 / noise^2 and pixels in units of their error.
+
+    With the weighted scatter G of the terms plus the penalty, G = L L', and the scatter R of terms with flux, the coefficients
+    are L'^-1 (L^-1 R). The components are the right singular vectors of L^-1 R / template.
+
+    Args:
+        terms: of ``polynomial_terms``.
+        flux: noisy flux.
+        noise: noise level of each star, > 0.
+        template: error of each pixel in units of the noise level, > 0.
+        n_components: C.
+        used: 1 for the stars to fit, 0 for those to hold out; all by default.
+    """
+    terms, flux = jnp.asarray(terms), jnp.asarray(flux)
+    weight = (jnp.ones_like(noise) if used is None else jnp.asarray(used, flux.dtype)) / jnp.asarray(noise) ** 2
+    weight /= jnp.sum(weight)
+    weighted = terms * weight[:, None]
+    mean, term_mean = matmul(weight[None, :], flux)[0], jnp.sum(weighted, axis=0)
+    factor = shifted_cholesky(matmul(weighted.T, terms) - jnp.outer(term_mean, term_mean), PENALTY)
+    scatter = matmul(weighted.T, flux) - jnp.outer(term_mean, mean)
+    left, strength, components = jnp.linalg.svd(
+        jsl.solve_triangular(factor, scatter / template[None, :], lower=True), full_matrices=False
+    )
+    coef = jsl.solve_triangular(factor, left[:, :n_components] * strength[None, :n_components], lower=True, trans=1)
+    return FluxModel(mean, jnp.asarray(template), components[:n_components], term_mean, coef)
+
+
+@functools.partial(jax.jit, static_argnames=("n_cells", "rank"))
+def fit_local_experts(
+    h: Float[AnyArray, "N C"], y: Float[AnyArray, " N"], cell: Int[AnyArray, " N"], n_cells: int, rank: int
+) -> LocalExperts:
+    """The moments of clean spectra and target by cell; every cell needs a star.
+
+    Args:
+        h: clean spectra in components.
+        y: target.
+        cell: 0 to n_cells - 1 for each star; -1 for a star that is left out.
+        n_cells: K.
+        rank: R, leading axes of a cell that are kept; no more than C. The labels move a spectrum along as many.
+    """
+    h, y = jnp.asarray(h), jnp.asarray(y)
+    cell = jnp.where(cell < 0, n_cells, cell)  # segment_sum drops what lies beyond the last segment
+
+    def mean(values: jax.Array) -> jax.Array:
+        return jax.ops.segment_sum(values, cell, n_cells) / count.reshape(-1, *[1] * (values.ndim - 1))
+
+    count = jax.ops.segment_sum(jnp.ones_like(y), cell, n_cells)
+    h_mean, y_mean = mean(h), mean(y)
+    h_centred, y_centred = h - h_mean[cell], y - y_mean[cell]
+    variance, axes = jnp.linalg.eigh(mean(h_centred[:, :, None] * h_centred[:, None, :]))
+    axes = jnp.swapaxes(axes, 1, 2)[:, ::-1][:, :rank]
+    covariance = jnp.einsum("krc,kc->kr", axes, mean(h_centred * y_centred[:, None]), precision=lax.Precision.HIGHEST)
+    return LocalExperts(h_mean, axes, jnp.maximum(variance[:, ::-1][:, :rank], 0), y_mean, covariance, jnp.log(count))
+
+
+def project_flux(model: FluxModel, flux: Float[AnyArray, "N P"]) -> Float[jax.Array, "N C"]:
+    """Components z of noisy spectra; where the errors follow the template, their noise is that of the star's level in each."""
+    projection = (model.components / model.template[None, :]).T
+    return matmul(flux, projection) - matmul(model.mean[None, :], projection)
+
+
+@jax.jit
+def predict_local_experts(experts: LocalExperts, z: Float[AnyArray, "N C"], noise: Float[AnyArray, " N"]) -> Float[jax.Array, " N"]:
+    """Predictions of the mixture from components."""
+    k, r, c = experts.axes.shape
+    axes = experts.axes.reshape(k * r, c)
+    shift = jnp.sum(experts.axes * experts.mean[:, None, :], axis=2)
+    square = jnp.sum(experts.mean**2, axis=1)
+
+    def predict(batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        z, s2 = batch[0], batch[1][:, None] ** 2
+        u = matmul(z, axes.T).reshape(-1, k, r) - shift[None]
+        total = experts.variance[None] + s2[:, :, None]
+        # |z|^2 is the same for all cells.
+        distance = (square[None, :] - 2 * matmul(z, experts.mean.T) - jnp.sum(u**2 * (experts.variance[None] / total), axis=2)) / s2
+        weights = jax.nn.softmax(experts.log_count[None, :] - 0.5 * (distance + jnp.sum(jnp.log(total), axis=2)), axis=1)
+        return jnp.sum(weights * (experts.y[None, :] + jnp.sum(experts.covariance[None] * u / total, axis=2)), axis=1)
+
+    n = len(z)
+    n_batches = -(-n // _BATCH)
+    pad = n_batches * _BATCH - n
+    z, noise = jnp.pad(jnp.asarray(z), ((0, pad), (0, 0))), jnp.pad(jnp.asarray(noise), (0, pad), constant_values=1.0)
+    return lax.map(predict, (z.reshape(n_batches, _BATCH, c), noise.reshape(n_batches, _BATCH))).reshape(-1)[:n]
+
+
+def predict_local(mixture: LocalMixture, flux: Float[AnyArray, "N P"], noise: Float[AnyArray, " N"]) -> Float[jax.Array, " N"]:
+    """Predictions for noisy spectra with their noise levels."""
+    return predict_local_experts(mixture.experts, project_flux(mixture.model, flux), noise)
+
+
+def fit_local(
+    flux: Float[AnyArray, "N P"],
+    error: Float[AnyArray, "N P"],
+    labels: Float[AnyArray, "N L"],
+    y: Float[AnyArray, " N"],
+    *,
+    n_cells: int = 1024,
+    degree: int = 7,
+    n_components: tuple[int, ...] = N_COMPONENTS,
+    seed: int = 0,
+) -> LocalMixture:
+    """Fits the flux model and the experts; the number of components is that of the lowest error on a held-out fifth of the stars.
+
+    The cells are clusters (k-means) of the labels, each in units of its range. The stars must be in random order.
+
+    Args:
+        flux: noisy flux.
+        error: standard deviation of the flux, > 0.
+        labels: of the training stars: all that shape the spectra, the target among them.
+        y: target.
+        n_cells: K.
+        degree: total degree of the polynomial.
+        n_components: numbers of components to choose from.
+        seed: of the clusters' start.
+
+    Raises:
+        InputError: shapes that disagree, fewer stars than cells, or errors that are not positive.
+    """
+    n = require_same_length(flux=flux, y=y)
+    if error.shape != flux.shape or labels.ndim != 2 or len(labels) != n:
+        raise InputError(f"error and labels have shapes {error.shape} and {labels.shape}, expected {flux.shape} and ({n}, L)")
+    if n < 2 * n_cells:
+        raise InputError(f"found {n} stars for {n_cells} cells, expected at least 2 in each on average")
+    noise = median_error(error)
+    if not bool(jnp.min(noise) > 0):
+        raise InputError(f"error holds {float(jnp.min(noise)):g}, expected positive numbers")
+    y, labels = jnp.asarray(y), np.asarray(labels)
+    low, high = labels.min(axis=0), labels.max(axis=0)
+    scaled = (2 * (labels - low) / np.maximum(high - low, np.finfo(np.float32).tiny) - 1).astype(noise.dtype)
+    terms = polynomial_terms(scaled, degree)
+    template = _template(error, noise)
+    cell = KMeans(n_cells, n_init=1, max_iter=30, random_state=seed).fit(scaled).labels_
+    rank = labels.shape[1]
+    held = np.arange(n) % 5 == 0
+    model = fit_flux_model(terms, flux, noise, template, max(n_components), jnp.asarray(~held, noise.dtype))
+    clean, z = matmul(terms - model.term_mean[None, :], model.coef), project_flux(model, jnp.asarray(flux)[held])
+    inner = np.where(held, -1, cell)
+    occupied = np.unique(inner[~held], return_inverse=True)[1]
+    inner[~held] = occupied
+    tried = []
+    for number in n_components:
+        experts = fit_local_experts(clean[:, :number], y, jnp.asarray(inner), int(occupied.max()) + 1, min(rank, number))
+        tried.append(float(jnp.mean((predict_local_experts(experts, z[:, :number], noise[held]) - y[held]) ** 2)))
+    number = n_components[int(np.argmin(tried))]
+    model = fit_flux_model(terms, flux, noise, template, number)
+    clean = matmul(terms - model.term_mean[None, :], model.coef)
+    return LocalMixture(model, fit_local_experts(clean, y, jnp.asarray(cell), n_cells, min(rank, number)), np.array(tried))
+
+
+@jax.jit
+def _template(error: jax.Array, noise: jax.Array) -> jax.Array:
+    """Root mean square error of each pixel, in units of the stars' noise levels."""
+    return jnp.sqrt(jnp.mean((jnp.asarray(error) / noise[:, None]) ** 2, axis=0))

@@ -1,0 +1,127 @@
+"""Local linear experts in closed form, against NumPy, SciPy and scikit-learn in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import eval_legendre
+from scipy.stats import multivariate_normal
+from sklearn.linear_model import Ridge
+
+from moe_jax.core.arrays import InputError
+from moe_jax.experts.local import (
+    PENALTY,
+    LocalExperts,
+    fit_flux_model,
+    fit_local,
+    fit_local_experts,
+    median_error,
+    polynomial_terms,
+    predict_local,
+    predict_local_experts,
+    project_flux,
+)
+
+
+@pytest.fixture(scope="module")
+def survey():
+    """Stars whose 40 pixels are curved functions of two labels, with noise that differs between pixels and stars."""
+    rng = np.random.default_rng(3)
+    labels = rng.uniform(-1, 1, (2_000, 2))
+    directions = rng.normal(size=(4, 40))
+    curved = np.column_stack([labels[:, 0], labels[:, 1], labels[:, 0] * labels[:, 1], np.sin(2 * labels[:, 1])])
+    noise, template = rng.uniform(0.2, 2.0, 2_000), rng.uniform(0.5, 1.5, 40)
+    error = noise[:, None] * template
+    return labels, 5.0 + curved @ directions + error * rng.normal(size=error.shape), error, noise, template
+
+
+def test_the_terms_are_products_of_scipys_legendre_polynomials(survey):
+    x = survey[0][:50]
+    terms = np.asarray(polynomial_terms(jnp.asarray(x, jnp.float32), 3))
+    powers = [(1, 0), (0, 1), (2, 0), (1, 1), (0, 2), (3, 0), (2, 1), (1, 2), (0, 3)]
+    products = [np.prod([np.sqrt(2 * n + 1) * eval_legendre(n, x[:, j]) for j, n in enumerate(p)], axis=0) for p in powers]
+    np.testing.assert_allclose(terms, np.transpose(products), rtol=1e-5, atol=1e-5)
+
+
+def test_with_all_components_the_flux_model_is_scikit_learns_weighted_ridge(survey):
+    labels, flux, _, noise, template = survey
+    terms, used = np.asarray(polynomial_terms(labels, 2), np.float64), np.arange(2_000) % 5 > 0
+    arrays = (jnp.asarray(array, jnp.float32) for array in (terms, flux, noise, template))
+    model = fit_flux_model(*arrays, 5, jnp.asarray(used, jnp.float32))
+    weight = used / noise**2
+    peer = Ridge(alpha=PENALTY * weight.sum()).fit(terms, flux, sample_weight=weight)
+    model = jax.tree.map(np.asarray, model)
+    clean = model.mean + model.template * (((terms - model.term_mean) @ model.coef) @ model.components)
+    np.testing.assert_allclose(clean, peer.predict(terms), atol=2e-4)
+    np.testing.assert_allclose(model.components @ model.components.T, np.eye(5), atol=1e-5)
+
+
+def test_the_noise_of_the_components_is_the_level_of_the_star(survey):
+    labels, flux, error, noise, template = survey
+    model = fit_flux_model(polynomial_terms(labels, 3), *(jnp.asarray(a, jnp.float32) for a in (flux, noise, template)), 3)
+    again = flux + error * np.random.default_rng(5).normal(size=error.shape)
+    change = np.asarray(project_flux(model, jnp.asarray(again)) - project_flux(model, jnp.asarray(flux))) / noise[:, None]
+    np.testing.assert_allclose(np.cov(change.T), np.eye(3), atol=0.12)  # 4 standard errors of a variance from 2,000 stars
+
+
+def test_the_experts_are_the_moments_of_their_cells(survey):
+    rng = np.random.default_rng(0)
+    h, y, cell = rng.normal(size=(300, 3)), rng.normal(size=300), rng.integers(-1, 4, 300)
+    experts = fit_local_experts(jnp.asarray(h), jnp.asarray(y), jnp.asarray(cell), 4, 3)
+    for k in range(4):
+        joint = np.cov(np.column_stack([h, y])[cell == k].T, ddof=0)
+        axes = np.asarray(experts.axes[k])
+        np.testing.assert_allclose(axes.T @ np.diag(experts.variance[k]) @ axes, joint[:3, :3], atol=1e-5)
+        np.testing.assert_allclose(axes.T @ experts.covariance[k], joint[:3, 3], atol=1e-5)
+        np.testing.assert_allclose(experts.y[k], y[cell == k].mean(), atol=1e-5)
+        np.testing.assert_allclose(np.exp(experts.log_count[k]), (cell == k).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_predictions_are_bayes_theorem_in_full_covariances(dtype):
+    """Also at a noise that is small beside the spread of the spectra, where float32 could lose digits."""
+    rng = np.random.default_rng(1)
+    k, r, c, n = 5, 2, 6, 300
+    axes = np.linalg.qr(rng.normal(size=(k, c, r)))[0].transpose(0, 2, 1)
+    mean, variance = 3 * rng.normal(size=(k, c)), rng.uniform(0.1, 1.0, (k, r))
+    y, covariance, count = rng.normal(size=k), rng.normal(size=(k, r)), rng.integers(5, 50, k)
+    chosen, noise = rng.integers(0, k, n), np.geomspace(0.05, 3.0, n)
+    z = mean[chosen] + noise[:, None] * rng.normal(size=(n, c))
+    expected = []
+    for star, s in zip(z, noise, strict=True):
+        totals = [axes[i].T @ np.diag(variance[i]) @ axes[i] + s**2 * np.eye(c) for i in range(k)]
+        log_weight = np.array([multivariate_normal.logpdf(star, mean[i], totals[i]) + np.log(count[i]) for i in range(k)])
+        weight = np.exp(log_weight - log_weight.max())
+        by_expert = [y[i] + axes[i].T @ covariance[i] @ np.linalg.solve(totals[i], star - mean[i]) for i in range(k)]
+        expected.append(np.sum(weight * by_expert) / weight.sum())
+    with jax.enable_x64(dtype == "float64"):
+        arrays = [jnp.asarray(a, dtype) for a in (mean, axes, variance, y, covariance, np.log(count), z, noise)]
+        predicted = predict_local_experts(LocalExperts(*arrays[:6]), *arrays[6:])
+        assert predicted.dtype == dtype
+    np.testing.assert_allclose(predicted, expected, atol={"float32": 5e-3, "float64": 1e-9}[dtype])
+
+
+def test_a_fit_recovers_the_label_of_new_stars(survey):
+    labels, flux, error, *_ = (np.asarray(a, np.float32) for a in survey)
+    train, new = slice(0, 1_600), slice(1_600, 2_000)
+    mixture = fit_local(flux[train], error[train], labels[train], labels[train, 1], n_cells=64, degree=4, n_components=(1, 3))
+    predicted = np.asarray(predict_local(mixture, flux[new], median_error(error[new])))
+    linear = Ridge(1.0).fit(flux[train], labels[train, 1]).predict(flux[new])
+    mse, linear_mse = np.mean((predicted - labels[new, 1]) ** 2), np.mean((linear - labels[new, 1]) ** 2)
+    assert mixture.model.coef.shape[1] == 3  # one component cannot hold two labels
+    assert mse < 0.8 * linear_mse
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"error": np.ones((30, 3), np.float32)}, r"error and labels have shapes \(30, 3\)"),
+        ({"error": np.zeros((30, 4), np.float32)}, "error holds 0, expected positive numbers"),
+        ({"n_cells": 16}, "found 30 stars for 16 cells"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    arrays = {"flux": np.ones((30, 4), np.float32), "error": np.ones((30, 4), np.float32)}
+    arguments = arrays | {"labels": np.ones((30, 2), np.float32), "y": np.ones(30, np.float32), "n_cells": 2} | change
+    with pytest.raises(InputError, match=message):
+        fit_local(**arguments)
