@@ -22,12 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from scipy.sparse.linalg import lsqr
-from sklearn.ensemble import HistGradientBoostingRegressor
-from sklearn.kernel_approximation import Nystroem
-from sklearn.linear_model import Ridge as RidgeRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, PolynomialFeatures, StandardScaler
+import scipy
 
 from experiments.pipeline.config import SMALL, BootstrapOptions, DataConfig, OutputOptions, draw_keys
 from experiments.pipeline.observation import Observation, observe_surveys
@@ -159,6 +154,12 @@ def fit_bases(config: CompareConfig, train: Spectra) -> Bases:
 
 def component_methods(config: CompareConfig, bases: Bases, train: Spectra) -> dict[str, Callable[[], Predict]]:
     """Methods that regress on components; with each, how it is fitted."""
+    from sklearn.ensemble import HistGradientBoostingRegressor
+    from sklearn.kernel_approximation import Nystroem
+    from sklearn.linear_model import Ridge as RidgeRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer, PolynomialFeatures, StandardScaler
+
     y = train.labels.log_g
     z = {name: np.asarray(basis(train.flux, train.error)) for name, basis in bases._asdict().items()}
     noise = np.log(np.asarray(median_error(train.error)))
@@ -219,7 +220,7 @@ def component_methods(config: CompareConfig, bases: Bases, train: Spectra) -> di
 def fit_pls(x: np.ndarray, y: np.ndarray, n_components: int) -> Ridge:
     """Partial least squares: after m steps from 0, LSQR on centred data has its solution with m components (Elden 2004)."""
     x_mean, y_mean = x.mean(axis=0), y.mean()
-    coef = lsqr(x - x_mean[None, :], y - y_mean, atol=0, btol=0, conlim=0, iter_lim=n_components)[0]
+    coef = scipy.sparse.linalg.lsqr(x - x_mean[None, :], y - y_mean, atol=0, btol=0, conlim=0, iter_lim=n_components)[0]
     return Ridge(jnp.asarray(coef, jnp.float32), jnp.asarray(y_mean - x_mean @ coef, jnp.float32))
 
 
@@ -248,7 +249,7 @@ def prepared_methods(config: CompareConfig, prepared: Prepared, stages: Stages) 
     seconds = {name: took for name, took in stages.seconds.items()}
     before = seconds["experts, cross-validated"] + seconds["features"]
 
-    def features(flux: AnyArray) -> jax.Array:
+    def features(flux: AnyArray) -> AnyArray:
         return scale_features(prepared.model, raw_features(flux, prepared.wave, prepared.model.pca))
 
     def mixture(gate: LinearGate | MLPGate, params: Any) -> Predict:
@@ -280,10 +281,10 @@ def explanations(config: CompareConfig, prepared: Prepared, bases: Bases, train:
     plain, weighted = (basis(train.flux, train.error) for basis in bases)
     wide = config.n_components[-2]  # components of a gate
 
-    def features(flux: AnyArray) -> jax.Array:
+    def features(flux: AnyArray) -> AnyArray:
         return scale_features(prepared.model, raw_features(flux, prepared.wave, prepared.model.pca))
 
-    def on_components(basis: Predict, x: jax.Array, gate_inputs: Callable[[AnyArray, AnyArray], jax.Array]) -> Predict:
+    def on_components(basis: Predict, x: AnyArray, gate_inputs: Predict) -> Predict:
         """Nine ridges on components, with a gate on other inputs."""
         alphas = tuple(float(a) for a in np.var(np.asarray(x[:, -1])) * np.array([1.0, 10.0, 100.0, 1_000.0]))
         mixture = fit_moe(key, x, y, cell, gate_inputs(train.flux, train.error), alphas=alphas, n_folds=config.data.experts.n_folds)

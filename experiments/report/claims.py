@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import scipy.stats
+import scipy
 
 from experiments.pipeline.methods import CROSS_FITTED, IN_SAMPLE, PROTOCOLS
 from experiments.report.markdown import interval, load_published

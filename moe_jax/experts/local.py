@@ -27,7 +27,6 @@ import jax.scipy.linalg as jsl
 import numpy as np
 from jax import lax
 from jaxtyping import Float, Int
-from sklearn.cluster import KMeans
 
 from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_length
 from moe_jax.core.cholesky import shifted_cholesky
@@ -216,6 +215,8 @@ def fit_local(
     Raises:
         InputError: shapes that disagree, fewer stars than cells, or errors that are not positive.
     """
+    from sklearn.cluster import KMeans
+
     n = require_same_length(flux=flux, y=y)
     if error.shape != flux.shape or labels.ndim != 2 or len(labels) != n:
         raise InputError(f"error and labels have shapes {error.shape} and {labels.shape}, expected {flux.shape} and ({n}, L)")
