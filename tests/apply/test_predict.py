@@ -12,7 +12,7 @@ from astropy.io import fits
 from astropy.table import Table
 
 from experiments.predict import PredictConfig, main
-from moe_jax import load_model, predict_model
+from moe_jax import InputError, load_model, predict_model
 from moe_jax.apply.application import MANY_MASKED, NOT_PREDICTED, UNLIKE_TRAINING, apply_model, needs_scaling, prepare_application
 from moe_jax.spectra.resample import MaskedSpectra, overlaps, resample
 from moe_jax.spectra.survey_file import ERROR_FIELD, FLUX_FIELD, WAVE_FIELD
@@ -40,7 +40,7 @@ def table(application, spectra):
 
 
 def predict(trained, spectra, output, **options):
-    main(PredictConfig(trained / "model", spectra, output, **options))
+    main(PredictConfig(trained / "model", (spectra,), output, **options))
     return output
 
 
@@ -51,7 +51,7 @@ def test_what_the_run_predicted(trained, tmp_path, capsys):
     np.testing.assert_allclose(table["log_g"][run["star"]], run["regress_mlp_cross_fitted"], atol=2e-4)
     weights = [f"weight_{k}" for k in range(9)]
     widths = ["uncertainty", "half_width_90", "half_width_95"]
-    assert list(table.columns) == ["star", "log_g", *widths, *weights, "distance", "n_masked", "flags"]
+    assert list(table.columns) == ["file", "star", "log_g", *widths, *weights, "distance", "n_masked", "flags"]
     np.testing.assert_allclose(table[weights].sum(axis=1), 1, atol=1e-5)
     assert (np.diff(table[widths], axis=1) >= 0).all()
     assert (table["uncertainty"] > 0).all()
@@ -65,7 +65,7 @@ def test_chunks_and_formats_change_nothing(trained, tmp_path, table):
         predict(trained, trained.parent / "observed.h5", tmp_path / name, chunk_stars=90)
     read = [pd.read_csv(tmp_path / "a.csv", keep_default_na=False), pd.read_parquet(tmp_path / "b.parquet")]
     for found in [*read, Table.read(tmp_path / "c.fits", character_as_bytes=False).to_pandas()]:
-        assert list(found.columns) == list(table.columns)
+        assert list(found.columns) == ["file", *table.columns]
         assert [str(flag).strip() for flag in found["flags"]] == list(table["flags"])
         for name in table.columns[:-1]:
             np.testing.assert_allclose(found[name], table[name], rtol=2e-5, atol=1e-6)
@@ -186,7 +186,7 @@ def test_a_model_that_is_not_calibrated(trained, tmp_path, capsys, model):
     known = model.uncertainty
     empty = Calibration(np.zeros(0, "f4"), np.zeros((9, 0), "f4"), np.zeros(9, "f4"))
     save_model(tmp_path / "model", model._replace(uncertainty=known._replace(calibration=empty)))
-    main(PredictConfig(tmp_path / "model", trained.parent / "observed.h5", tmp_path / "out.csv"))
+    main(PredictConfig(tmp_path / "model", (trained.parent / "observed.h5",), tmp_path / "out.csv"))
     assert "not calibrated" in capsys.readouterr().out
     found = pd.read_csv(tmp_path / "out.csv")
     assert (found["uncertainty"] > 0).all()
@@ -221,3 +221,18 @@ def test_an_error_on_the_way_leaves_nothing(trained, tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.h5"]
+
+
+def test_several_files_and_patterns(trained, spectra, tmp_path, table):
+    """A row for each star with its file's name; star by star in air or in nm, whatever the format."""
+    wave = TelescopeFile(trained.parent / "observed.h5").wave
+    for i in range(2):
+        Table({"wave": wave / 10, "flux": spectra.flux[i], "err": spectra.error[i]}).write(tmp_path / f"spec-{i}.csv")
+    output = tmp_path / "out.csv"
+    main(PredictConfig(trained / "model", (trained.parent / "observed.h5", tmp_path / "spec-*.csv"), output))
+    found = pd.read_csv(output)
+    assert list(found["file"]) == ["observed.h5"] * 300 + ["spec-0.csv", "spec-1.csv"]
+    assert list(found["star"]) == [*range(300), 0, 0]
+    np.testing.assert_allclose(found["log_g"][300:], table["log_g"][:2], atol=2e-4)
+    with pytest.raises(InputError, match="found no file of such a name"):
+        main(PredictConfig(trained / "model", (tmp_path / "nothing-*.csv",), output))
