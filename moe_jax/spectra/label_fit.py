@@ -49,7 +49,8 @@ _SEPARATION = 150.0  # km/s, least distance of a second velocity
 _NORMALISE_TERMS = 5  # of the polynomial that flattens spectra before the searches
 _BLOCK = 32  # stars that are fitted together
 _COARSE_STEPS, _FINE_STEPS = 12, 6
-_TOLERANCE = 3e-6  # expected relative decrease of chi2 at which a fit has converged
+_TOLERANCE = 1e-6  # expected relative decrease of chi2 at which a fit has converged
+_ROUNDING = 3e-7  # relative, of chi2
 _OUTLIER = 5.5  # residual, in standard deviations, at which a pixel is masked
 _OUTLIER_NEIGHBOUR = 3.0  # the same beside a masked pixel
 
@@ -81,7 +82,9 @@ class LabelFit(NamedTuple):
     covariance: Float[np.ndarray, "N 4 4"]  #: of the labels, from the errors as given; velocity and continuum are unknown
     velocity: Float[np.ndarray, " N"]  #: km/s, positive where the star recedes
     velocity_error: Float[np.ndarray, " N"]  #: km/s; 0 where the velocity was given
-    velocity_contrast: Float[np.ndarray, " N"]  #: by how much chi2, per degree of freedom, a second velocity is worse; see find_velocity
+    velocity_contrast: Float[
+        np.ndarray, " N"
+    ]  #: by how much chi2, per degree of freedom, a second velocity is worse; see find_velocity
     broadening: Float[np.ndarray, " N"]  #: standard deviation, km/s, by which lines are broader than those of the grid
     chi2: Float[np.ndarray, " N"]  #: chi2 per degree of freedom of the pixels used
     region_chi2: Float[np.ndarray, "N 8"]  #: chi2 per pixel in eight equal parts of the wavelength range; NaN without pixels
@@ -250,18 +253,10 @@ def _fit_block(
     smooth = _at_rest(smooth, weight, velocity).flux
     start = _nearest_node(*_coarsen(data.flux / jnp.where(smooth == 0, 1.0, smooth) - 1.0, data.weight * smooth**2), model)
     x = jnp.concatenate([start, velocity[:, None], jnp.full((len(start), 1), 0.3 if 5 in free else 0.0)], axis=1)
-    everything = _coarse_data(data)
-    coarse = everything
-    for _ in range(2):
-        state = _solve(x, coarse, model, model.coarse, free, n_continuum, _COARSE_STEPS)
-        x = state.x
-        coarse = _mask(x, everything, model, model.coarse, n_continuum)
-    velocity = x[:, 4]
-    everything = _at_rest(flux, weight, velocity)
-    for _ in range(2):
-        data = _mask(x, everything, model, model.fine, n_continuum)
-        state = _solve(x, data, model, model.fine, free, n_continuum, _FINE_STEPS)
-        x = state.x
+    state, _ = _fit_and_mask(x, _coarse_data(data), model, model.coarse, free, n_continuum, _COARSE_STEPS)
+    velocity = state.x[:, 4]
+    data = _at_rest(flux, weight, velocity)
+    state, data = _fit_and_mask(state.x, data, model, model.fine, free, n_continuum, _FINE_STEPS)
     return _report(state, data, velocity, usable, model, free, contrast)
 
 
@@ -415,33 +410,31 @@ class _State(NamedTuple):
     normal: jax.Array  # (n, f, f) normal equations of the free parameters, the polynomial eliminated
     gradient: jax.Array  # (n, f)
     continuum: jax.Array  # (n, K)
+    flux: jax.Array  # (n, P) the model
     damping: jax.Array  # (n,)
     converged: jax.Array  # (n,)
 
 
-def _polynomial(spectrum: jax.Array, data: _Data, n_continuum: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Columns (n, K, P) of the polynomial in units of the error, their normal equations, and the coefficients (n, K)."""
+def _evaluate(
+    x: jax.Array, data: _Data, model: LabelModel, pixels: PixelModel, free: tuple[int, ...], n_continuum: int
+) -> tuple[jax.Array, ...]:
+    """chi2, normal equations, gradient, polynomial and model of the flux, as in ``_State``."""
+    spectrum, derivatives = _spectra(x, data, model, pixels)
     terms = jnp.asarray(_terms(spectrum.shape[1], n_continuum), spectrum.dtype)
     root = jnp.sqrt(data.weight)
     columns = (root * spectrum)[:, None] * terms[None]
     normal = jnp.einsum("nkp,njp->nkj", columns, columns)
     normal = normal + 1e-6 * jnp.trace(normal, axis1=1, axis2=2)[:, None, None] * jnp.eye(n_continuum, dtype=normal.dtype)[None]
     right = jnp.einsum("nkp,np->nk", columns, root * data.flux)
-    return columns, normal, jnp.linalg.solve(normal, right[..., None])[..., 0]
-
-
-def _evaluate(
-    x: jax.Array, data: _Data, model: LabelModel, pixels: PixelModel, free: tuple[int, ...], n_continuum: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    spectrum, derivatives = _spectra(x, data, model, pixels)
-    columns, normal, coef = _polynomial(spectrum, data, n_continuum)
-    residual = jnp.sqrt(data.weight) * data.flux - jnp.einsum("nkp,nk->np", columns, coef)
-    factor = matmul(coef, jnp.asarray(_terms(spectrum.shape[1], n_continuum), x.dtype)) * jnp.sqrt(data.weight)
-    jacobian = derivatives[:, np.array(free)] * factor[:, None]
+    coef = jnp.linalg.solve(normal, right[..., None])[..., 0]
+    polynomial = matmul(coef, terms)
+    flux = polynomial * spectrum
+    residual = root * (data.flux - flux)
+    jacobian = derivatives[:, np.array(free)] * (root * polynomial)[:, None]
     cross = jnp.einsum("nkp,nip->nki", columns, jacobian)
     own = jnp.einsum("nip,njp->nij", jacobian, jacobian)
     reduced = own - jnp.einsum("nki,nkj->nij", cross, jnp.linalg.solve(normal, cross))
-    return jnp.sum(jnp.square(residual), axis=1), reduced, jnp.einsum("nip,np->ni", jacobian, residual), coef
+    return jnp.sum(jnp.square(residual), axis=1), reduced, jnp.einsum("nip,np->ni", jacobian, residual), coef, flux
 
 
 def _solve(
@@ -475,57 +468,84 @@ def _solve(
     def iterate(carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
         state, count = carry
         trial, expected = step(state)
-        chi2, normal, gradient, coef = _evaluate(trial, data, model, pixels, free, n_continuum)
-        better = chi2 <= state.chi2
+        chi2, *others = _evaluate(trial, data, model, pixels, free, n_continuum)
+        better = chi2 <= state.chi2 * (1.0 + _ROUNDING)
         damping = jnp.where(better, 0.1 * state.damping, jnp.maximum(10.0 * state.damping, 1e-3))
-        done = state.converged | (expected <= _TOLERANCE * state.chi2)
-        new = _State(trial, chi2, normal, gradient, coef, damping, done)
+        done = state.converged | (jnp.isfinite(state.chi2) & (expected <= _TOLERANCE * state.chi2))
+        new = _State(trial, chi2, *others, damping, done)
         take = better & ~state.converged
         kept = jax.tree.map(lambda a, b: jnp.where(take.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, state)
         return kept._replace(damping=damping, converged=done), count + 1
 
-    first = _State(
-        x, *_evaluate(x, data, model, pixels, free, n_continuum), jnp.full(len(x), 1e-2, x.dtype), jnp.zeros(len(x), bool)
-    )
+    first = _start(x, data, len(free), n_continuum)
     state, _ = lax.while_loop(lambda carry: (carry[1] < max_steps) & ~jnp.all(carry[0].converged), iterate, (first, 0))
     return state
 
 
-def _residual(x: jax.Array, data: _Data, model: LabelModel, pixels: PixelModel, n_continuum: int) -> jax.Array:
-    """Residuals (n, P) in units of the error; 0 where there is no weight."""
-    columns, _, coef = _polynomial(_spectra(x, data, model, pixels)[0], data, n_continuum)
-    return jnp.sqrt(data.weight) * data.flux - jnp.einsum("nkp,nk->np", columns, coef)
+def _fit_and_mask(
+    x: jax.Array,
+    data: _Data,
+    model: LabelModel,
+    pixels: PixelModel,
+    free: tuple[int, ...],
+    n_continuum: int,
+    max_steps: int,
+) -> tuple[_State, _Data]:
+    """Fits, masks the pixels that stand out, and fits again."""
+
+    def masked_fit(_: int, carry: tuple[jax.Array, jax.Array, _State]) -> tuple[jax.Array, jax.Array, _State]:
+        _, weight, state = carry
+        state = _solve(state.x, data._replace(weight=weight), model, pixels, free, n_continuum, max_steps)
+        return weight, _mask(data, state.flux), state
+
+    start = _start(x, data, len(free), n_continuum)
+    weight, _, state = lax.fori_loop(0, 2, masked_fit, (data.weight, data.weight, start))
+    return state, data._replace(weight=weight)
 
 
-def _mask(x: jax.Array, data: _Data, model: LabelModel, pixels: PixelModel, n_continuum: int) -> _Data:
-    """Gives no weight to pixels that stand out, nor to neighbours that stand out less."""
-    residual = jnp.abs(_residual(x, data, model, pixels, n_continuum))
+def _start(x: jax.Array, data: _Data, n_free: int, n_continuum: int) -> _State:
+    """A state that knows nothing: without normal equations the first step stays where it is, and is taken."""
+    n = len(x)
+    numbers = (jnp.full(n, jnp.inf), jnp.zeros((n, n_free, n_free)), jnp.zeros((n, n_free)), jnp.zeros((n, n_continuum)))
+    numbers = (*numbers, jnp.zeros(data.flux.shape), jnp.full(n, 0.1))
+    return _State(x, *(number.astype(x.dtype) for number in numbers), jnp.zeros(n, bool))
+
+
+def _mask(data: _Data, model_flux: jax.Array) -> jax.Array:
+    """Weights without the pixels that stand out, and without their neighbours that stand out less."""
+    residual = jnp.abs(data.flux - model_flux) * jnp.sqrt(data.weight)
     used = jnp.sum(data.weight > 0, axis=1)
-    # Median of |residual| in units of its value for a normal distribution; pixels without weight sort first as zeros.
     scale = jnp.maximum(_positive_median(residual, used) / 0.6745, 1.0)[:, None]
     out = residual > _OUTLIER * scale
     beside = jnp.pad(out, ((0, 0), (1, 1)))
     out = out | ((beside[:, :-2] | beside[:, 2:]) & (residual > _OUTLIER_NEIGHBOUR * scale))
-    return data._replace(weight=jnp.where(out, 0.0, data.weight), flux=jnp.where(out, 0.0, data.flux))
+    return jnp.where(out, 0.0, data.weight)
 
 
 def _positive_median(x: jax.Array, n_positive: jax.Array) -> jax.Array:
     """Median of the numbers of each row that are not 0, to a per cent: by bisection of their logarithm."""
+
     def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = jnp.sqrt(low * high)
         above = 2 * jnp.sum(x > middle[:, None], axis=1) > n_positive
         return jnp.where(above, middle, low), jnp.where(above, high, middle)
 
-    low, high = lax.fori_loop(0, 12, halve, (jnp.full(len(x), 1e-2, x.dtype), jnp.full(len(x), 1e4, x.dtype)))
+    low, high = lax.fori_loop(0, 10, halve, (jnp.full(len(x), 1e-2, x.dtype), jnp.full(len(x), 1e4, x.dtype)))
     return jnp.sqrt(low * high)
 
 
 def _report(
-    state: _State, data: _Data, velocity: jax.Array, usable: jax.Array, model: LabelModel, free: tuple[int, ...], contrast: jax.Array
+    state: _State,
+    data: _Data,
+    velocity: jax.Array,
+    usable: jax.Array,
+    model: LabelModel,
+    free: tuple[int, ...],
+    contrast: jax.Array,
 ) -> LabelFit:
     n, n_pixels = data.flux.shape
-    residual = _residual(state.x, data, model, model.fine, state.continuum.shape[1])
+    residual = (data.flux - state.flux) * jnp.sqrt(data.weight)
     used = data.weight > 0
     squared = jnp.sum(jnp.square(residual).reshape(n, N_REGIONS, -1), axis=2)
     n_used = jnp.sum(used.reshape(n, N_REGIONS, -1), axis=2)
@@ -555,3 +575,26 @@ def _report(
         state.continuum,
         good,
     )
+
+
+def fitted_flux(fit: LabelFit, model: LabelModel | None = None) -> Float[np.ndarray, "N P"]:
+    """The fitted model of each spectrum, on the pixels as observed.
+
+    Args:
+        fit: result of ``fit_labels``.
+        model: as in ``fit_labels``.
+    """
+    model = _default_model() if model is None else model
+    rest = np.asarray(_rest_flux(fit, tuple(model[1:]), model.axes))
+    wave = WAVE[None, :] / (1.0 + fit.velocity[:, None].astype(np.float64) / LIGHT_SPEED)
+    return np.stack([CubicSpline(WAVE, flux)(at) for flux, at in zip(rest, wave, strict=True)]).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _rest_flux(fit: LabelFit, arrays: Any, axes: Any) -> jax.Array:
+    model = LabelModel(axes, *arrays)
+    nothing = jnp.zeros(fit.good.shape, fit.labels.dtype)
+    x = jnp.concatenate([fit.labels, nothing[:, :1], jnp.square(fit.broadening / GRID_WIDTH)[:, None]], axis=1)
+    data = _Data(nothing, nothing, nothing, x[:, 4], nothing[0])
+    terms = jnp.asarray(_terms(nothing.shape[1], fit.continuum.shape[1]))
+    return _spectra(x, data, model, model.fine)[0] * matmul(fit.continuum, terms)
