@@ -1,0 +1,600 @@
+"""Fits the model grid to spectra as observed: labels, velocity, broadening and continuum of every star, by least squares.
+
+The model of a spectrum is norm(labels, broadening) * exp(log_continuum(labels)), shifted by the radial velocity and multiplied by a
+polynomial in wavelength. The polynomial is linear, so it is solved exactly at every step (variable projection: Golub & Pereyra
+1973; the Jacobian leaves out its derivative, Kaufman 1975). The other parameters are found by damped Gauss-Newton steps
+(Levenberg-Marquardt) with analytic derivatives. Spectra and derivatives are interpolated in the principal components of the grid
+and expanded by one matrix product.
+
+A fit goes from coarse to fine: a search over velocities and over the nodes of the grid, steps on pixels that are four times
+as wide, and steps on all pixels. Pixels that stand out of the residuals are masked between these.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Bool, Float
+from numpy.polynomial import chebyshev
+from scipy.interpolate import CubicSpline
+from scipy.ndimage import gaussian_filter1d, spline_filter1d
+
+from moe_jax.core.arrays import AnyArray, InputError, matmul
+from moe_jax.core.parallel import devices_for, map_devices, on_all
+from moe_jax.spectra.fisher import LABEL_UNITS
+from moe_jax.spectra.grid import SpectralGrid, load_grid, spline_weights
+from moe_jax.spectra.pixels import WAVE
+from moe_jax.spectra.simulate import median_rows
+
+LIGHT_SPEED = 299792.458  # km/s
+GRID_WIDTH = LIGHT_SPEED / 5000.0 / np.sqrt(8.0 * np.log(2.0))  #: standard deviation of the grid's line profile, km/s
+BROADENING_NODES = (0.0, 0.5, 1.25, 2.5, 4.5, 8.0)  #: variance added to the line profile, in units of GRID_WIDTH^2
+MAX_VELOCITY = 600.0  #: km/s
+N_REGIONS = 8  #: parts of the wavelength range whose chi2 is given
+
+_REBIN = 4  # pixels of a coarse pixel
+_PIXEL = float(WAVE[1] - WAVE[0])
+_UNITS = np.array([*LABEL_UNITS.values(), 1.0, 0.1], np.float32)  # of the labels, km/s, broadening
+_N_SOURCE = 160  # components of the grid from which those of the broadened grid are made
+_N_COMPONENTS = 128
+_N_CONTINUUM = 6  # components of the log continuum
+_VELOCITY_STEP = 30.0  # km/s, of the search
+_TEMPLATES = ((0, 2, 3, 5), (0, 4), (0, 2, 4, 6), (1,))  # nodes of the grid that the search for the velocity uses
+_SEPARATION = 150.0  # km/s, least distance of a second velocity
+_NORMALISE_TERMS = 5  # of the polynomial that flattens spectra before the searches
+_BLOCK = 32  # stars that are fitted together
+_COARSE_STEPS, _FINE_STEPS = 12, 6
+_TOLERANCE = 1e-6  # expected relative decrease of chi2 at which a fit has converged
+_ROUNDING = 3e-7  # relative, of chi2
+_OUTLIER = 5.5  # residual, in standard deviations, at which a pixel is masked
+_OUTLIER_NEIGHBOUR = 3.0  # the same beside a masked pixel
+
+
+class PixelModel(NamedTuple):
+    """The grid on some pixels."""
+
+    basis: Float[AnyArray, "R1 P"]  #: mean and components of the normalised flux, as coefficients of cubic B-splines in the pixel
+    log_continuum: Float[AnyArray, "D1 P"]  #: mean and components
+    nodes: Float[AnyArray, "L P"]  #: flattened spectra of the nodes, less their polynomial
+
+
+class LabelModel(NamedTuple):
+    """The grid as the fit uses it; see ``label_model``."""
+
+    axes: tuple[tuple[float, ...], ...]  #: nodes of T_eff, log g, [M/H], [alpha/M]
+    coef: Float[AnyArray, "L C"]  #: 1, components of the normalised flux, components of the log continuum of each node
+    broaden: Float[AnyArray, "S C1 R"]  #: from 1 and these components to those of the flux broadened by each of BROADENING_NODES
+    fine: PixelModel
+    coarse: PixelModel
+    shifted: Float[AnyArray, "V T P4"]  #: coarse flattened templates at each velocity of the search
+    velocities: Float[AnyArray, " V"]  #: km/s
+
+
+class LabelFit(NamedTuple):
+    """Fits of N stars."""
+
+    labels: Float[AnyArray, "N 4"]  #: T_eff (K), log g, [M/H], [alpha/M]; within the grid
+    covariance: Float[AnyArray, "N 4 4"]  #: of the labels, from the errors as given; velocity and continuum are unknown
+    velocity: Float[AnyArray, " N"]  #: km/s, positive where the star recedes
+    velocity_error: Float[AnyArray, " N"]  #: km/s; 0 where the velocity was given
+    velocity_contrast: Float[
+        AnyArray, " N"
+    ]  #: by how much chi2, per degree of freedom, a second velocity is worse; see find_velocity
+    broadening: Float[AnyArray, " N"]  #: standard deviation, km/s, by which lines are broader than those of the grid
+    chi2: Float[AnyArray, " N"]  #: chi2 per degree of freedom of the pixels used
+    region_chi2: Float[AnyArray, "N 8"]  #: chi2 per pixel in eight equal parts of the wavelength range; NaN without pixels
+    n_masked: Float[AnyArray, " N"]  #: pixels masked since they stand out
+    converged: Bool[AnyArray, " N"]
+    at_edge: Bool[AnyArray, "N 4"]  #: True where a label ended at the edge of the grid
+    continuum: Float[AnyArray, "N K"]  #: Chebyshev coefficients of the polynomial
+    good: Bool[AnyArray, "N P"]  #: pixels used, as observed
+
+
+@functools.cache
+def _default_model() -> LabelModel:
+    return label_model(load_grid())
+
+
+def label_model(grid: SpectralGrid) -> LabelModel:
+    """Prepares a grid for ``fit_labels``: broadens it, compresses it again and shifts templates; some seconds.
+
+    The broadened spectra at all nodes are components of the grid after a Gaussian filter in log wavelength. Their second moment
+    over nodes and broadenings has ``R`` leading eigenvectors, which carry all of them to some 1e-4 of the continuum.
+    """
+    node_coef = np.asarray(grid.norm_coef, np.float64).reshape(-1, grid.norm_coef.shape[-1])[:, :_N_SOURCE]
+    source = np.vstack([grid.norm_mean[None], grid.norm_basis[:_N_SOURCE]]).astype(np.float64)
+    blurred = np.stack([_broaden(source, variance) for variance in BROADENING_NODES])
+    scale = np.concatenate([[1.0], np.sqrt(np.mean(node_coef**2, axis=0))])
+    deviation = blurred.copy()
+    deviation[:, 0] -= source[0]
+    stacked = (deviation * scale[None, :, None]).reshape(-1, source.shape[1])
+    _, rotation = np.linalg.eigh(stacked @ stacked.T)
+    components, _ = np.linalg.qr((rotation[:, ::-1][:, :_N_COMPONENTS].T @ stacked).T)
+    components = components.T
+    continuum_coef = np.asarray(grid.continuum_coef).reshape(len(node_coef), -1)[:, :_N_CONTINUUM]
+    coef = np.hstack([np.ones((len(node_coef), 1)), node_coef, continuum_coef])
+    basis = np.vstack([source[:1], components])
+    log_continuum = np.vstack([grid.continuum_mean[None], grid.continuum_basis[:_N_CONTINUUM]])
+    nodes = coef[:, : 1 + _N_SOURCE] @ source
+    fine, coarse = (
+        PixelModel(*(np.asarray(array, np.float32) for array in (spline_filter1d(b, axis=1), c, _flatten(n))))
+        for b, c, n in ((basis, log_continuum, nodes), map(_rebin, (basis, log_continuum, nodes)))
+    )
+    velocities = np.arange(-MAX_VELOCITY - _VELOCITY_STEP, MAX_VELOCITY + 1.5 * _VELOCITY_STEP, _VELOCITY_STEP)
+    flags = [np.isin(np.arange(len(axis)), wanted) for axis, wanted in zip(grid[:4], _TEMPLATES, strict=True)]
+    templates = nodes[functools.reduce(np.multiply.outer, flags).ravel()]
+    spline = CubicSpline(WAVE, templates, axis=1)
+    shifted = np.stack([_flatten(_rebin(spline(np.clip(WAVE / (1 + v / LIGHT_SPEED), WAVE[0], WAVE[-1])))) for v in velocities])
+    return LabelModel(
+        tuple(tuple(map(float, axis)) for axis in grid[:4]),
+        coef.astype(np.float32),
+        (deviation @ components.T).astype(np.float32),
+        fine,
+        coarse,
+        shifted.astype(np.float32),
+        velocities.astype(np.float32),
+    )
+
+
+def _broaden(spectra: np.ndarray, variance: float) -> np.ndarray:
+    """Spectra (n, P) filtered by a Gaussian of this variance, in units of GRID_WIDTH^2, on a fine grid of log wavelength."""
+    if variance == 0:
+        return spectra
+    log_wave = np.log(WAVE)
+    even = np.linspace(log_wave[0], log_wave[-1], 2 * len(WAVE))
+    sigma = np.sqrt(variance) * GRID_WIDTH / LIGHT_SPEED / (even[1] - even[0])
+    filtered = gaussian_filter1d(CubicSpline(log_wave, spectra, axis=1)(even), sigma, axis=1, mode="nearest")
+    return CubicSpline(even, filtered, axis=1)(log_wave)
+
+
+def _rebin(spectra: np.ndarray) -> np.ndarray:
+    """Means of ``_REBIN`` neighbouring pixels."""
+    return spectra.reshape(len(spectra), -1, _REBIN).mean(axis=2)
+
+
+def _flatten(spectra: np.ndarray) -> np.ndarray:
+    """Spectra divided by a polynomial that is fitted to them, less 1."""
+    terms = _terms(spectra.shape[1], _NORMALISE_TERMS).astype(np.float64)
+    return spectra / (spectra @ np.linalg.pinv(terms) @ terms) - 1.0
+
+
+def _terms(n_pixels: int, n_terms: int) -> np.ndarray:
+    """(n_terms, n_pixels) Chebyshev polynomials over the wavelength range."""
+    return chebyshev.chebvander(np.linspace(-1.0, 1.0, n_pixels), n_terms - 1).T.astype(np.float32)
+
+
+def fit_labels(
+    flux: Float[AnyArray, "N P"],
+    error: Float[AnyArray, "N P"],
+    good: Bool[AnyArray, "N P"] | None = None,
+    *,
+    velocity: Float[AnyArray, " N"] | None = None,
+    n_continuum: int = 5,
+    broadening: bool = True,
+    model: LabelModel | None = None,
+) -> LabelFit:
+    """Labels of every star by least squares on the model grid, with its velocity, broadening and continuum unknown.
+
+    Args:
+        flux: spectra as observed, on the pixels of the grid.
+        error: standard deviation of the flux; pixels where it is not a positive number are not used.
+        good: False for pixels that are not to be used.
+        velocity: known velocities, km/s; by default they are found, within +-600 km/s.
+        n_continuum: number K of terms of the polynomial; 1 trusts the flux calibration and fits the amplitude only.
+        broadening: whether lines may be broader than those of the grid.
+        model: result of ``label_model``; by default that of the grid that ships with the package.
+
+    Raises:
+        InputError: for shapes that disagree, or pixels other than those of the grid.
+    """
+    flux, error = jnp.asarray(flux), jnp.asarray(error)
+    good = jnp.ones(flux.shape, bool) if good is None else jnp.asarray(good)
+    model = _default_model() if model is None else model
+    if flux.ndim != 2 or flux.shape[1] != len(WAVE) or len(flux) == 0:
+        raise InputError(f"flux has shape {flux.shape}, expected (N, {len(WAVE)}) on the pixels of the model grid")
+    for name, array in (("error", error), ("good", good)):
+        if array.shape != flux.shape:
+            raise InputError(f"{name} has shape {array.shape}, expected {flux.shape} like flux")
+    if velocity is not None and np.shape(velocity) != (len(flux),):
+        raise InputError(f"velocity has shape {np.shape(velocity)}, expected ({len(flux)},)")
+    known = jnp.zeros(len(flux)) if velocity is None else jnp.asarray(velocity, flux.dtype)
+    free = (0, 1, 2, 3, *([4] if velocity is None else []), *([5] if broadening else []))
+    devices = devices_for(len(flux))
+    arrays = on_all(tuple(model[1:]), devices)
+    fits = []
+    for start in range(0, len(flux), _BLOCK * len(devices)):
+        # The last star fills the last blocks, so that one program serves all numbers of stars.
+        rows = np.minimum(np.arange(start, start + _BLOCK * len(devices)), len(flux) - 1)
+        blocks = tuple(array[rows].reshape(len(devices), _BLOCK, *array.shape[1:]) for array in (flux, error, good, known))
+        fits.append(_fit_blocks(on_all(blocks, devices), arrays, model.axes, free, n_continuum, devices))
+    return LabelFit(*(np.concatenate(leaves).reshape(-1, *leaves[0].shape[2:])[: len(flux)] for leaves in zip(*fits, strict=True)))
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "free", "n_continuum", "devices"))
+def _fit_blocks(blocks: Any, arrays: Any, axes: Any, free: tuple[int, ...], n_continuum: int, devices: Any) -> LabelFit:
+    def fit(block: Any, arrays: Any) -> LabelFit:
+        return _fit_block(*block, LabelModel(axes, *arrays), free, n_continuum)
+
+    return map_devices(fit, blocks, arrays, devices)
+
+
+class _Data(NamedTuple):
+    """Spectra of n stars, at rest up to a part of a pixel."""
+
+    flux: jax.Array  # (n, P), 0 where the weight is 0
+    weight: jax.Array  # (n, P), inverse variance
+    offset: jax.Array  # (n, P), by how many pixels the centre of the observed pixel lies beside that of the model, at ``velocity``
+    velocity: jax.Array  # (n,), km/s
+    drift: jax.Array  # (P,), change of the offset with the velocity
+
+
+def _fit_block(
+    flux: jax.Array, error: jax.Array, good: jax.Array, known: jax.Array, model: LabelModel, free: tuple[int, ...], n_continuum: int
+) -> LabelFit:
+    usable = good & (error > 0) & jnp.isfinite(error) & jnp.isfinite(flux)
+    flux = jnp.where(usable, flux, 0.0)
+    weight = jnp.where(usable, 1.0 / jnp.square(jnp.where(usable, error, 1.0)), 0.0)
+    # Light that no star has: far above the spectrum or below 0.
+    sigma = jnp.where(usable, error, 0.0)
+    median = median_rows(flux)[:, None]
+    weight = jnp.where((flux > 3.0 * median + 8.0 * sigma) | (flux < -8.0 * sigma), 0.0, weight)
+    smooth = _continuum(flux, weight)
+    if 4 in free:
+        velocity, contrast = find_velocity(*_coarsen(flux / smooth - 1.0, weight * smooth**2), model)
+    else:
+        velocity, contrast = known, jnp.full(len(flux), jnp.inf)
+
+    data = _at_rest(flux, weight, velocity)
+    smooth = _at_rest(smooth, weight, velocity).flux
+    start = _nearest_node(*_coarsen(data.flux / jnp.where(smooth == 0, 1.0, smooth) - 1.0, data.weight * smooth**2), model)
+    x = jnp.concatenate([start, velocity[:, None], jnp.full((len(start), 1), 0.3 if 5 in free else 0.0)], axis=1)
+    state, _ = _fit_and_mask(x, _coarse_data(data), model, model.coarse, free, n_continuum, _COARSE_STEPS)
+    velocity = state.x[:, 4]
+    data = _at_rest(flux, weight, velocity)
+    state, data = _fit_and_mask(state.x, data, model, model.fine, free, n_continuum, _FINE_STEPS)
+    return _report(state, data, velocity, usable, model, free, contrast)
+
+
+def _continuum(flux: jax.Array, weight: jax.Array) -> jax.Array:
+    """A polynomial through each spectrum; pixels far from it count less and less."""
+    terms = jnp.asarray(_terms(flux.shape[1], _NORMALISE_TERMS), flux.dtype)
+    products = (terms[:, None] * terms[None, :]).reshape(-1, flux.shape[1])
+    robust = weight
+    for _ in range(3):
+        normal = matmul(robust, products.T).reshape(len(flux), len(terms), len(terms))
+        coef = jnp.linalg.solve(normal, matmul(robust * flux, terms.T)[..., None])[..., 0]
+        smooth = matmul(coef, terms)
+        deviation = jnp.abs(flux - smooth)
+        typical = jnp.sum(robust * deviation, axis=1) / jnp.sum(robust, axis=1)
+        robust = weight / (1.0 + jnp.square(deviation / (3.0 * typical[:, None])))
+    return smooth
+
+
+def _coarsen(flux: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weighted means of neighbouring pixels, and their weights."""
+    shape = (len(flux), -1, _REBIN)
+    total = jnp.sum(weight.reshape(shape), axis=2)
+    mean = jnp.sum((weight * flux).reshape(shape), axis=2) / jnp.where(total > 0, total, 1.0)
+    return mean, total
+
+
+def find_velocity(
+    flat: Float[jax.Array, "N P4"], weight: Float[jax.Array, "N P4"], model: LabelModel
+) -> tuple[Float[jax.Array, " N"], Float[jax.Array, " N"]]:
+    """The velocity at which a template fits best, with a free strength of its lines.
+
+    This is a cross-correlation with weights: chi2 of each template at each velocity (Zucker 2003, MNRAS 342, 1291).
+
+    Args:
+        flat: flattened coarse spectra.
+        weight: their inverse variance.
+        model: has the templates.
+
+    Returns:
+        Velocity (km/s) and its contrast: by how much the best chi2 of a velocity more than 150 km/s away is larger, in units of
+        the least chi2 per degree of freedom. Below some 25 the velocity is not unique.
+    """
+    shifted = jnp.asarray(model.shifted).reshape(-1, flat.shape[1])
+    overlap = jnp.maximum(matmul(weight * flat, shifted.T), 0.0)
+    gain = jnp.square(overlap) / jnp.maximum(matmul(weight, jnp.square(shifted).T), 1e-30)
+    gain = jnp.max(gain.reshape(len(flat), *model.shifted.shape[:2]), axis=2)
+    v, n = jnp.asarray(model.velocities), len(model.velocities)
+    best = jnp.clip(jnp.argmax(gain, axis=1), 1, n - 2)
+    left, middle, right = (jnp.take_along_axis(gain, best[:, None] + i, axis=1)[:, 0] for i in (-1, 0, 1))
+    curvature = jnp.minimum(left - 2.0 * middle + right, -1e-30)
+    shift = jnp.clip(0.5 * (left - right) / curvature, -1.0, 1.0)
+    total = jnp.sum(weight * jnp.square(flat), axis=1) - middle
+    apart = jnp.abs(v[None, :] - v[best][:, None]) > _SEPARATION
+    second = jnp.max(jnp.where(apart, gain, 0.0), axis=1)
+    reduced = total / jnp.maximum(jnp.sum(weight > 0, axis=1), 1)
+    return v[best] + shift * _VELOCITY_STEP, (middle - second) / jnp.maximum(reduced, 1e-30)
+
+
+def _nearest_node(flat: jax.Array, weight: jax.Array, model: LabelModel) -> jax.Array:
+    """Labels (n, 4) of the node of the grid whose flattened spectrum is nearest."""
+    nodes = jnp.asarray(model.coarse.nodes)
+    chi2 = matmul(weight, jnp.square(nodes).T) - 2.0 * matmul(weight * flat, nodes.T)
+    places = jnp.unravel_index(jnp.argmin(chi2, axis=1), [len(axis) for axis in model.axes])
+    return jnp.stack([jnp.asarray(axis, flat.dtype)[place] for axis, place in zip(model.axes, places, strict=True)], axis=1)
+
+
+def _at_rest(flux: jax.Array, weight: jax.Array, velocity: jax.Array) -> _Data:
+    """Takes for each pixel of the model the observed pixel whose wavelength at rest is nearest; nothing is interpolated."""
+    wave = jnp.asarray(WAVE - WAVE[0], flux.dtype)  # in float32, only differences of wavelengths are precise
+    stretch = (velocity / LIGHT_SPEED)[:, None]
+    place = (wave[None, :] + stretch * (wave + float(WAVE[0]))[None, :]) / _PIXEL
+    index = jnp.round(place)
+    offset = (index - place) / (1.0 + stretch)
+    inside = (index >= 0) & (index <= flux.shape[1] - 1)
+    index = jnp.clip(index, 0, flux.shape[1] - 1).astype(jnp.int32)
+    # Where v < 0 an observed pixel can be nearest to two pixels of the model: it counts once.
+    first = jnp.concatenate([jnp.ones((len(flux), 1), bool), index[:, 1:] > index[:, :-1]], axis=1)
+    flux, weight = (jnp.take_along_axis(array, index, axis=1) for array in (flux, weight))
+    weight = jnp.where(inside & first, weight, 0.0)
+    drift = -jnp.asarray(WAVE / (LIGHT_SPEED * _PIXEL), flux.dtype)
+    return _Data(jnp.where(weight > 0, flux, 0.0), weight, offset, velocity, drift)
+
+
+def _coarse_data(data: _Data) -> _Data:
+    flux, weight = _coarsen(data.flux, data.weight)
+    offset, drift = (jnp.mean(x.reshape(*x.shape[:-1], -1, _REBIN), axis=-1) / _REBIN for x in (data.offset, data.drift))
+    return _Data(flux, weight, offset, data.velocity, drift)
+
+
+def _spline_taps(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The cubic B-spline and its derivative."""
+    a = jnp.abs(x)
+    near, far = 2.0 / 3.0 - a**2 + 0.5 * a**3, jnp.maximum(2.0 - a, 0.0) ** 3 / 6.0
+    slope = jnp.where(a < 1.0, -2.0 * a + 1.5 * a**2, -0.5 * jnp.maximum(2.0 - a, 0.0) ** 2)
+    return jnp.where(a < 1.0, near, far), jnp.sign(x) * slope
+
+
+def _weights(nodes: tuple[float, ...], x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``spline_weights`` and their derivatives."""
+    return jax.jvp(lambda x: spline_weights(np.array(nodes), x), (x,), (jnp.ones_like(x),))
+
+
+def _spectra(x: jax.Array, data: _Data, model: LabelModel, pixels: PixelModel) -> tuple[jax.Array, jax.Array]:
+    """Spectra (n, P) without the polynomial, and their derivatives (n, 6, P) in the parameters, in units of ``_UNITS``.
+
+    Parameters (n, 6): T_eff, log g, [M/H], [alpha/M], velocity, broadening.
+    """
+    axis = [_weights(nodes, x[:, i]) for i, nodes in enumerate(model.axes)]
+    variants = [[pair[i == j] for j, pair in enumerate(axis)] for i in (-1, 0, 1, 2, 3)]
+    tensor = jnp.stack([jnp.einsum("nt,ng,nz,nm->ntgzm", *variant).reshape(len(x), -1) for variant in variants], axis=1)
+    coef = matmul(tensor.reshape(-1, tensor.shape[2]), model.coef).reshape(len(x), 5, -1)
+    n_continuum = pixels.log_continuum.shape[0] - 1
+    norm, continuum = coef[..., :-n_continuum], coef[..., -n_continuum:]
+
+    # All broadenings of the norm, and from them the one wanted and its derivative.
+    n_source, n_components = model.broaden.shape[1:]
+    broaden = jnp.swapaxes(jnp.asarray(model.broaden), 0, 1).reshape(n_source, -1)
+    broadened = matmul(norm.reshape(-1, n_source), broaden).reshape(len(x), 5, -1, n_components)
+    weight, slope = _weights(BROADENING_NODES, x[:, 5])
+    wanted = jnp.einsum("nlsr,ns->nlr", broadened, weight)
+    spread = jnp.einsum("nsr,ns->nr", broadened[:, 0], slope)
+    rows = jnp.concatenate([wanted, spread[:, None]], axis=1)
+    basis = jnp.asarray(pixels.basis)
+    spline = matmul(rows.reshape(-1, n_components), basis[1:]).reshape(len(x), 6, -1)
+    spline = spline.at[:, 0].add(basis[0])
+
+    # The splines at the centres of the observed pixels.
+    n_pixels = basis.shape[1]
+    offset = data.offset + (x[:, 4] - data.velocity)[:, None] * data.drift[None, :]
+    padded = jnp.pad(spline, ((0, 0), (0, 0), (2, 2)), mode="reflect")
+    moved, velocity_slope = 0.0, 0.0
+    for shift in range(-2, 3):
+        tap, tap_slope = _spline_taps(jnp.clip(offset, -1.0, 1.0) - shift)
+        part = padded[:, :, 2 + shift : 2 + shift + n_pixels]
+        moved = moved + tap[:, None] * part
+        velocity_slope = velocity_slope + tap_slope * data.drift[None, :] * part[:, 0]
+    log_continuum = matmul(continuum.reshape(-1, n_continuum), pixels.log_continuum[1:]).reshape(len(x), 5, -1)
+    factor = jnp.exp(log_continuum[:, :1] + jnp.asarray(pixels.log_continuum)[None, :1])
+    spectrum = (moved[:, :1] * factor)[:, 0]
+    labels = moved[:, 1:5] * factor + log_continuum[:, 1:] * spectrum[:, None]
+    others = jnp.stack([velocity_slope, moved[:, 5]], axis=1) * factor
+    units = jnp.asarray(_UNITS, x.dtype)
+    return spectrum, jnp.concatenate([labels, others], axis=1) * units[None, :, None]
+
+
+class _State(NamedTuple):
+    """The best fit so far of n stars, and what a step from it needs."""
+
+    x: jax.Array  # (n, 6)
+    chi2: jax.Array  # (n,)
+    normal: jax.Array  # (n, f, f) normal equations of the free parameters, the polynomial eliminated
+    gradient: jax.Array  # (n, f)
+    continuum: jax.Array  # (n, K)
+    flux: jax.Array  # (n, P) the model
+    damping: jax.Array  # (n,)
+    converged: jax.Array  # (n,)
+
+
+def _evaluate(
+    x: jax.Array, data: _Data, model: LabelModel, pixels: PixelModel, free: tuple[int, ...], n_continuum: int
+) -> tuple[jax.Array, ...]:
+    """chi2, normal equations, gradient, polynomial and model of the flux, as in ``_State``."""
+    spectrum, derivatives = _spectra(x, data, model, pixels)
+    terms = jnp.asarray(_terms(spectrum.shape[1], n_continuum), spectrum.dtype)
+    root = jnp.sqrt(data.weight)
+    columns = (root * spectrum)[:, None] * terms[None]
+    normal = jnp.einsum("nkp,njp->nkj", columns, columns)
+    normal = normal + 1e-6 * jnp.trace(normal, axis1=1, axis2=2)[:, None, None] * jnp.eye(n_continuum, dtype=normal.dtype)[None]
+    right = jnp.einsum("nkp,np->nk", columns, root * data.flux)
+    coef = jnp.linalg.solve(normal, right[..., None])[..., 0]
+    polynomial = matmul(coef, terms)
+    flux = polynomial * spectrum
+    residual = root * (data.flux - flux)
+    jacobian = derivatives[:, np.array(free)] * (root * polynomial)[:, None]
+    cross = jnp.einsum("nkp,nip->nki", columns, jacobian)
+    own = jnp.einsum("nip,njp->nij", jacobian, jacobian)
+    reduced = own - jnp.einsum("nki,nkj->nij", cross, jnp.linalg.solve(normal, cross))
+    return jnp.sum(jnp.square(residual), axis=1), reduced, jnp.einsum("nip,np->ni", jacobian, residual), coef, flux
+
+
+def _solve(
+    x: jax.Array,
+    data: _Data,
+    model: LabelModel,
+    pixels: PixelModel,
+    free: tuple[int, ...],
+    n_continuum: int,
+    max_steps: int,
+) -> _State:
+    """Levenberg-Marquardt within the box of the grid: a parameter that would leave it is held at its edge for the step."""
+    low = jnp.array([*(axis[0] for axis in model.axes), -jnp.inf, 0.0], x.dtype)
+    high = jnp.array([*(axis[-1] for axis in model.axes), jnp.inf, BROADENING_NODES[-1]], x.dtype)
+    chosen = np.array(free)
+    units = jnp.asarray(_UNITS, x.dtype)[chosen]
+    eye = jnp.eye(len(free), dtype=x.dtype)
+
+    def step(state: _State) -> tuple[jax.Array, jax.Array]:
+        held = (state.x[:, chosen] <= low[None, chosen]) & (state.gradient < 0)
+        held = held | ((state.x[:, chosen] >= high[None, chosen]) & (state.gradient > 0))
+        move = ~held
+        normal = state.normal * (move[:, :, None] & move[:, None, :])
+        diagonal = jnp.where(move, (1.0 + state.damping[:, None]) * jnp.einsum("nii->ni", normal) + 1e-12, 1.0)
+        normal = normal * (1.0 - eye)[None] + diagonal[:, :, None] * eye[None]
+        gradient = jnp.where(move, state.gradient, 0.0)
+        moved = jnp.linalg.solve(normal, gradient[..., None])[..., 0]
+        trial = state.x.at[:, chosen].add(moved * units[None, :])
+        return jnp.clip(trial, low[None, :], high[None, :]), jnp.sum(moved * gradient, axis=1)
+
+    def iterate(carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
+        state, count = carry
+        trial, expected = step(state)
+        chi2, *others = _evaluate(trial, data, model, pixels, free, n_continuum)
+        better = chi2 <= state.chi2 * (1.0 + _ROUNDING)
+        damping = jnp.where(better, 0.1 * state.damping, jnp.maximum(10.0 * state.damping, 1e-3))
+        done = state.converged | (jnp.isfinite(state.chi2) & (expected <= _TOLERANCE * state.chi2))
+        new = _State(trial, chi2, *others, damping, done)
+        take = better & ~state.converged
+        kept = jax.tree.map(lambda a, b: jnp.where(take.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, state)
+        return kept._replace(damping=damping, converged=done), count + 1
+
+    first = _start(x, data, len(free), n_continuum)
+    state, _ = lax.while_loop(lambda carry: (carry[1] < max_steps) & ~jnp.all(carry[0].converged), iterate, (first, 0))
+    return state
+
+
+def _fit_and_mask(
+    x: jax.Array,
+    data: _Data,
+    model: LabelModel,
+    pixels: PixelModel,
+    free: tuple[int, ...],
+    n_continuum: int,
+    max_steps: int,
+) -> tuple[_State, _Data]:
+    """Fits, masks the pixels that stand out, and fits again."""
+
+    def masked_fit(_: int, carry: tuple[jax.Array, jax.Array, _State]) -> tuple[jax.Array, jax.Array, _State]:
+        _, weight, state = carry
+        state = _solve(state.x, data._replace(weight=weight), model, pixels, free, n_continuum, max_steps)
+        return weight, _mask(data, state.flux), state
+
+    start = _start(x, data, len(free), n_continuum)
+    weight, _, state = lax.fori_loop(0, 2, masked_fit, (data.weight, data.weight, start))
+    return state, data._replace(weight=weight)
+
+
+def _start(x: jax.Array, data: _Data, n_free: int, n_continuum: int) -> _State:
+    """A state that knows nothing: without normal equations the first step stays where it is, and is taken."""
+    n = len(x)
+    numbers = (jnp.full(n, jnp.inf), jnp.zeros((n, n_free, n_free)), jnp.zeros((n, n_free)), jnp.zeros((n, n_continuum)))
+    numbers = (*numbers, jnp.zeros(data.flux.shape), jnp.full(n, 0.1))
+    return _State(x, *(number.astype(x.dtype) for number in numbers), jnp.zeros(n, bool))
+
+
+def _mask(data: _Data, model_flux: jax.Array) -> jax.Array:
+    """Weights without the pixels that stand out, and without their neighbours that stand out less."""
+    residual = jnp.abs(data.flux - model_flux) * jnp.sqrt(data.weight)
+    used = jnp.sum(data.weight > 0, axis=1)
+    scale = jnp.maximum(_positive_median(residual, used) / 0.6745, 1.0)[:, None]
+    out = residual > _OUTLIER * scale
+    beside = jnp.pad(out, ((0, 0), (1, 1)))
+    out = out | ((beside[:, :-2] | beside[:, 2:]) & (residual > _OUTLIER_NEIGHBOUR * scale))
+    return jnp.where(out, 0.0, data.weight)
+
+
+def _positive_median(x: jax.Array, n_positive: jax.Array) -> jax.Array:
+    """Median of the numbers of each row that are not 0, to a per cent: by bisection of their logarithm."""
+
+    def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = jnp.sqrt(low * high)
+        above = 2 * jnp.sum(x > middle[:, None], axis=1) > n_positive
+        return jnp.where(above, middle, low), jnp.where(above, high, middle)
+
+    low, high = lax.fori_loop(0, 10, halve, (jnp.full(len(x), 1e-2, x.dtype), jnp.full(len(x), 1e4, x.dtype)))
+    return jnp.sqrt(low * high)
+
+
+def _report(
+    state: _State,
+    data: _Data,
+    velocity: jax.Array,
+    usable: jax.Array,
+    model: LabelModel,
+    free: tuple[int, ...],
+    contrast: jax.Array,
+) -> LabelFit:
+    n, n_pixels = data.flux.shape
+    residual = (data.flux - state.flux) * jnp.sqrt(data.weight)
+    used = data.weight > 0
+    squared = jnp.sum(jnp.square(residual).reshape(n, N_REGIONS, -1), axis=2)
+    n_used = jnp.sum(used.reshape(n, N_REGIONS, -1), axis=2)
+    total = jnp.sum(n_used, axis=1)
+    units = jnp.asarray(_UNITS, state.x.dtype)[np.array(free)]
+    covariance = jnp.linalg.inv(state.normal + 1e-12 * jnp.eye(len(free))[None]) * units[None, :, None] * units[None, None, :]
+    low, high = (jnp.array([axis[i] for axis in model.axes], state.x.dtype) for i in (0, -1))
+    labels = state.x[:, :4]
+    # From pixels of the model back to observed ones.
+    wave = jnp.asarray(WAVE - WAVE[0], data.flux.dtype)
+    stretch = (velocity / LIGHT_SPEED)[:, None]
+    place = jnp.round((wave[None, :] - stretch * float(WAVE[0])) / (1.0 + stretch) / _PIXEL).astype(jnp.int32)
+    inside = (place >= 0) & (place < n_pixels)
+    good = jnp.take_along_axis(used, jnp.clip(place, 0, n_pixels - 1), axis=1) & inside & usable
+    return LabelFit(
+        labels,
+        covariance[:, :4, :4],
+        state.x[:, 4],
+        jnp.sqrt(covariance[:, 4, 4]) if 4 in free else jnp.zeros(n),
+        contrast,
+        jnp.sqrt(state.x[:, 5]) * GRID_WIDTH,
+        jnp.sum(squared, axis=1) / jnp.maximum(total - len(free) - state.continuum.shape[1], 1),
+        jnp.where(n_used > 0, squared / jnp.maximum(n_used, 1), jnp.nan),
+        jnp.sum(usable & inside & ~good, axis=1),
+        state.converged,
+        (labels <= low[None]) | (labels >= high[None]),
+        state.continuum,
+        good,
+    )
+
+
+def fitted_flux(fit: LabelFit, model: LabelModel | None = None) -> Float[np.ndarray, "N P"]:
+    """The fitted model of each spectrum, on the pixels as observed.
+
+    Args:
+        fit: result of ``fit_labels``.
+        model: as in ``fit_labels``.
+    """
+    model = _default_model() if model is None else model
+    rest = np.asarray(_rest_flux(fit, tuple(model[1:]), model.axes))
+    wave = WAVE[None, :] / (1.0 + fit.velocity[:, None].astype(np.float64) / LIGHT_SPEED)
+    return np.stack([CubicSpline(WAVE, flux)(at) for flux, at in zip(rest, wave, strict=True)]).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _rest_flux(fit: LabelFit, arrays: Any, axes: Any) -> jax.Array:
+    model = LabelModel(axes, *arrays)
+    nothing = jnp.zeros(fit.good.shape, fit.labels.dtype)
+    x = jnp.concatenate([fit.labels, nothing[:, :1], jnp.square(fit.broadening / GRID_WIDTH)[:, None]], axis=1)
+    data = _Data(nothing, nothing, nothing, x[:, 4], nothing[0])
+    terms = jnp.asarray(_terms(nothing.shape[1], fit.continuum.shape[1]))
+    return _spectra(x, data, model, model.fine)[0] * matmul(fit.continuum, terms)
