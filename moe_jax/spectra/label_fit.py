@@ -48,8 +48,9 @@ _TEMPLATES = ((0, 2, 3, 5), (0, 4), (0, 2, 4, 6), (1,))  # nodes of the grid tha
 _SEPARATION = 150.0  # km/s, least distance of a second velocity
 _NORMALISE_TERMS = 5  # of the polynomial that flattens spectra before the searches
 _BLOCK = 32  # stars that are fitted together
-_COARSE_STEPS, _FINE_STEPS = 12, 6
-_TOLERANCE = 1e-6  # expected relative decrease of chi2 at which a fit has converged
+_COARSE_STEPS, _FINE_STEPS = 4, 4  # at most, before and after masking
+_COARSE_TOLERANCE, _TOLERANCE = 1e-4, 3e-6  # expected relative decrease of chi2 at which a fit has converged
+_DAMPING = 0.1  # of the first step
 _ROUNDING = 3e-7  # relative, of chi2
 _OUTLIER = 5.5  # residual, in standard deviations, at which a pixel is masked
 _OUTLIER_NEIGHBOUR = 3.0  # the same beside a masked pixel
@@ -218,7 +219,8 @@ def fit_labels(
 @functools.partial(jax.jit, static_argnames=("axes", "free", "n_continuum", "devices"))
 def _fit_blocks(blocks: Any, arrays: Any, axes: Any, free: tuple[int, ...], n_continuum: int, devices: Any) -> LabelFit:
     def fit(block: Any, arrays: Any) -> LabelFit:
-        return _fit_block(*block, LabelModel(axes, *arrays), free, n_continuum)
+        flux, error, good, known = block
+        return _fit_block(flux, error, good, known, LabelModel(axes, *arrays), free, n_continuum)
 
     return map_devices(fit, blocks, arrays, devices)
 
@@ -241,7 +243,7 @@ def _fit_block(
     weight = jnp.where(usable, 1.0 / jnp.square(jnp.where(usable, error, 1.0)), 0.0)
     # Light that no star has: far above the spectrum or below 0.
     sigma = jnp.where(usable, error, 0.0)
-    median = median_rows(flux)[:, None]
+    median = median_rows(flux[:, ::8])[:, None]
     weight = jnp.where((flux > 3.0 * median + 8.0 * sigma) | (flux < -8.0 * sigma), 0.0, weight)
     smooth = _continuum(flux, weight)
     if 4 in free:
@@ -253,11 +255,15 @@ def _fit_block(
     smooth = _at_rest(smooth, weight, velocity).flux
     start = _nearest_node(*_coarsen(data.flux / jnp.where(smooth == 0, 1.0, smooth) - 1.0, data.weight * smooth**2), model)
     x = jnp.concatenate([start, velocity[:, None], jnp.full((len(start), 1), 0.3 if 5 in free else 0.0)], axis=1)
-    state, _ = _fit_and_mask(x, _coarse_data(data), model, model.coarse, free, n_continuum, _COARSE_STEPS)
+    problem = _Problem(model, model.coarse, free, n_continuum)
+    coarse = _coarse_data(data)
+    state, kept = _solve(problem, x, coarse, coarse.weight, _COARSE_STEPS, _COARSE_TOLERANCE)
     velocity = state.x[:, 4]
     data = _at_rest(flux, weight, velocity)
-    state, data = _fit_and_mask(state.x, data, model, model.fine, free, n_continuum, _FINE_STEPS)
-    return _report(state, data, velocity, usable, model, free, contrast)
+    problem = problem._replace(pixels=model.fine)
+    kept = jnp.where(jnp.repeat(kept > 0, _REBIN, axis=1), data.weight, 0.0)
+    state, weight = _solve(problem, state.x, data, kept, _FINE_STEPS, _TOLERANCE)
+    return _report(problem, state, data._replace(weight=weight), velocity, usable, contrast)
 
 
 def _continuum(flux: jax.Array, weight: jax.Array) -> jax.Array:
@@ -387,12 +393,14 @@ def _spectra(x: jax.Array, data: _Data, model: LabelModel, pixels: PixelModel) -
     n_pixels = basis.shape[1]
     offset = data.offset + (x[:, 4] - data.velocity)[:, None] * data.drift[None, :]
     padded = jnp.pad(spline, ((0, 0), (0, 0), (2, 2)), mode="reflect")
-    moved, velocity_slope = 0.0, 0.0
-    for shift in range(-2, 3):
-        tap, tap_slope = _spline_taps(jnp.clip(offset, -1.0, 1.0) - shift)
-        part = padded[:, :, 2 + shift : 2 + shift + n_pixels]
-        moved = moved + tap[:, None] * part
-        velocity_slope = velocity_slope + tap_slope * data.drift[None, :] * part[:, 0]
+    shifts = jnp.arange(-2.0, 3.0)[None, :, None]
+    # The barrier keeps XLA from computing the taps again for each derivative.
+    taps, slopes = lax.optimization_barrier(_spline_taps(jnp.clip(offset, -1.0, 1.0)[:, None] - shifts))
+    moved, velocity_slope = jnp.zeros_like(spline), jnp.zeros_like(offset)
+    for i in range(5):
+        part = padded[:, :, i : i + n_pixels]
+        moved = moved + taps[:, i : i + 1] * part
+        velocity_slope = velocity_slope + slopes[:, i] * data.drift[None, :] * part[:, 0]
     log_continuum = matmul(continuum.reshape(-1, n_continuum), pixels.log_continuum[1:]).reshape(len(x), 5, -1)
     factor = jnp.exp(log_continuum[:, :1] + jnp.asarray(pixels.log_continuum)[None, :1])
     spectrum = (moved[:, :1] * factor)[:, 0]
@@ -412,103 +420,114 @@ class _State(NamedTuple):
     continuum: jax.Array  # (n, K)
     flux: jax.Array  # (n, P) the model
     damping: jax.Array  # (n,)
-    converged: jax.Array  # (n,)
 
 
-def _evaluate(
-    x: jax.Array, data: _Data, model: LabelModel, pixels: PixelModel, free: tuple[int, ...], n_continuum: int
-) -> tuple[jax.Array, ...]:
-    """chi2, normal equations, gradient, polynomial and model of the flux, as in ``_State``."""
-    spectrum, derivatives = _spectra(x, data, model, pixels)
-    terms = jnp.asarray(_terms(spectrum.shape[1], n_continuum), spectrum.dtype)
+class _Problem(NamedTuple):
+    """What does not change during a fit."""
+
+    model: LabelModel
+    pixels: PixelModel
+    free: tuple[int, ...]  # parameters that are fitted
+    n_continuum: int
+
+
+def _polynomial(coef: jax.Array, n_pixels: int) -> jax.Array:
+    return matmul(coef, jnp.asarray(_terms(n_pixels, coef.shape[1]), coef.dtype))
+
+
+def _evaluate(problem: _Problem, x: jax.Array, data: _Data) -> _State:
+    """The state at x."""
+    spectrum, derivatives = _spectra(x, data, problem.model, problem.pixels)
+    terms = jnp.asarray(_terms(spectrum.shape[1], problem.n_continuum), spectrum.dtype)
     root = jnp.sqrt(data.weight)
     columns = (root * spectrum)[:, None] * terms[None]
     normal = jnp.einsum("nkp,njp->nkj", columns, columns)
-    normal = normal + 1e-6 * jnp.trace(normal, axis1=1, axis2=2)[:, None, None] * jnp.eye(n_continuum, dtype=normal.dtype)[None]
+    eye = jnp.eye(problem.n_continuum, dtype=normal.dtype)[None]
+    normal = normal + 1e-6 * jnp.trace(normal, axis1=1, axis2=2)[:, None, None] * eye
     right = jnp.einsum("nkp,np->nk", columns, root * data.flux)
     coef = jnp.linalg.solve(normal, right[..., None])[..., 0]
-    polynomial = matmul(coef, terms)
+    polynomial = _polynomial(coef, spectrum.shape[1])
     flux = polynomial * spectrum
     residual = root * (data.flux - flux)
-    jacobian = derivatives[:, np.array(free)] * (root * polynomial)[:, None]
+    jacobian = derivatives[:, np.array(problem.free)] * (root * polynomial)[:, None]
     cross = jnp.einsum("nkp,nip->nki", columns, jacobian)
     own = jnp.einsum("nip,njp->nij", jacobian, jacobian)
     reduced = own - jnp.einsum("nki,nkj->nij", cross, jnp.linalg.solve(normal, cross))
-    return jnp.sum(jnp.square(residual), axis=1), reduced, jnp.einsum("nip,np->ni", jacobian, residual), coef, flux
+    gradient = jnp.einsum("nip,np->ni", jacobian, residual)
+    chi2 = jnp.sum(jnp.square(residual), axis=1)
+    return _State(x, chi2, reduced, gradient, coef, flux, jnp.full(len(x), _DAMPING, x.dtype))
+
+
+def _step(problem: _Problem, state: _State) -> tuple[jax.Array, jax.Array]:
+    """Where the next step leads, and by how much it should lower chi2.
+
+    A parameter that would leave the box of the grid is held at its edge.
+    """
+    chosen = np.array(problem.free)
+    units = jnp.asarray(_UNITS, state.x.dtype)[chosen]
+    axes = problem.model.axes
+    low = jnp.array([*(axis[0] for axis in axes), -jnp.inf, 0.0], state.x.dtype)[None, chosen]
+    high = jnp.array([*(axis[-1] for axis in axes), jnp.inf, BROADENING_NODES[-1]], state.x.dtype)[None, chosen]
+    here, eye = state.x[:, chosen], jnp.eye(len(chosen), dtype=state.x.dtype)[None]
+    move = ~((here <= low) & (state.gradient < 0)) & ~((here >= high) & (state.gradient > 0))
+    normal = state.normal * (move[:, :, None] & move[:, None, :])
+    diagonal = jnp.where(move, (1.0 + state.damping[:, None]) * jnp.einsum("nii->ni", normal) + 1e-12, 1.0)
+    normal = normal * (1.0 - eye) + diagonal[:, :, None] * eye
+    gradient = jnp.where(move, state.gradient, 0.0)
+    moved = jnp.linalg.solve(normal, gradient[..., None])[..., 0]
+    trial = jnp.clip(here + moved * units[None, :], low, high)
+    return state.x.at[:, chosen].set(trial), jnp.sum(moved * gradient, axis=1)
+
+
+class _Progress(NamedTuple):
+    state: _State
+    weight: jax.Array  # (n, P), of the pixels that are used
+    n_steps: jax.Array  # since the last masking
+    masked: jax.Array  # whether pixels have been masked
 
 
 def _solve(
-    x: jax.Array,
-    data: _Data,
-    model: LabelModel,
-    pixels: PixelModel,
-    free: tuple[int, ...],
-    n_continuum: int,
-    max_steps: int,
-) -> _State:
-    """Levenberg-Marquardt within the box of the grid: a parameter that would leave it is held at its edge for the step."""
-    low = jnp.array([*(axis[0] for axis in model.axes), -jnp.inf, 0.0], x.dtype)
-    high = jnp.array([*(axis[-1] for axis in model.axes), jnp.inf, BROADENING_NODES[-1]], x.dtype)
-    chosen = np.array(free)
-    units = jnp.asarray(_UNITS, x.dtype)[chosen]
-    eye = jnp.eye(len(free), dtype=x.dtype)
+    problem: _Problem, x: jax.Array, data: _Data, weight: jax.Array, max_steps: int, tolerance: float
+) -> tuple[_State, jax.Array]:
+    """Levenberg-Marquardt, masking of the pixels that stand out, and Levenberg-Marquardt again.
 
-    def step(state: _State) -> tuple[jax.Array, jax.Array]:
-        held = (state.x[:, chosen] <= low[None, chosen]) & (state.gradient < 0)
-        held = held | ((state.x[:, chosen] >= high[None, chosen]) & (state.gradient > 0))
-        move = ~held
-        normal = state.normal * (move[:, :, None] & move[:, None, :])
-        diagonal = jnp.where(move, (1.0 + state.damping[:, None]) * jnp.einsum("nii->ni", normal) + 1e-12, 1.0)
-        normal = normal * (1.0 - eye)[None] + diagonal[:, :, None] * eye[None]
-        gradient = jnp.where(move, state.gradient, 0.0)
-        moved = jnp.linalg.solve(normal, gradient[..., None])[..., 0]
-        trial = state.x.at[:, chosen].add(moved * units[None, :])
-        return jnp.clip(trial, low[None, :], high[None, :]), jnp.sum(moved * gradient, axis=1)
+    Either stops where none of the stars expects to lower its chi2 by more than the tolerance times chi2. A star whose weights
+    have changed has an infinite chi2, which makes it stay where it is and be evaluated again.
 
-    def iterate(carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
-        state, count = carry
-        trial, expected = step(state)
-        chi2, *others = _evaluate(trial, data, model, pixels, free, n_continuum)
-        better = chi2 <= state.chi2 * (1.0 + _ROUNDING)
+    Returns:
+        The state, and the weights that it belongs to.
+    """
+    n, f = len(x), len(problem.free)
+
+    def moving(state: _State) -> jax.Array:
+        return jnp.isinf(state.chi2) | (_step(problem, state)[1] > tolerance * state.chi2)
+
+    def iterate(progress: _Progress) -> _Progress:
+        state = progress.state
+        fresh = jnp.isinf(state.chi2)
+        trial = jnp.where(fresh[:, None], state.x, _step(problem, state)[0])
+        new = _evaluate(problem, trial, data._replace(weight=progress.weight))
+        better = fresh | ((new.chi2 <= state.chi2 * (1.0 + _ROUNDING)) & moving(state))
         damping = jnp.where(better, 0.1 * state.damping, jnp.maximum(10.0 * state.damping, 1e-3))
-        done = state.converged | (jnp.isfinite(state.chi2) & (expected <= _TOLERANCE * state.chi2))
-        new = _State(trial, chi2, *others, damping, done)
-        take = better & ~state.converged
-        kept = jax.tree.map(lambda a, b: jnp.where(take.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, state)
-        return kept._replace(damping=damping, converged=done), count + 1
+        state = jax.tree.map(lambda a, b: jnp.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, state)
+        progress = progress._replace(state=state._replace(damping=damping), n_steps=progress.n_steps + 1)
+        return lax.cond(~progress.masked & settled(progress), mask, lambda progress: progress, progress)
 
-    first = _start(x, data, len(free), n_continuum)
-    state, _ = lax.while_loop(lambda carry: (carry[1] < max_steps) & ~jnp.all(carry[0].converged), iterate, (first, 0))
-    return state
+    def mask(progress: _Progress) -> _Progress:
+        state, weight = progress.state, _mask(data, progress.state.flux)
+        changed = jnp.any(weight != progress.weight, axis=1)
+        state = state._replace(chi2=jnp.where(changed, jnp.inf, state.chi2))
+        return _Progress(state, weight, jnp.zeros_like(progress.n_steps), jnp.ones_like(progress.masked))
 
+    def settled(progress: _Progress) -> jax.Array:
+        return (progress.n_steps > max_steps) | ~jnp.any(moving(progress.state))
 
-def _fit_and_mask(
-    x: jax.Array,
-    data: _Data,
-    model: LabelModel,
-    pixels: PixelModel,
-    free: tuple[int, ...],
-    n_continuum: int,
-    max_steps: int,
-) -> tuple[_State, _Data]:
-    """Fits, masks the pixels that stand out, and fits again."""
-
-    def masked_fit(_: int, carry: tuple[jax.Array, jax.Array, _State]) -> tuple[jax.Array, jax.Array, _State]:
-        _, weight, state = carry
-        state = _solve(state.x, data._replace(weight=weight), model, pixels, free, n_continuum, max_steps)
-        return weight, _mask(data, state.flux), state
-
-    start = _start(x, data, len(free), n_continuum)
-    weight, _, state = lax.fori_loop(0, 2, masked_fit, (data.weight, data.weight, start))
-    return state, data._replace(weight=weight)
-
-
-def _start(x: jax.Array, data: _Data, n_free: int, n_continuum: int) -> _State:
-    """A state that knows nothing: without normal equations the first step stays where it is, and is taken."""
-    n = len(x)
-    numbers = (jnp.full(n, jnp.inf), jnp.zeros((n, n_free, n_free)), jnp.zeros((n, n_free)), jnp.zeros((n, n_continuum)))
-    numbers = (*numbers, jnp.zeros(data.flux.shape), jnp.full(n, 0.1))
-    return _State(x, *(number.astype(x.dtype) for number in numbers), jnp.zeros(n, bool))
+    zeros = functools.partial(jnp.zeros, dtype=x.dtype)
+    numbers = (zeros((n, f, f)), zeros((n, f)), zeros((n, problem.n_continuum)), zeros(data.flux.shape))
+    state = _State(x, jnp.full(n, jnp.inf, x.dtype), *numbers, jnp.full(n, _DAMPING, x.dtype))
+    start = _Progress(state, weight, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+    end = lax.while_loop(lambda progress: ~(progress.masked & settled(progress)), iterate, start)
+    return end.state, end.weight
 
 
 def _mask(data: _Data, model_flux: jax.Array) -> jax.Array:
@@ -535,15 +554,8 @@ def _positive_median(x: jax.Array, n_positive: jax.Array) -> jax.Array:
     return jnp.sqrt(low * high)
 
 
-def _report(
-    state: _State,
-    data: _Data,
-    velocity: jax.Array,
-    usable: jax.Array,
-    model: LabelModel,
-    free: tuple[int, ...],
-    contrast: jax.Array,
-) -> LabelFit:
+def _report(problem: _Problem, state: _State, data: _Data, velocity: jax.Array, usable: jax.Array, contrast: jax.Array) -> LabelFit:
+    free, axes = problem.free, problem.model.axes
     n, n_pixels = data.flux.shape
     residual = (data.flux - state.flux) * jnp.sqrt(data.weight)
     used = data.weight > 0
@@ -552,7 +564,7 @@ def _report(
     total = jnp.sum(n_used, axis=1)
     units = jnp.asarray(_UNITS, state.x.dtype)[np.array(free)]
     covariance = jnp.linalg.inv(state.normal + 1e-12 * jnp.eye(len(free))[None]) * units[None, :, None] * units[None, None, :]
-    low, high = (jnp.array([axis[i] for axis in model.axes], state.x.dtype) for i in (0, -1))
+    low, high = (jnp.array([axis[i] for axis in axes], state.x.dtype) for i in (0, -1))
     labels = state.x[:, :4]
     # From pixels of the model back to observed ones.
     wave = jnp.asarray(WAVE - WAVE[0], data.flux.dtype)
@@ -570,7 +582,7 @@ def _report(
         jnp.sum(squared, axis=1) / jnp.maximum(total - len(free) - state.continuum.shape[1], 1),
         jnp.where(n_used > 0, squared / jnp.maximum(n_used, 1), jnp.nan),
         jnp.sum(usable & inside & ~good, axis=1),
-        state.converged,
+        _step(problem, state)[1] <= 3.0 * _TOLERANCE * state.chi2,
         (labels <= low[None]) | (labels >= high[None]),
         state.continuum,
         good,
