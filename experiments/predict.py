@@ -12,16 +12,25 @@ OUT has one row for each star, with these columns (NaN where nothing is predicte
 
     file               name of the file
     star               number of the star in the file, from 0
-    log_g              predicted surface gravity, log10 of cm / s^2
-    uncertainty        half-width of the 68 % interval; standard deviation where the model is not calibrated
-    half_width_90      half-width of the 90 % interval, where the model is calibrated
+    log_g              surface gravity, log10 of cm / s^2: of the fit of the model grid, or of the mixture (--answer)
+    uncertainty        half-width of the 68 % interval; standard deviation where a mixture is not calibrated
+    half_width_90      half-width of the 90 % interval
     half_width_95      likewise of the 95 % interval
-    weight_0 to 8      weight of each expert in the prediction; they sum to 1
+    velocity           km/s, as observed (not barycentric); positive: the star recedes
+    T_eff, M_H, a_M    effective temperature (K), metallicity, alpha enhancement; these and velocity with NAME_error (1 sigma)
+    chi2               of the fit, per degree of freedom; the uncertainties are scaled to it
+    mixture_log_g      log g of the mixture of experts, which trusts velocity, continuum and resolution of the spectrum
+    mixture_uncertainty  half-width of its 68 % interval
+    weight_0 to 8      weight of each expert in the mixture; they sum to 1
     distance           distance from the training stars in feature space, in units of the limit for unlike_training
-    n_masked           masked pixels, of the model's
+    n_masked           masked pixels, in the file or since they stand out
     flags              names of what is unusual, joined by |:
-      unlike_training    distance above 1: only 0.1 % of the training stars are further out
-      many_masked        more than 10 % of the pixels, or of the pixels of one line, are masked
+      poor_fit           a misfit that leaves log g uncertain by more than 0.5, or drove a label to the edge of the grid
+      emission_lines     three or more lines in emission; they were masked
+      velocity_uncertain another velocity fits almost as well
+      not_a_star         no spectrum of the grid is seen
+      unlike_training    of a mixture's answer: distance above 1; only 0.1 % of the training stars are further out
+      many_masked        more than 10 % of the pixels, or of the pixels of one line, are masked in the file
       not_predicted      more than half of the pixels are masked, or the spectrum has no positive median to scale by
 """
 
@@ -34,7 +43,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import pandas as pd
 import tyro
 
 from experiments.runner.command_line import require_at_least, run_command
@@ -44,7 +52,7 @@ from moe_jax.apply.catalogue import open_catalogue, require_suffix
 from moe_jax.apply.model import Model
 from moe_jax.apply.model_file import load_model
 from moe_jax.core.arrays import InputError
-from moe_jax.spectra.resample import MaskedSpectra, air_to_vacuum
+from moe_jax.spectra.resample import air_to_vacuum
 from moe_jax.spectra.spectrum_files import Source, open_spectra
 
 SCALE_SAMPLE = 512  # stars, from the first on, by which --scale auto decides
@@ -62,6 +70,9 @@ class PredictConfig:
     """Table to write: .csv, .parquet or .fits."""
     scale: Literal["auto", "always", "never"] = "auto"
     """Scale each spectrum to the median of the training spectra; auto: if the spectra of the file lie on another scale."""
+    answer: Literal["auto", "fit", "mixture"] = "auto"
+    """Whose log g is given: that of the fit of the model grid, or that of the mixture, which is fast; auto: the fit's if the model
+    was trained on simulated spectra."""
     air: bool = False
     """The wavelengths of the files are in air."""
     chunk_stars: int = 2_048
@@ -92,7 +103,7 @@ def main(config: PredictConfig) -> None:
                 with stages.chunks(f"{path.name}", source.n_stars) as advance:
                     for start in range(0, source.n_stars, chunk):
                         stop = min(start + chunk, source.n_stars)
-                        part = _apply(application, source.read(start, stop), star + start, chunk)
+                        part = apply_model(application, source.read(start, stop), star + start, chunk)
                         part.insert(0, "file", path.name)
                         catalogue.write(part)
                         flags.update(flag for row in part["flags"] for flag in row.split("|") if flag)
@@ -122,7 +133,7 @@ def files_of(given: Path) -> list[Path]:
 def _prepare(config: PredictConfig, model: Model, path: Path, source: Source, quiet: bool) -> Application:
     """The model ready for the spectra of a source; says once a file how these are treated."""
     wave = air_to_vacuum(source.wave) if config.air else source.wave
-    application = prepare_application(model, wave, str(path))
+    application = prepare_application(model, wave, str(path), None if config.answer == "auto" else config.answer)
     scale = config.scale == "always"
     if config.scale == "auto":
         scale = needs_scaling(application, source.read(0, min(SCALE_SAMPLE, source.n_stars)))
@@ -138,13 +149,6 @@ def _prepare(config: PredictConfig, model: Model, path: Path, source: Source, qu
     for note in notes * (not quiet):
         console.print(f"{path}: {note}", highlight=False)
     return application._replace(scale=scale)
-
-
-def _apply(application: Application, spectra: MaskedSpectra, start: int, chunk_stars: int) -> pd.DataFrame:
-    """``apply_model`` on a whole chunk, so that the last one shares the compiled programs of the others."""
-    n_stars = len(spectra.flux)
-    pad = ((0, chunk_stars - n_stars), (0, 0))
-    return apply_model(application, MaskedSpectra(*(np.pad(array, pad, mode="edge") for array in spectra)), start)[:n_stars]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from scipy import ndimage, sparse
 
 from moe_jax.core.arrays import AnyArray
 from moe_jax.spectra.fisher import LABEL_UNITS
-from moe_jax.spectra.label_fit import fit_labels, fitted_flux
+from moe_jax.spectra.label_fit import LabelFit, fit_labels, fitted_flux
 from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.resample import MaskedSpectra, overlaps, resample
 from moe_jax.spectra.simulate import LABEL_LATTICE
@@ -29,6 +29,7 @@ SCALES = (4, 32)  # pixels over which residuals are averaged
 LIMITS = (1.09, 1.28)  #: of chi2 at these scales; some 0.5 % of good spectra lie above one of them
 TOO_UNCERTAIN = 0.5  #: a misfit that leaves log g less certain than this is a poor fit
 EMISSIONS = 3  #: so many lines in emission are flagged
+QUANTILES = (1.0, 1.7, 2.1)  #: of |error| / standard deviation at the levels of ``moe_jax.apply.conformal``
 UNIQUE = 25.0  #: contrast below which the velocity is not unique
 NO_STAR = 12.0  #: contrast below which nothing looks like a star
 _MANY_MASKED = 10  # pixels that stand out, above which a star is fitted again
@@ -77,23 +78,21 @@ def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], n_continuu
     overlap = sparse.identity(len(WAVE), format="csr") if same else overlaps(wave, WAVE)
     median = np.array([np.median(flux[good]) if good.any() else np.nan for flux, good in zip(*spectra[::2], strict=True)])
     fitted = median > 0
-    flux = spectra.flux / np.where(fitted, 2 * median, 1.0)[:, None]
-    error = np.where(np.isnan(spectra.error), 0.005, spectra.error / np.where(fitted, 2 * median, 1.0)[:, None])
-    good = spectra.good
-    if not same:
-        flux, error, good = resample(flux, np.where(good, error, 0.0), good, overlap, WAVE)
+    scale = np.where(fitted, 2 * median, 1.0)[:, None]
+    error = np.where(np.isnan(spectra.error), 0.005, spectra.error / scale)
+    scaled = MaskedSpectra(spectra.flux / scale, np.where(spectra.good, error, 0.0), spectra.good)
+    flux, error, good = scaled if same else resample(*scaled, overlap, WAVE)
     fitted &= good.mean(axis=1) >= _LEAST_GOOD
     flux, error = (np.where(fitted[:, None] & good, array, fill).astype(np.float32) for array, fill in ((flux, 0.5), (error, 1.0)))
-    fit = fit_labels(flux, error, good, n_continuum=n_continuum)
-    n_masked = fit.n_masked.copy()
+    fit = LabelFit(*map(np.array, fit_labels(flux, error, good, n_continuum=n_continuum)))
+    n_masked = fit.n_masked
     again = np.flatnonzero(fitted & (n_masked > _MANY_MASKED))
     if len(again):
         kept = good[again] & ~grow(good[again] & ~fit.good[again])
-        second = fit_labels(flux[again], error[again], kept, n_continuum=n_continuum)
-        n_masked[again] = (good[again] & ~second.good).sum(axis=1)
-        for old, new in zip(fit, second, strict=True):
+        for old, new in zip(fit, fit_labels(flux[again], error[again], kept, n_continuum=n_continuum), strict=True):
             old[again] = new
-    expected, residual = expected_chi2(overlap), (flux - fitted_flux(fit)) / error
+        n_masked = (good & ~fit.good).sum(axis=1)
+    expected, residual = expected_chi2(overlap), np.asarray((flux - fitted_flux(fit)) / error)
     ratio = scale_chi2(residual, fit.good) / expected[None, :] / np.maximum(fit.chi2, 1e-30)[:, None]
     bright = ndimage.binary_opening(good & ~fit.good & (residual > 0), np.ones((1, _RUN), bool))
     n_emission = (np.diff(bright.astype(int), axis=1) > 0).sum(axis=1)
@@ -101,21 +100,26 @@ def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], n_continuu
     labels, covariance = add_prior(fit.labels, fit.covariance * widening[:, None, None])
     variance = np.diagonal(covariance, axis1=1, axis2=2)
 
-    def known(values: np.ndarray) -> np.ndarray:
+    def known(values: AnyArray) -> np.ndarray:
         return np.where(fitted.reshape(-1, *[1] * (values.ndim - 1)), values, np.nan)
 
     return RobustFit(
-        *map(known, (labels, np.sqrt(variance), fit.velocity, fit.velocity_error * np.sqrt(widening), fit.chi2, ratio)),
-        known(fit.velocity_contrast),
-        np.where(fitted, n_masked, 0),
-        n_emission,
-        fit.at_edge.any(axis=1),
-        fitted,
+        labels=known(labels),
+        error=known(np.sqrt(variance)),
+        velocity=known(fit.velocity),
+        velocity_error=known(fit.velocity_error * np.sqrt(widening)),
+        chi2=known(fit.chi2),
+        scale_chi2=known(ratio),
+        contrast=known(fit.velocity_contrast),
+        n_masked=np.where(fitted, n_masked, 0),
+        n_emission=n_emission,
+        at_edge=np.asarray(fit.at_edge).any(axis=1),
+        fitted=fitted,
     )
 
 
 def add_prior(
-    labels: Float[np.ndarray, "N 4"], covariance: Float[np.ndarray, "N 4 4"]
+    labels: Float[AnyArray, "N 4"], covariance: Float[AnyArray, "N 4 4"]
 ) -> tuple[Float[np.ndarray, "N 4"], Float[np.ndarray, "N 4 4"]]:
     """Mean and covariance of the labels given a fit, if they are known to be drawn as those of the simulated surveys.
 
@@ -137,7 +141,7 @@ def grow(out: Bool[np.ndarray, "N P"]) -> Bool[np.ndarray, "N P"]:
     return grown
 
 
-def scale_chi2(residual: Float[np.ndarray, "N P"], good: Bool[np.ndarray, "N P"]) -> Float[np.ndarray, "N 2"]:
+def scale_chi2(residual: Float[np.ndarray, "N P"], good: Bool[AnyArray, "N P"]) -> Float[np.ndarray, "N 2"]:
     """Mean square of the residuals' sums over SCALES pixels, in units of that of independent residuals."""
     columns = []
     for scale in SCALES:
@@ -149,7 +153,7 @@ def scale_chi2(residual: Float[np.ndarray, "N P"], good: Bool[np.ndarray, "N P"]
 
 def expected_chi2(overlap: sparse.csr_matrix) -> Float[np.ndarray, " 2"]:
     """``scale_chi2`` of noise: 1, or more after resampling to finer pixels, which share noise."""
-    independent = overlap.multiply(1.0 / np.maximum(np.asarray(overlap.sum(axis=1)), 1e-30)).tocsr()
+    independent = sparse.csr_matrix(overlap.multiply(1.0 / np.maximum(np.asarray(overlap.sum(axis=1)), 1e-30)))
     total = float(independent.power(2).sum())
     sums = (sparse.kron(sparse.identity(len(WAVE) // scale), np.ones((1, scale)), format="csr") @ independent for scale in SCALES)
     return np.array([max(1.0, float(summed.power(2).sum()) / total) for summed in sums])
