@@ -159,6 +159,42 @@ def only_noise(rng: np.random.Generator, exposure: Exposure) -> Exposure:
     return Exposure(np.full_like(exposure.flux, 0.02), exposure.noise, exposure.error)
 
 
+def rotate(rng: np.random.Generator, exposure: Exposure) -> Exposure:
+    """Stars that rotate with v sin i = 40 km/s, without limb darkening."""
+    half = int(np.ceil(WAVE.mean() * 40 / LIGHT / STEP))
+    kernel = np.sqrt(np.maximum(1 - (np.arange(-half, half + 1) * STEP / (WAVE.mean() * 40 / LIGHT)) ** 2, 0))
+    return exposure._replace(flux=ndimage.convolve1d(exposure.flux, kernel / kernel.sum(), axis=1, mode="nearest"))
+
+
+def break_in_two(rng: np.random.Generator, exposure: Exposure) -> Exposure:
+    """Two arms whose calibrations differ by 5 %, joined at 7900 Angstrom."""
+    return multiply(exposure, 1 + 0.05 * alternate(exposure) * (WAVE > 7900)[None])
+
+
+def correlate(rng: np.random.Generator, exposure: Exposure) -> Exposure:
+    """Noise that neighbouring pixels share, as after a resampling; its standard deviation is as before."""
+    kernel = np.array([0.5, 1.0, 0.5]) / np.sqrt(1.5)
+    return exposure._replace(noise=ndimage.convolve1d(exposure.noise, kernel, axis=1, mode="reflect"))
+
+
+def cut(rng: np.random.Generator, exposure: Exposure) -> Exposure:
+    """Nothing below 7600 Angstrom."""
+    return exposure._replace(flux=np.where(WAVE[None] < 7600, np.nan, exposure.flux))
+
+
+def quasar(rng: np.random.Generator, exposure: Exposure) -> Exposure:
+    """No star: a power law with broad emission lines."""
+    centre, width = (rng.uniform(low, high, (len(exposure.flux), 3, 1)) for low, high in ((7100, 8850), (15, 60)))
+    lines = np.exp(-0.5 * ((WAVE[None, None] - centre) / width) ** 2).sum(axis=1)
+    return exposure._replace(flux=0.5 * (WAVE[None] / 8000) ** -1.5 * (1 + 0.6 * lines))
+
+
+def everything(rng: np.random.Generator, exposure: Exposure) -> Exposure:
+    """Velocity of 75 km/s, resolution 4,000, a slope of 10 %, cosmic rays, and errors understated by 1.4."""
+    moved = blur(shift(exposure, 75.0 * alternate(exposure)[:, 0]), 4_000)
+    return rebalance(1 / 1.4)(rng, hit(rng, slope(moved, 0.1)))
+
+
 #: Those from which the method was made.
 SPOILINGS: dict[str, Spoiling] = {
     "untouched": lambda rng, exposure: exposure,
@@ -189,4 +225,14 @@ SPOILINGS: dict[str, Spoiling] = {
     "scale times 1000": lambda rng, exposure: multiply(exposure, 1000.0),
     "flux per frequency": lambda rng, exposure: multiply(exposure, 1e-15 * (WAVE[None] / 8000) ** 2),
     "noise only": only_noise,
+}
+
+#: Those that were written down when the method was finished, and changed nothing in it.
+LATER: dict[str, Spoiling] = {
+    "rotation of 40 km/s": rotate,
+    "two arms that differ by 5 %": break_in_two,
+    "correlated noise": correlate,
+    "nothing below 7600 Angstrom": cut,
+    "quasars": quasar,
+    "everything at once": everything,
 }

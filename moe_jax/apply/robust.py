@@ -113,7 +113,7 @@ def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], n_continuu
         contrast=known(fit.velocity_contrast),
         n_masked=np.where(fitted, n_masked, 0),
         n_emission=n_emission,
-        at_edge=np.asarray(fit.at_edge).any(axis=1),
+        at_edge=np.any(fit.at_edge, axis=1, keepdims=False).reshape(len(flux)),
         fitted=fitted,
     )
 
