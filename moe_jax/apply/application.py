@@ -163,8 +163,8 @@ def apply_model(application: Application, spectra: MaskedSpectra, first_star: in
 
     Returns:
         Columns star, log_g, uncertainty (half-width of the 68 % interval; of a mixture that is not calibrated, the standard
-        deviation), half_width_LEVEL for the higher levels, the columns of ``fit_columns`` if the answer is that of the fit,
-        mixture_log_g, mixture_uncertainty, weight_CELL for each expert, distance (in feature space, in units of the limit),
+        deviation), half_width_LEVEL for the higher levels, those of ``fit_columns``, mixture_log_g and mixture_uncertainty if the
+        answer is that of the fit, weight_CELL for each expert, distance (in feature space, in units of the limit),
         n_masked (number of masked pixels) and flags (names joined by |). NaN for a star that is not predicted.
     """
     n_stars = len(spectra.flux)
@@ -178,18 +178,17 @@ def apply_model(application: Application, spectra: MaskedSpectra, first_star: in
         many |= masked[:, (wave >= low) & (wave <= high)].mean(axis=1) > MANY
     n_masked = masked.sum(axis=1)
     raised = {UNLIKE_TRAINING: usable & ~(distance <= 1)}
-    answer = mixture.filter(regex="^(log_g|uncertainty|half_width_)")
+    table = mixture
     if application.answer == "fit":
         fit = fit_robustly(spectra, application.wave)
         usable &= fit.fitted
         raised = fit.flags()
         n_masked += fit.n_masked.astype(int)
-        answer = fit_columns(fit)
+        mixture = mixture.drop(columns=[name for name in mixture if str(name).startswith("half_width_")])
+        mixture = mixture.rename(columns={"log_g": "mixture_log_g", "uncertainty": "mixture_uncertainty"})
+        table = pd.concat([fit_columns(fit), mixture], axis=1)
     raised |= {MANY_MASKED: many, NOT_PREDICTED: ~usable}
     flags = ["|".join(name for name, is_raised in raised.items() if is_raised[i]) for i in range(n_stars)]
-    mixture = mixture.drop(columns=[name for name in mixture if str(name).startswith("half_width_")])
-    mixture = mixture.rename(columns={"log_g": "mixture_log_g", "uncertainty": "mixture_uncertainty"})
-    table = pd.concat([answer, mixture], axis=1)
     table.loc[~usable] = np.nan
     table.insert(0, "star", np.arange(first_star, first_star + n_stars))
     return table.assign(n_masked=n_masked, flags=flags)

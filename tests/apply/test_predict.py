@@ -12,7 +12,7 @@ from astropy.io import fits
 from astropy.table import Table
 
 from experiments.predict import PredictConfig, main
-from moe_jax import InputError, load_model, predict_model
+from moe_jax import InputError, load_model, load_survey, predict_model
 from moe_jax.apply.application import MANY_MASKED, NOT_PREDICTED, UNLIKE_TRAINING, apply_model, needs_scaling, prepare_application
 from moe_jax.spectra.resample import MaskedSpectra, overlaps, resample
 from moe_jax.spectra.survey_file import ERROR_FIELD, FLUX_FIELD, WAVE_FIELD
@@ -31,7 +31,7 @@ def spectra(trained):
 
 @pytest.fixture(scope="module")
 def application(model):
-    return prepare_application(model, model.wave)
+    return prepare_application(model, model.wave, answer="mixture")
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def table(application, spectra):
     return apply_model(application, spectra)
 
 
-def predict(trained, spectra, output, **options):
-    main(PredictConfig(trained / "model", (spectra,), output, **options))
+def predict(trained, spectra, output, answer="mixture", **options):
+    main(PredictConfig(trained / "model", (spectra,), output, answer=answer, **options))
     return output
 
 
@@ -130,7 +130,7 @@ def test_another_scale_is_seen_and_undone(application, spectra, table):
 def test_other_pixels_are_resampled(model, spectra, table):
     wave = np.linspace(7095, 8855, 5_000)
     other = resample(*spectra, overlaps(np.asarray(model.wave), wave), wave)
-    application = prepare_application(model, wave)
+    application = prepare_application(model, wave, answer="mixture")
     assert application.overlap is not None
     found = apply_model(application, other)
     assert np.abs(found["log_g"] - table["log_g"]).median() < 0.3 * table["uncertainty"].median()
@@ -141,7 +141,7 @@ def test_noise_of_resampled_pixels_is_that_of_the_observed_ones(model, spectra):
     """The variance by propagation is the scatter of predictions over draws of the noise on the observed pixels."""
     wave = np.linspace(7095, 8855, 3_000)
     clean = resample(*spectra, overlaps(np.asarray(model.wave), wave), wave)
-    application = prepare_application(model, wave)
+    application = prepare_application(model, wave, answer="mixture")
     rng, error = np.random.default_rng(0), np.full((1, 3_000), 2e-3, "f4")
     flux = clean.flux[:1] + error * rng.normal(size=(300, 3_000)).astype("f4")
     drawn = apply_model(application, MaskedSpectra(flux, np.repeat(error, 300, axis=0), np.repeat(clean.good[:1], 300, axis=0)))
@@ -168,6 +168,34 @@ def test_what_is_no_star_is_flagged(application, spectra):
     assert (found["flags"][:2] == UNLIKE_TRAINING).all()
     assert (found["distance"][:2] > 1).all()
     assert (apply_model(application, spectra)["flags"] == UNLIKE_TRAINING).mean() < 0.05
+    assert (apply_model(application._replace(answer="fit"), strange)["flags"].str.contains("not_a_star")).all()
+
+
+def test_the_answer_of_the_fit(model, trained, spectra, table):
+    """What the mixture trusts and the fit does not: a slope, a velocity, and wrong errors."""
+    few = MaskedSpectra(*(array[:60] for array in spectra))
+    application = prepare_application(model, model.wave)
+    assert application.answer == "fit"  # the model was trained on spectra of the grid
+    wave = np.asarray(model.wave, np.float64)
+    moved = np.stack([np.interp(wave, wave * (1 + 50 / 299792.458), star) for star in few.flux])
+    tilted = (moved * np.linspace(2, 2.4, len(wave))).astype("f4")
+    found = apply_model(application, MaskedSpectra(tilted, few.error, few.good), first_star=7)
+    true = load_survey(trained.parent / "observed.h5").labels
+    kept = (found["flags"] == "").to_numpy()
+    assert kept.mean() > 0.9
+    np.testing.assert_allclose(found["mixture_log_g"].isna(), False)
+    residual = (found["log_g"] - np.asarray(true.log_g)[:60])[kept]
+    assert np.sqrt(np.mean(residual**2)) < 0.45
+    assert 0.5 < np.mean(np.abs(residual) < found["uncertainty"][kept]) < 0.85
+    assert found["velocity"].median() == pytest.approx(50, abs=1)
+    assert np.abs(found["T_eff"] - np.asarray(true.T_eff)[:60]).median() < 100
+    assert list(found["star"]) == list(range(7, 67))
+    widths = ["uncertainty", "half_width_90", "half_width_95", "T_eff_error", "M_H_error", "a_M_error", "velocity_error"]
+    assert (found[widths] > 0).all().all()
+    no_errors = apply_model(application, MaskedSpectra(tilted[:3], np.full_like(tilted[:3], np.nan), few.good[:3]))
+    np.testing.assert_allclose(no_errors["log_g"], found["log_g"][:3], atol=0.5)
+    for provenance in ({"config": {"data": {"train_file": "stars.h5"}}}, {}):
+        assert prepare_application(model._replace(provenance=provenance), wave).answer == "mixture"
 
 
 def test_without_errors_those_of_the_training_stars_stand_in(trained, tmp_path, capsys, table):
@@ -186,7 +214,7 @@ def test_a_model_that_is_not_calibrated(trained, tmp_path, capsys, model):
     known = model.uncertainty
     empty = Calibration(np.zeros(0, "f4"), np.zeros((9, 0), "f4"), np.zeros(9, "f4"))
     save_model(tmp_path / "model", model._replace(uncertainty=known._replace(calibration=empty)))
-    main(PredictConfig(tmp_path / "model", (trained.parent / "observed.h5",), tmp_path / "out.csv"))
+    main(PredictConfig(tmp_path / "model", (trained.parent / "observed.h5",), tmp_path / "out.csv", answer="mixture"))
     assert "not calibrated" in capsys.readouterr().out
     found = pd.read_csv(tmp_path / "out.csv")
     assert (found["uncertainty"] > 0).all()
@@ -195,6 +223,7 @@ def test_a_model_that_is_not_calibrated(trained, tmp_path, capsys, model):
 
 def test_the_command(trained, tmp_path):
     command = [sys.executable, "-m", "experiments.predict", str(trained / "model"), str(trained.parent / "observed.h5")]
+    command += ["--answer", "mixture"]
     done = subprocess.run([*command, "-o", str(tmp_path / "out.csv")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(pd.read_csv(tmp_path / "out.csv")) == 300
@@ -214,7 +243,19 @@ def test_an_error_on_the_way_leaves_nothing(trained, tmp_path):
         file.truncate(min(end, size) - 4096 * 4)
     output = tmp_path / "out.csv"
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.predict", str(trained / "model"), str(path), "-o", str(output), "--chunk-stars", "50"],
+        [
+            sys.executable,
+            "-m",
+            "experiments.predict",
+            str(trained / "model"),
+            str(path),
+            "-o",
+            str(output),
+            "--chunk-stars",
+            "50",
+            "--answer",
+            "mixture",
+        ],
         capture_output=True,
         text=True,
     )
@@ -229,7 +270,7 @@ def test_several_files_and_patterns(trained, spectra, tmp_path, table):
     for i in range(2):
         Table({"wave": wave / 10, "flux": spectra.flux[i], "err": spectra.error[i]}).write(tmp_path / f"spec-{i}.csv")
     output = tmp_path / "out.csv"
-    main(PredictConfig(trained / "model", (trained.parent / "observed.h5", tmp_path / "spec-*.csv"), output))
+    main(PredictConfig(trained / "model", (trained.parent / "observed.h5", tmp_path / "spec-*.csv"), output, answer="mixture"))
     found = pd.read_csv(output)
     assert list(found["file"]) == ["observed.h5"] * 300 + ["spec-0.csv", "spec-1.csv"]
     assert list(found["star"]) == [*range(300), 0, 0]
