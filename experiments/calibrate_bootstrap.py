@@ -62,7 +62,7 @@ class CalibrateConfig:
     """Covered stars of a test set."""
     gate: GateConfig = group(GateConfig(), prefix=True)
     mlp: MLPGate = group(MLPGate())
-    data: DataConfig = group(DataConfig(), without=("train_file", "test_file"))
+    data: DataConfig = group(DataConfig(), without=("train_file", "test_file", "columns"))
     bootstrap: BootstrapOptions = group(BootstrapOptions(), without=("confidence_level", "interval_method"))
     output: OutputOptions = group(OutputOptions())
 
