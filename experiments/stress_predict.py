@@ -1,6 +1,6 @@
 """Does predict hold on spectra unlike its training set? Spoiled simulated stars, and real ones if a file is given.
 
-    python -m experiments.stress_predict                  about a minute on 2 cores
+    python -m experiments.stress_predict                  some minutes on 2 cores
     python -m experiments.stress_predict --preset smoke   fewer stars
     python -m experiments.stress_predict --real-stars stars.h5 --real-labels labels.csv
 
@@ -11,6 +11,7 @@ and 68 % intervals that cover .58 to .80 of them. Results go to results/stress_p
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,16 +22,19 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.pipeline.config import OutputOptions
-from experiments.pipeline.spoilings import LATER, SPOILINGS, Exposure, Spoiling
+from experiments.pipeline.spoilings import LATER, SPOILINGS, Exposure, Spoiling, disturb
 from experiments.report.figures import BLUE, ORANGE, new_figure
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
 from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.apply.application import Application, apply_model, needs_scaling, prepare_application
+from moe_jax.apply.conformal import LEVELS
 from moe_jax.apply.model_file import load_model
+from moe_jax.apply.robust import LIMITS, QUANTILES, SCALES, fit_robustly
 from moe_jax.core.arrays import InputError
 from moe_jax.experts.cells import assign_cells
+from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.resample import MaskedSpectra
 from moe_jax.spectra.simulate import SimulatedSpectra
 from moe_jax.spectra.survey import add_noise
@@ -49,7 +53,7 @@ class StressConfig:
     """Preset from which the other options start."""
     model: Path = Path("results/regress_gate/default/model")
     """Folder of a model that regress_gate wrote."""
-    n_stars: int = 700
+    n_stars: int = 500
     """Covered stars of each case."""
     noise_level: float = 0.2
     """Factor on the errors."""
@@ -109,6 +113,26 @@ def judge(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(handled=np.where(held | (table["flagged"] >= ENOUGH_FLAGGED), "yes", "no"))
 
 
+def calibrate_fit(config: StressConfig) -> pd.DataFrame:
+    """What the constants of ``moe_jax.apply.robust`` are taken from, with other stars than those of the cases.
+
+    Quantiles of |error| / standard deviation on stars that are disturbed as ordinary spectra are, and the chi2 that few of the
+    untouched ones exceed.
+    """
+    exposure, log_g = draw_exposure(dataclasses.replace(config, seed=config.seed + 1_000))
+    rng = np.random.default_rng(config.seed + 1_000)
+    fit = fit_robustly(as_file(disturb(rng, exposure)), WAVE)
+    score = np.abs(fit.labels[:, 1] - log_g) / fit.error[:, 1]
+    rows = [
+        (f"|error| / sigma, {level:.0%}", np.quantile(score, level), used) for level, used in zip(LEVELS, QUANTILES, strict=True)
+    ]
+    untouched = fit_robustly(as_file(exposure), WAVE).scale_chi2
+    rows += [
+        (f"chi2 over {scale} pixels, 99.7 %", np.quantile(untouched[:, i], 0.997), LIMITS[i]) for i, scale in enumerate(SCALES)
+    ]
+    return pd.DataFrame(rows, columns=["quantity", "found", "used"])
+
+
 def compute(config: StressConfig, stages: Stages) -> Results:
     """Spoils, predicts and judges, case by case."""
     model = load_model(config.model)
@@ -122,7 +146,8 @@ def compute(config: StressConfig, stages: Stages) -> Results:
             spoiled = as_file(spoil(np.random.default_rng([config.seed, i]), exposure))
             rows.append(score(name, predict(application, spoiled), log_g))
     table = judge(pd.DataFrame(rows))
-    tables = {"cases": table}
+    with stages("calibration"):
+        tables = {"cases": table, "calibration": calibrate_fit(config)}
     n_handled = int((table["handled"][1:] == "yes").sum())
     summary = f"{n_handled} of {len(table) - 1} cases are handled"
     shape = {"flagged": ".1%", "rms": ".3f", "coverage": ".2f"}
@@ -133,6 +158,10 @@ def compute(config: StressConfig, stages: Stages) -> Results:
         f"{ENOUGH_FLAGGED:.0%} flagged, or rms at most {MOST_RMS:g} of the first row and coverage {COVERAGES[0]} to "
         f"{COVERAGES[1]}. The last {len(LATER)} cases were chosen when the method was finished.",
         "![Cases](cases.png)",
+        "## Calibration",
+        table_markdown(tables["calibration"], {"found": ".3f", "used": ".2f"}),
+        "*found*: with other simulated stars, disturbed as ordinary spectra are (`experiments.pipeline.spoilings.disturb`) or, for "
+        "chi2, untouched; *used*: by `moe_jax.apply.robust`.",
     ]
     if config.real_stars is not None and config.real_labels is not None:
         file = TelescopeFile(config.real_stars)

@@ -195,6 +195,21 @@ def everything(rng: np.random.Generator, exposure: Exposure) -> Exposure:
     return rebalance(1 / 1.4)(rng, hit(rng, slope(moved, 0.1)))
 
 
+def disturb(rng: np.random.Generator, exposure: Exposure) -> Exposure:
+    """What ordinary spectra have, of a random size for each star, on which intervals are calibrated.
+
+    Slopes of up to 10 %, velocities of up to 10 km/s, resolutions of 4,500 to 5,000 (four of them), lines of the sky that are left
+    (half as strong as in ``sky_lines``), and errors understated by up to 1.5.
+    """
+    n_stars = len(exposure.flux)
+    moved = shift(exposure, rng.uniform(-10, 10, n_stars))
+    blurred = np.stack([moved.flux, *(blur(moved, resolution).flux for resolution in (4_850, 4_700, 4_500))])
+    moved = moved._replace(flux=blurred[rng.integers(0, 4, n_stars), np.arange(n_stars)])
+    lines = 0.5 * (sky_lines(rng, moved).noise - moved.noise)
+    tilted = slope(moved._replace(noise=moved.noise + lines), rng.uniform(-0.1, 0.1, (n_stars, 1)))
+    return tilted._replace(error=tilted.error / rng.uniform(1, 1.5, (n_stars, 1)))
+
+
 #: Those from which the method was made.
 SPOILINGS: dict[str, Spoiling] = {
     "untouched": lambda rng, exposure: exposure,

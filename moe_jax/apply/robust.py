@@ -26,10 +26,10 @@ from moe_jax.spectra.simulate import LABEL_LATTICE
 POOR_FIT, EMISSION_LINES, VELOCITY_UNCERTAIN, NOT_A_STAR = "poor_fit", "emission_lines", "velocity_uncertain", "not_a_star"
 N_CONTINUUM = 9  # terms of the continuum
 SCALES = (4, 32)  # pixels over which residuals are averaged
-LIMITS = (1.09, 1.28)  #: of chi2 at these scales; some 0.5 % of good spectra lie above one of them
+LIMITS = (1.09, 1.36)  #: of chi2 at these scales; 0.3 % of good spectra lie above each of them
 TOO_UNCERTAIN = 0.5  #: a misfit that leaves log g less certain than this is a poor fit
 EMISSIONS = 3  #: so many lines in emission are flagged
-QUANTILES = (1.0, 1.7, 2.1)  #: of |error| / standard deviation at the levels of ``moe_jax.apply.conformal``
+QUANTILES = (0.93, 1.66, 2.11)  #: of |error| / standard deviation at the levels of ``moe_jax.apply.conformal``
 UNIQUE = 25.0  #: contrast below which the velocity is not unique
 NO_STAR = 12.0  #: contrast below which nothing looks like a star
 _MANY_MASKED = 10  # pixels that stand out, above which a star is fitted again
