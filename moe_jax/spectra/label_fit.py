@@ -47,12 +47,15 @@ _VELOCITY_STEP = 30.0  # km/s, of the search
 _TEMPLATES = ((0, 2, 3, 5), (0, 4), (0, 2, 4, 6), (1,))  # nodes of the grid that the search for the velocity uses
 _SEPARATION = 150.0  # km/s, least distance of a second velocity
 _NORMALISE_TERMS = 5  # of the polynomial that flattens spectra before the searches
+_N_PARTS = 64  # of a flattened spectrum; those of the grid have means from -0.32 to 0.10
+_FAINTEST, _BRIGHTEST = -0.4, 0.25
 _BLOCK = 32  # stars that are fitted together
 _COARSE_STEPS, _FINE_STEPS = 4, 3  # at most, before and after masking
 _COARSE_TOLERANCE, _TOLERANCE = 1e-3, 5e-5  # expected relative decrease of chi2 at which a fit has converged
 _DAMPING = 0.1  # of the first step
 _ROUNDING = 3e-7  # relative, of chi2
 _OUTLIER = 5.5  # residual, in standard deviations, at which a pixel is masked
+_N_BLOCKS = 256  # of pixels, whose sums are looked at too
 _OUTLIER_NEIGHBOUR = 3.0  # the same beside a masked pixel
 
 
@@ -247,23 +250,25 @@ def _fit_block(
     weight = jnp.where(usable, 1.0 / jnp.square(jnp.where(usable, error, 1.0) / scale), 0.0)
     # Light that no star has: far above the spectrum or below 0.
     beyond = jnp.maximum(jnp.maximum(flux - 3.0, -flux), 0.0)
-    weight = jnp.where(weight * jnp.square(beyond) > 64.0, 0.0, weight)
-    smooth = _continuum(*_coarsen(flux, weight))
+    observed = jnp.where(weight * jnp.square(beyond) > 64.0, 0.0, weight)
+    smooth = _continuum(*_coarsen(flux, observed))
     velocity, contrast = known, jnp.full(len(flux), jnp.inf)
     if 4 in free:
-        velocity, contrast = find_velocity(*_flat(flux, weight, smooth), model)
-    data = _at_rest(flux, weight, velocity)
-    start = _nearest_node(*_flat(data.flux, data.weight, smooth), model)
+        velocity, contrast = find_velocity(*_flat(flux, observed, smooth), model)
+    data = _at_rest(flux, observed, velocity)
+    flat, flat_weight = _flat(data.flux, data.weight, smooth)
+    start = _nearest_node(flat, flat_weight, model)
     x = jnp.concatenate([start, velocity[:, None], jnp.full((len(start), 1), 0.3 if 5 in free else 0.0)], axis=1)
     problem = _Problem(model, model.coarse, free, n_continuum)
     coarse = _coarse_data(data)
-    state, kept = _solve(problem, x, coarse, coarse.weight, _COARSE_STEPS, _COARSE_TOLERANCE)
+    state, kept = _solve(problem, x, coarse, jnp.where(flat_weight > 0, coarse.weight, 0.0), _COARSE_STEPS, _COARSE_TOLERANCE)
     velocity = state.x[:, 4]
-    data = _at_rest(flux, weight, velocity)
+    data = _at_rest(flux, observed, velocity)
     problem = problem._replace(pixels=model.fine)
     kept = jnp.where(jnp.repeat(kept > 0, _REBIN, axis=1), data.weight, 0.0)
     state, weight = _solve(problem, state.x, data, kept, _FINE_STEPS, _TOLERANCE)
-    fit = _report(problem, state, data._replace(weight=weight), velocity, usable, contrast)
+    n_masked = jnp.sum(usable & (observed == 0), axis=1) + jnp.sum((data.weight > 0) & (weight == 0), axis=1)
+    fit = _report(problem, state, data._replace(weight=weight), usable, contrast, n_masked)
     return fit._replace(continuum=fit.continuum * scale)
 
 
@@ -283,9 +288,12 @@ def _continuum(flux: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _flat(flux: jax.Array, weight: jax.Array, smooth: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Coarse spectra over their polynomial, less 1, and their weights."""
+    """Coarse spectra over their polynomial, less 1, and their weights; none where no star of the grid is so faint or bright."""
     flux, weight = _coarsen(flux, weight)
-    return flux / jnp.where(smooth == 0, 1.0, smooth) - 1.0, weight * jnp.square(smooth)
+    flat = jnp.where((weight > 0) & (smooth != 0), flux / jnp.where(smooth == 0, 1.0, smooth) - 1.0, 0.0)
+    parts = jnp.mean(flat.reshape(len(flat), _N_PARTS, -1), axis=2)
+    possible = (parts > _FAINTEST) & (parts < _BRIGHTEST)
+    return flat, weight * jnp.square(smooth) * jnp.repeat(possible, flat.shape[1] // _N_PARTS, axis=1)
 
 
 def _coarsen(flux: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -509,7 +517,7 @@ def _solve(
         return lax.cond(~progress.masked & settled(progress), mask, lambda progress: progress, progress)
 
     def mask(progress: _Progress) -> _Progress:
-        state, weight = progress.state, _mask(data, progress.state.flux)
+        state, weight = progress.state, _mask(data, progress.state.flux, data.flux.shape[1] // _N_BLOCKS)
         changed = jnp.any(weight != progress.weight, axis=1)
         state = state._replace(chi2=jnp.where(changed, jnp.inf, state.chi2))
         return _Progress(state, weight, jnp.zeros_like(progress.n_steps), jnp.ones_like(progress.masked))
@@ -525,15 +533,24 @@ def _solve(
     return end.state, end.weight
 
 
-def _mask(data: _Data, model_flux: jax.Array) -> jax.Array:
-    """Weights without the pixels that stand out, and without their neighbours that stand out less."""
-    residual = jnp.abs(data.flux - model_flux) * jnp.sqrt(data.weight)
+def _mask(data: _Data, model_flux: jax.Array, block: int) -> jax.Array:
+    """Weights without the pixels that stand out, alone or as the sum of two neighbouring blocks of pixels.
+
+    The limits are in units of the standard deviation of a good spectrum, or of the typical residual of a bad one.
+    """
+    residual = (data.flux - model_flux) * jnp.sqrt(data.weight)
+    size = jnp.abs(residual)
     used = jnp.sum(data.weight > 0, axis=1)
-    scale = jnp.maximum(_positive_median(residual, used) / 0.6745, 1.0)[:, None]
-    out = residual > _OUTLIER * scale
+    scale = jnp.maximum(_positive_median(size, used) / 0.6745, 1.0)[:, None]
+    out = size > _OUTLIER * scale
     beside = jnp.pad(out, ((0, 0), (1, 1)))
-    out = out | ((beside[:, :-2] | beside[:, 2:]) & (residual > _OUTLIER_NEIGHBOUR * scale))
-    return jnp.where(out, 0.0, data.weight)
+    out = out | ((beside[:, :-2] | beside[:, 2:]) & (size > _OUTLIER_NEIGHBOUR * scale))
+
+    sums = jnp.sum(jnp.where(out, 0.0, residual).reshape(len(residual), -1, block), axis=2)
+    pairs = jnp.abs(sums[:, 1:] + sums[:, :-1]) / np.sqrt(2.0 * block)
+    scale = jnp.maximum(_positive_median(pairs, jnp.sum(pairs > 0, axis=1)) / 0.6745, 1.0)[:, None]
+    far = jnp.pad(pairs > _OUTLIER * scale, ((0, 0), (1, 1)))
+    return jnp.where(out | jnp.repeat(far[:, 1:] | far[:, :-1], block, axis=1), 0.0, data.weight)
 
 
 def _positive_median(x: jax.Array, n_positive: jax.Array) -> jax.Array:
@@ -549,7 +566,7 @@ def _positive_median(x: jax.Array, n_positive: jax.Array) -> jax.Array:
     return jnp.sqrt(low * high)
 
 
-def _report(problem: _Problem, state: _State, data: _Data, velocity: jax.Array, usable: jax.Array, contrast: jax.Array) -> LabelFit:
+def _report(problem: _Problem, state: _State, data: _Data, usable: jax.Array, contrast: jax.Array, n_masked: jax.Array) -> LabelFit:
     free, axes = problem.free, problem.model.axes
     n, n_pixels = data.flux.shape
     residual = (data.flux - state.flux) * jnp.sqrt(data.weight)
@@ -567,7 +584,7 @@ def _report(problem: _Problem, state: _State, data: _Data, velocity: jax.Array, 
     labels = x[:, :4]
     # From pixels of the model back to observed ones.
     wave = jnp.asarray(WAVE - WAVE[0], data.flux.dtype)
-    stretch = (velocity / LIGHT_SPEED)[:, None]
+    stretch = (data.velocity / LIGHT_SPEED)[:, None]
     place = jnp.round((wave[None, :] - stretch * float(WAVE[0])) / (1.0 + stretch) / _PIXEL).astype(jnp.int32)
     inside = (place >= 0) & (place < n_pixels)
     good = jnp.take_along_axis(used, jnp.clip(place, 0, n_pixels - 1), axis=1) & inside & usable
@@ -580,7 +597,7 @@ def _report(problem: _Problem, state: _State, data: _Data, velocity: jax.Array, 
         jnp.sqrt(x[:, 5]) * GRID_WIDTH,
         jnp.sum(squared, axis=1) / jnp.maximum(total - len(free) - state.continuum.shape[1], 1),
         jnp.where(n_used > 0, squared / jnp.maximum(n_used, 1), jnp.nan),
-        jnp.sum(usable & inside & ~good, axis=1),
+        n_masked,
         converged,
         (labels <= low[None]) | (labels >= high[None]),
         state.continuum,
