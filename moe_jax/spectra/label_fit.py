@@ -96,6 +96,7 @@ class LabelFit(NamedTuple):
     converged: Bool[AnyArray, " N"]
     at_edge: Bool[AnyArray, "N 4"]  #: True where a label ended at the edge of the grid
     continuum: Float[AnyArray, "N K"]  #: Chebyshev coefficients of the polynomial
+    constant: Float[AnyArray, " N"]  #: flux that is added to the star's; 0 unless asked for
     good: Bool[AnyArray, "N P"]  #: pixels used, as observed
 
 
@@ -180,6 +181,7 @@ def fit_labels(
     velocity: Float[AnyArray, " N"] | None = None,
     n_continuum: int = 5,
     broadening: bool = True,
+    additive: bool = False,
     model: LabelModel | None = None,
 ) -> LabelFit:
     """Labels of every star by least squares on the model grid, with its velocity, broadening and continuum unknown.
@@ -191,6 +193,7 @@ def fit_labels(
         velocity: known velocities, km/s; by default they are found, within +-600 km/s.
         n_continuum: number K of terms of the polynomial; 1 trusts the flux calibration and fits the amplitude only.
         broadening: whether lines may be broader than those of the grid.
+        additive: whether a constant may be added to the flux, as by a sky that was subtracted wrongly; log g then is less certain.
         model: result of ``label_model``; by default that of the grid that ships with the package.
 
     Raises:
@@ -215,15 +218,18 @@ def fit_labels(
         # The last star fills the last blocks, so that one program serves all numbers of stars.
         rows = np.minimum(np.arange(start, start + _BLOCK * len(devices)), len(flux) - 1)
         blocks = tuple(array[rows].reshape(len(devices), _BLOCK, *array.shape[1:]) for array in (flux, error, good, known))
-        fits.append(_fit_blocks(on_all(blocks, devices), arrays, model.axes, free, n_continuum, devices))
+        fits.append(_fit_blocks(on_all(blocks, devices), arrays, model.axes, free, n_continuum, additive, devices))
     return LabelFit(*(np.concatenate(leaves).reshape(-1, *leaves[0].shape[2:])[: len(flux)] for leaves in zip(*fits, strict=True)))
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "free", "n_continuum", "devices"))
-def _fit_blocks(blocks: Any, arrays: Any, axes: Any, free: tuple[int, ...], n_continuum: int, devices: Any) -> LabelFit:
+@functools.partial(jax.jit, static_argnames=("axes", "free", "n_continuum", "additive", "devices"))
+def _fit_blocks(
+    blocks: Any, arrays: Any, axes: Any, free: tuple[int, ...], n_continuum: int, additive: bool, devices: Any
+) -> LabelFit:
     def fit(block: Any, arrays: Any) -> LabelFit:
         flux, error, good, known = block
-        return _fit_block(flux, error, good, known, LabelModel(axes, *arrays), free, n_continuum)
+        model = LabelModel(axes, *arrays)
+        return _fit_block(flux, error, good, known, _Problem(model, model.coarse, free, n_continuum, additive))
 
     return map_devices(fit, blocks, arrays, devices)
 
@@ -238,9 +244,18 @@ class _Data(NamedTuple):
     drift: jax.Array  # (P,), change of the offset with the velocity
 
 
-def _fit_block(
-    flux: jax.Array, error: jax.Array, good: jax.Array, known: jax.Array, model: LabelModel, free: tuple[int, ...], n_continuum: int
-) -> LabelFit:
+class _Problem(NamedTuple):
+    """What does not change during a fit."""
+
+    model: LabelModel
+    pixels: PixelModel
+    free: tuple[int, ...]  # parameters that are fitted
+    n_continuum: int
+    additive: bool  # whether a constant is added to the model
+
+
+def _fit_block(flux: jax.Array, error: jax.Array, good: jax.Array, known: jax.Array, problem: _Problem) -> LabelFit:
+    model, free = problem.model, problem.free
     usable = good & (error > 0) & jnp.isfinite(error) & jnp.isfinite(flux)
     flux = jnp.where(usable, flux, 0.0)
     # In units of the typical flux, so that float32 holds any unit of the file.
@@ -259,7 +274,6 @@ def _fit_block(
     flat, flat_weight = _flat(data.flux, data.weight, smooth)
     start = _nearest_node(flat, flat_weight, model)
     x = jnp.concatenate([start, velocity[:, None], jnp.full((len(start), 1), 0.3 if 5 in free else 0.0)], axis=1)
-    problem = _Problem(model, model.coarse, free, n_continuum)
     coarse = _coarse_data(data)
     state, kept = _solve(problem, x, coarse, jnp.where(flat_weight > 0, coarse.weight, 0.0), _COARSE_STEPS, _COARSE_TOLERANCE)
     velocity = state.x[:, 4]
@@ -269,7 +283,7 @@ def _fit_block(
     state, weight = _solve(problem, state.x, data, kept, _FINE_STEPS, _TOLERANCE)
     n_masked = jnp.sum(usable & (observed == 0), axis=1) + jnp.sum((data.weight > 0) & (weight == 0), axis=1)
     fit = _report(problem, state, data._replace(weight=weight), usable, contrast, n_masked)
-    return fit._replace(continuum=fit.continuum * scale)
+    return fit._replace(continuum=fit.continuum * scale, constant=fit.constant * scale[:, 0])
 
 
 def _continuum(flux: jax.Array, weight: jax.Array) -> jax.Array:
@@ -421,17 +435,9 @@ class _State(NamedTuple):
     normal: jax.Array  # (n, f, f) normal equations of the free parameters, the polynomial eliminated
     gradient: jax.Array  # (n, f)
     continuum: jax.Array  # (n, K)
+    constant: jax.Array  # (n,)
     flux: jax.Array  # (n, P) the model
     damping: jax.Array  # (n,)
-
-
-class _Problem(NamedTuple):
-    """What does not change during a fit."""
-
-    model: LabelModel
-    pixels: PixelModel
-    free: tuple[int, ...]  # parameters that are fitted
-    n_continuum: int
 
 
 def _polynomial(coef: jax.Array, n_pixels: int) -> jax.Array:
@@ -444,13 +450,16 @@ def _evaluate(problem: _Problem, x: jax.Array, data: _Data) -> _State:
     terms = jnp.asarray(_terms(spectrum.shape[1], problem.n_continuum), spectrum.dtype)
     root = jnp.sqrt(data.weight)
     columns = (root * spectrum)[:, None] * terms[None]
+    if problem.additive:
+        columns = jnp.concatenate([columns, root[:, None]], axis=1)
     normal = jnp.einsum("nkp,njp->nkj", columns, columns)
-    eye = jnp.eye(problem.n_continuum, dtype=normal.dtype)[None]
+    eye = jnp.eye(columns.shape[1], dtype=normal.dtype)[None]
     normal = normal + 1e-6 * jnp.trace(normal, axis1=1, axis2=2)[:, None, None] * eye
     right = jnp.einsum("nkp,np->nk", columns, root * data.flux)
     coef = jnp.linalg.solve(normal, right[..., None])[..., 0]
+    coef, constant = coef[:, : problem.n_continuum], coef[:, problem.n_continuum :]
     polynomial = _polynomial(coef, spectrum.shape[1])
-    flux = polynomial * spectrum
+    flux = polynomial * spectrum + jnp.sum(constant, axis=1)[:, None]
     residual = root * (data.flux - flux)
     jacobian = derivatives[:, np.array(problem.free)] * (root * polynomial)[:, None]
     cross = jnp.einsum("nkp,nip->nki", columns, jacobian)
@@ -458,7 +467,7 @@ def _evaluate(problem: _Problem, x: jax.Array, data: _Data) -> _State:
     reduced = own - jnp.einsum("nki,nkj->nij", cross, jnp.linalg.solve(normal, cross))
     gradient = jnp.einsum("nip,np->ni", jacobian, residual)
     chi2 = jnp.sum(jnp.square(residual), axis=1)
-    return _State(x, chi2, reduced, gradient, coef, flux, jnp.full(len(x), _DAMPING, x.dtype))
+    return _State(x, chi2, reduced, gradient, coef, jnp.sum(constant, axis=1), flux, jnp.full(len(x), _DAMPING, x.dtype))
 
 
 def _step(problem: _Problem, state: _State) -> tuple[jax.Array, jax.Array]:
@@ -526,7 +535,7 @@ def _solve(
         return (progress.n_steps > max_steps) | ~jnp.any(moving(progress.state))
 
     zeros = functools.partial(jnp.zeros, dtype=x.dtype)
-    numbers = (zeros((n, f, f)), zeros((n, f)), zeros((n, problem.n_continuum)), zeros(data.flux.shape))
+    numbers = (zeros((n, f, f)), zeros((n, f)), zeros((n, problem.n_continuum)), zeros(n), zeros(data.flux.shape))
     state = _State(x, jnp.full(n, jnp.inf, x.dtype), *numbers, jnp.full(n, _DAMPING, x.dtype))
     start = _Progress(state, weight, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
     end = lax.while_loop(lambda progress: ~(progress.masked & settled(progress)), iterate, start)
@@ -534,7 +543,7 @@ def _solve(
 
 
 def _mask(data: _Data, model_flux: jax.Array, block: int) -> jax.Array:
-    """Weights without the pixels that stand out, alone or as the sum of two neighbouring blocks of pixels.
+    """Weights without the pixels that stand out, alone, as the sum of two neighbouring blocks, or as a quarter of these.
 
     The limits are in units of the standard deviation of a good spectrum, or of the typical residual of a bad one.
     """
@@ -546,10 +555,13 @@ def _mask(data: _Data, model_flux: jax.Array, block: int) -> jax.Array:
     beside = jnp.pad(out, ((0, 0), (1, 1)))
     out = out | ((beside[:, :-2] | beside[:, 2:]) & (size > _OUTLIER_NEIGHBOUR * scale))
 
-    sums = jnp.sum(jnp.where(out, 0.0, residual).reshape(len(residual), -1, block), axis=2)
+    blocks = (len(residual), -1, block)
+    sums = jnp.sum(jnp.where(out, 0.0, residual).reshape(blocks), axis=2)
     pairs = jnp.abs(sums[:, 1:] + sums[:, :-1]) / np.sqrt(2.0 * block)
     scale = jnp.maximum(_positive_median(pairs, jnp.sum(pairs > 0, axis=1)) / 0.6745, 1.0)[:, None]
-    far = jnp.pad(pairs > _OUTLIER * scale, ((0, 0), (1, 1)))
+    n_out = jnp.sum(out.reshape(blocks), axis=2)
+    far = (pairs > _OUTLIER * scale) | (n_out[:, 1:] + n_out[:, :-1] > block / 2)
+    far = jnp.pad(far, ((0, 0), (1, 1)))
     return jnp.where(out | jnp.repeat(far[:, 1:] | far[:, :-1], block, axis=1), 0.0, data.weight)
 
 
@@ -595,12 +607,13 @@ def _report(problem: _Problem, state: _State, data: _Data, usable: jax.Array, co
         jnp.sqrt(covariance[:, 4, 4]) if 4 in free else jnp.zeros(n),
         contrast,
         jnp.sqrt(x[:, 5]) * GRID_WIDTH,
-        jnp.sum(squared, axis=1) / jnp.maximum(total - len(free) - state.continuum.shape[1], 1),
+        jnp.sum(squared, axis=1) / jnp.maximum(total - len(free) - problem.n_continuum - problem.additive, 1),
         jnp.where(n_used > 0, squared / jnp.maximum(n_used, 1), jnp.nan),
         n_masked,
         converged,
         (labels <= low[None]) | (labels >= high[None]),
         state.continuum,
+        state.constant,
         good,
     )
 
@@ -625,4 +638,4 @@ def _rest_flux(fit: LabelFit, arrays: Any, axes: Any) -> jax.Array:
     x = jnp.concatenate([fit.labels, nothing[:, :1], jnp.square(fit.broadening / GRID_WIDTH)[:, None]], axis=1)
     data = _Data(nothing, nothing, nothing, x[:, 4], nothing[0])
     terms = jnp.asarray(_terms(nothing.shape[1], fit.continuum.shape[1]))
-    return _spectra(x, data, model, model.fine)[0] * matmul(fit.continuum, terms)
+    return _spectra(x, data, model, model.fine)[0] * matmul(fit.continuum, terms) + fit.constant[:, None]
