@@ -7,7 +7,8 @@ from scipy.optimize import least_squares
 
 import moe_jax
 from moe_jax import InputError, fit_labels, interpolate_grid, load_grid
-from moe_jax.spectra.label_fit import LIGHT_SPEED, fitted_flux
+from moe_jax.spectra.label_fit import fitted_flux
+from moe_jax.spectra.label_model import LIGHT_SPEED
 from moe_jax.spectra.pixels import WAVE
 
 NOISE = 0.2
