@@ -19,64 +19,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Bool, Float
-from numpy.polynomial import chebyshev
+from jaxtyping import Bool, Float, Int
 from scipy.interpolate import CubicSpline
-from scipy.ndimage import gaussian_filter1d, spline_filter1d
 
 from moe_jax.core.arrays import AnyArray, InputError, matmul
 from moe_jax.core.parallel import devices_for, map_devices, on_all
 from moe_jax.spectra.fisher import LABEL_UNITS
-from moe_jax.spectra.grid import SpectralGrid, load_grid, spline_weights
+from moe_jax.spectra.grid import spline_weights
+from moe_jax.spectra.label_model import (
+    BROADENING_NODES,
+    GRID_WIDTH,
+    LIGHT_SPEED,
+    NORMALISE_TERMS,
+    REBIN,
+    VELOCITY_STEP,
+    LabelModel,
+    PixelModel,
+    chebyshev_terms,
+    default_model,
+)
 from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.simulate import median_rows
 
-LIGHT_SPEED = 299792.458  # km/s
-GRID_WIDTH = LIGHT_SPEED / 5000.0 / np.sqrt(8.0 * np.log(2.0))  #: standard deviation of the grid's line profile, km/s
-BROADENING_NODES = (0.0, 0.5, 1.25, 2.5, 4.5, 8.0)  #: variance added to the line profile, in units of GRID_WIDTH^2
-MAX_VELOCITY = 600.0  #: km/s
 N_REGIONS = 8  #: parts of the wavelength range whose chi2 is given
 
-_REBIN = 4  # pixels of a coarse pixel
 _PIXEL = float(WAVE[1] - WAVE[0])
 _UNITS = np.array([*LABEL_UNITS.values(), 1.0, 0.1], np.float32)  # of the labels, km/s, broadening
-_N_SOURCE = 160  # components of the grid from which those of the broadened grid are made
-_N_COMPONENTS = 128
-_N_CONTINUUM = 6  # components of the log continuum
-_VELOCITY_STEP = 30.0  # km/s, of the search
-_TEMPLATES = ((0, 2, 3, 5), (0, 4), (0, 2, 4, 6), (1,))  # nodes of the grid that the search for the velocity uses
 _SEPARATION = 150.0  # km/s, least distance of a second velocity
-_NORMALISE_TERMS = 5  # of the polynomial that flattens spectra before the searches
 _N_PARTS = 64  # of a flattened spectrum; those of the grid have means from -0.32 to 0.10
 _FAINTEST, _BRIGHTEST = -0.4, 0.25
 _BLOCK = 32  # stars that are fitted together
-_COARSE_STEPS, _FINE_STEPS = 4, 3  # at most, before and after masking
+_COARSE_STEPS, _FINE_STEPS = 6, 8  # at most, before and after masking
 _COARSE_TOLERANCE, _TOLERANCE = 1e-3, 5e-5  # expected relative decrease of chi2 at which a fit has converged
 _DAMPING = 0.1  # of the first step
 _ROUNDING = 3e-7  # relative, of chi2
 _OUTLIER = 5.5  # residual, in standard deviations, at which a pixel is masked
 _N_BLOCKS = 256  # of pixels, whose sums are looked at too
 _OUTLIER_NEIGHBOUR = 3.0  # the same beside a masked pixel
-
-
-class PixelModel(NamedTuple):
-    """The grid on some pixels."""
-
-    basis: Float[AnyArray, "R1 P"]  #: mean and components of the normalised flux, as coefficients of quadratic B-splines
-    log_continuum: Float[AnyArray, "D1 P"]  #: mean and components
-    nodes: Float[AnyArray, "L P"]  #: flattened spectra of the nodes, less their polynomial
-
-
-class LabelModel(NamedTuple):
-    """The grid as the fit uses it; see ``label_model``."""
-
-    axes: tuple[tuple[float, ...], ...]  #: nodes of T_eff, log g, [M/H], [alpha/M]
-    coef: Float[AnyArray, "L C"]  #: 1, components of the normalised flux, components of the log continuum of each node
-    broaden: Float[AnyArray, "S C1 R"]  #: from 1 and these components to those of the flux broadened by each of BROADENING_NODES
-    fine: PixelModel
-    coarse: PixelModel
-    shifted: Float[AnyArray, "V T P4"]  #: coarse flattened templates at each velocity of the search
-    velocities: Float[AnyArray, " V"]  #: km/s
 
 
 class LabelFit(NamedTuple):
@@ -86,90 +65,16 @@ class LabelFit(NamedTuple):
     covariance: Float[AnyArray, "N 4 4"]  #: of the labels, from the errors as given; velocity and continuum are unknown
     velocity: Float[AnyArray, " N"]  #: km/s, positive where the star recedes
     velocity_error: Float[AnyArray, " N"]  #: km/s; 0 where the velocity was given
-    velocity_contrast: Float[
-        AnyArray, " N"
-    ]  #: by how much chi2, per degree of freedom, a second velocity is worse; see find_velocity
+    velocity_contrast: Float[AnyArray, " N"]  #: how much worse a second velocity is, in chi2; see ``find_velocity``
     broadening: Float[AnyArray, " N"]  #: standard deviation, km/s, by which lines are broader than those of the grid
     chi2: Float[AnyArray, " N"]  #: chi2 per degree of freedom of the pixels used
     region_chi2: Float[AnyArray, "N 8"]  #: chi2 per pixel in eight equal parts of the wavelength range; NaN without pixels
-    n_masked: Float[AnyArray, " N"]  #: pixels masked since they stand out
+    n_masked: Int[AnyArray, " N"]  #: pixels masked since they stand out
     converged: Bool[AnyArray, " N"]
     at_edge: Bool[AnyArray, "N 4"]  #: True where a label ended at the edge of the grid
     continuum: Float[AnyArray, "N K"]  #: Chebyshev coefficients of the polynomial
+    constant: Float[AnyArray, " N"]  #: flux that is added to the star's; 0 unless asked for
     good: Bool[AnyArray, "N P"]  #: pixels used, as observed
-
-
-@functools.cache
-def _default_model() -> LabelModel:
-    return label_model(load_grid())
-
-
-def label_model(grid: SpectralGrid) -> LabelModel:
-    """Prepares a grid for ``fit_labels``: broadens it, compresses it again and shifts templates; some seconds.
-
-    The broadened spectra at all nodes are components of the grid after a Gaussian filter in log wavelength. Their second moment
-    over nodes and broadenings has ``R`` leading eigenvectors, which carry all of them to some 1e-4 of the continuum.
-    """
-    node_coef = np.asarray(grid.norm_coef, np.float64).reshape(-1, grid.norm_coef.shape[-1])[:, :_N_SOURCE]
-    source = np.vstack([grid.norm_mean[None], grid.norm_basis[:_N_SOURCE]]).astype(np.float64)
-    blurred = np.stack([_broaden(source, variance) for variance in BROADENING_NODES])
-    scale = np.concatenate([[1.0], np.sqrt(np.mean(node_coef**2, axis=0))])
-    deviation = blurred.copy()
-    deviation[:, 0] -= source[0]
-    stacked = (deviation * scale[None, :, None]).reshape(-1, source.shape[1])
-    _, rotation = np.linalg.eigh(stacked @ stacked.T)
-    components, _ = np.linalg.qr((rotation[:, ::-1][:, :_N_COMPONENTS].T @ stacked).T)
-    components = components.T
-    continuum_coef = np.asarray(grid.continuum_coef).reshape(len(node_coef), -1)[:, :_N_CONTINUUM]
-    coef = np.hstack([np.ones((len(node_coef), 1)), node_coef, continuum_coef])
-    basis = np.vstack([source[:1], components])
-    log_continuum = np.vstack([grid.continuum_mean[None], grid.continuum_basis[:_N_CONTINUUM]])
-    nodes = coef[:, : 1 + _N_SOURCE] @ source
-    fine, coarse = (
-        PixelModel(*(np.asarray(array, np.float32) for array in (spline_filter1d(b, 2, axis=1), c, _flatten(n))))
-        for b, c, n in ((basis, log_continuum, nodes), map(_rebin, (basis, log_continuum, nodes)))
-    )
-    velocities = np.arange(-MAX_VELOCITY - _VELOCITY_STEP, MAX_VELOCITY + 1.5 * _VELOCITY_STEP, _VELOCITY_STEP)
-    flags = [np.isin(np.arange(len(axis)), wanted) for axis, wanted in zip(grid[:4], _TEMPLATES, strict=True)]
-    templates = nodes[functools.reduce(np.multiply.outer, flags).ravel()]
-    spline = CubicSpline(WAVE, templates, axis=1)
-    shifted = np.stack([_flatten(_rebin(spline(np.clip(WAVE / (1 + v / LIGHT_SPEED), WAVE[0], WAVE[-1])))) for v in velocities])
-    return LabelModel(
-        tuple(tuple(map(float, axis)) for axis in grid[:4]),
-        coef.astype(np.float32),
-        (deviation @ components.T).astype(np.float32),
-        fine,
-        coarse,
-        shifted.astype(np.float32),
-        velocities.astype(np.float32),
-    )
-
-
-def _broaden(spectra: np.ndarray, variance: float) -> np.ndarray:
-    """Spectra (n, P) filtered by a Gaussian of this variance, in units of GRID_WIDTH^2, on a fine grid of log wavelength."""
-    if variance == 0:
-        return spectra
-    log_wave = np.log(WAVE)
-    even = np.linspace(log_wave[0], log_wave[-1], 2 * len(WAVE))
-    sigma = np.sqrt(variance) * GRID_WIDTH / LIGHT_SPEED / (even[1] - even[0])
-    filtered = gaussian_filter1d(CubicSpline(log_wave, spectra, axis=1)(even), sigma, axis=1, mode="nearest")
-    return CubicSpline(even, filtered, axis=1)(log_wave)
-
-
-def _rebin(spectra: np.ndarray) -> np.ndarray:
-    """Means of ``_REBIN`` neighbouring pixels."""
-    return spectra.reshape(len(spectra), -1, _REBIN).mean(axis=2)
-
-
-def _flatten(spectra: np.ndarray) -> np.ndarray:
-    """Spectra divided by a polynomial that is fitted to them, less 1."""
-    terms = _terms(spectra.shape[1], _NORMALISE_TERMS).astype(np.float64)
-    return spectra / (spectra @ np.linalg.pinv(terms) @ terms) - 1.0
-
-
-def _terms(n_pixels: int, n_terms: int) -> np.ndarray:
-    """(n_terms, n_pixels) Chebyshev polynomials over the wavelength range."""
-    return chebyshev.chebvander(np.linspace(-1.0, 1.0, n_pixels), n_terms - 1).T.astype(np.float32)
 
 
 def fit_labels(
@@ -180,6 +85,7 @@ def fit_labels(
     velocity: Float[AnyArray, " N"] | None = None,
     n_continuum: int = 5,
     broadening: bool = True,
+    additive: bool = False,
     model: LabelModel | None = None,
 ) -> LabelFit:
     """Labels of every star by least squares on the model grid, with its velocity, broadening and continuum unknown.
@@ -191,6 +97,7 @@ def fit_labels(
         velocity: known velocities, km/s; by default they are found, within +-600 km/s.
         n_continuum: number K of terms of the polynomial; 1 trusts the flux calibration and fits the amplitude only.
         broadening: whether lines may be broader than those of the grid.
+        additive: whether a constant may be added to the flux, as by a sky that was subtracted wrongly; log g then is less certain.
         model: result of ``label_model``; by default that of the grid that ships with the package.
 
     Raises:
@@ -198,7 +105,7 @@ def fit_labels(
     """
     flux, error = jnp.asarray(flux), jnp.asarray(error)
     good = jnp.ones(flux.shape, bool) if good is None else jnp.asarray(good)
-    model = _default_model() if model is None else model
+    model = default_model() if model is None else model
     if flux.ndim != 2 or flux.shape[1] != len(WAVE) or len(flux) == 0:
         raise InputError(f"flux has shape {flux.shape}, expected (N, {len(WAVE)}) on the pixels of the model grid")
     for name, array in (("error", error), ("good", good)):
@@ -215,15 +122,18 @@ def fit_labels(
         # The last star fills the last blocks, so that one program serves all numbers of stars.
         rows = np.minimum(np.arange(start, start + _BLOCK * len(devices)), len(flux) - 1)
         blocks = tuple(array[rows].reshape(len(devices), _BLOCK, *array.shape[1:]) for array in (flux, error, good, known))
-        fits.append(_fit_blocks(on_all(blocks, devices), arrays, model.axes, free, n_continuum, devices))
+        fits.append(_fit_blocks(on_all(blocks, devices), arrays, model.axes, free, n_continuum, additive, devices))
     return LabelFit(*(np.concatenate(leaves).reshape(-1, *leaves[0].shape[2:])[: len(flux)] for leaves in zip(*fits, strict=True)))
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "free", "n_continuum", "devices"))
-def _fit_blocks(blocks: Any, arrays: Any, axes: Any, free: tuple[int, ...], n_continuum: int, devices: Any) -> LabelFit:
+@functools.partial(jax.jit, static_argnames=("axes", "free", "n_continuum", "additive", "devices"))
+def _fit_blocks(
+    blocks: Any, arrays: Any, axes: Any, free: tuple[int, ...], n_continuum: int, additive: bool, devices: Any
+) -> LabelFit:
     def fit(block: Any, arrays: Any) -> LabelFit:
         flux, error, good, known = block
-        return _fit_block(flux, error, good, known, LabelModel(axes, *arrays), free, n_continuum)
+        model = LabelModel(axes, *arrays)
+        return _fit_block(flux, error, good, known, _Problem(model, model.coarse, free, n_continuum, additive))
 
     return map_devices(fit, blocks, arrays, devices)
 
@@ -238,9 +148,18 @@ class _Data(NamedTuple):
     drift: jax.Array  # (P,), change of the offset with the velocity
 
 
-def _fit_block(
-    flux: jax.Array, error: jax.Array, good: jax.Array, known: jax.Array, model: LabelModel, free: tuple[int, ...], n_continuum: int
-) -> LabelFit:
+class _Problem(NamedTuple):
+    """What does not change during a fit."""
+
+    model: LabelModel
+    pixels: PixelModel
+    free: tuple[int, ...]  # parameters that are fitted
+    n_continuum: int
+    additive: bool  # whether a constant is added to the model
+
+
+def _fit_block(flux: jax.Array, error: jax.Array, good: jax.Array, known: jax.Array, problem: _Problem) -> LabelFit:
+    model, free = problem.model, problem.free
     usable = good & (error > 0) & jnp.isfinite(error) & jnp.isfinite(flux)
     flux = jnp.where(usable, flux, 0.0)
     # In units of the typical flux, so that float32 holds any unit of the file.
@@ -259,22 +178,21 @@ def _fit_block(
     flat, flat_weight = _flat(data.flux, data.weight, smooth)
     start = _nearest_node(flat, flat_weight, model)
     x = jnp.concatenate([start, velocity[:, None], jnp.full((len(start), 1), 0.3 if 5 in free else 0.0)], axis=1)
-    problem = _Problem(model, model.coarse, free, n_continuum)
     coarse = _coarse_data(data)
     state, kept = _solve(problem, x, coarse, jnp.where(flat_weight > 0, coarse.weight, 0.0), _COARSE_STEPS, _COARSE_TOLERANCE)
     velocity = state.x[:, 4]
     data = _at_rest(flux, observed, velocity)
     problem = problem._replace(pixels=model.fine)
-    kept = jnp.where(jnp.repeat(kept > 0, _REBIN, axis=1), data.weight, 0.0)
+    kept = jnp.where(jnp.repeat(kept > 0, REBIN, axis=1), data.weight, 0.0)
     state, weight = _solve(problem, state.x, data, kept, _FINE_STEPS, _TOLERANCE)
     n_masked = jnp.sum(usable & (observed == 0), axis=1) + jnp.sum((data.weight > 0) & (weight == 0), axis=1)
     fit = _report(problem, state, data._replace(weight=weight), usable, contrast, n_masked)
-    return fit._replace(continuum=fit.continuum * scale)
+    return fit._replace(continuum=fit.continuum * scale, constant=fit.constant * scale[:, 0])
 
 
 def _continuum(flux: jax.Array, weight: jax.Array) -> jax.Array:
     """A polynomial through each coarse spectrum; pixels far from it count less and less."""
-    terms = jnp.asarray(_terms(flux.shape[1], _NORMALISE_TERMS), flux.dtype)
+    terms = jnp.asarray(chebyshev_terms(flux.shape[1], NORMALISE_TERMS), flux.dtype)
     products = (terms[:, None] * terms[None, :]).reshape(-1, flux.shape[1])
     robust = weight
     for _ in range(3):
@@ -298,7 +216,7 @@ def _flat(flux: jax.Array, weight: jax.Array, smooth: jax.Array) -> tuple[jax.Ar
 
 def _coarsen(flux: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Weighted means of neighbouring pixels, and their weights."""
-    shape = (len(flux), -1, _REBIN)
+    shape = (len(flux), -1, REBIN)
     total = jnp.sum(weight.reshape(shape), axis=2)
     mean = jnp.sum((weight * flux).reshape(shape), axis=2) / jnp.where(total > 0, total, 1.0)
     return mean, total
@@ -333,7 +251,7 @@ def find_velocity(
     apart = jnp.abs(v[None, :] - v[best][:, None]) > _SEPARATION
     second = jnp.max(jnp.where(apart, gain, 0.0), axis=1)
     reduced = total / jnp.maximum(jnp.sum(weight > 0, axis=1), 1)
-    return v[best] + shift * _VELOCITY_STEP, (middle - second) / jnp.maximum(reduced, 1e-30)
+    return v[best] + shift * VELOCITY_STEP, (middle - second) / jnp.maximum(reduced, 1e-30)
 
 
 def _nearest_node(flat: jax.Array, weight: jax.Array, model: LabelModel) -> jax.Array:
@@ -363,7 +281,7 @@ def _at_rest(flux: jax.Array, weight: jax.Array, velocity: jax.Array) -> _Data:
 
 def _coarse_data(data: _Data) -> _Data:
     flux, weight = _coarsen(data.flux, data.weight)
-    offset, drift = (jnp.mean(x.reshape(*x.shape[:-1], -1, _REBIN), axis=-1) / _REBIN for x in (data.offset, data.drift))
+    offset, drift = (jnp.mean(x.reshape(*x.shape[:-1], -1, REBIN), axis=-1) / REBIN for x in (data.offset, data.drift))
     return _Data(flux, weight, offset, data.velocity, drift)
 
 
@@ -421,36 +339,31 @@ class _State(NamedTuple):
     normal: jax.Array  # (n, f, f) normal equations of the free parameters, the polynomial eliminated
     gradient: jax.Array  # (n, f)
     continuum: jax.Array  # (n, K)
+    constant: jax.Array  # (n,)
     flux: jax.Array  # (n, P) the model
     damping: jax.Array  # (n,)
 
 
-class _Problem(NamedTuple):
-    """What does not change during a fit."""
-
-    model: LabelModel
-    pixels: PixelModel
-    free: tuple[int, ...]  # parameters that are fitted
-    n_continuum: int
-
-
 def _polynomial(coef: jax.Array, n_pixels: int) -> jax.Array:
-    return matmul(coef, jnp.asarray(_terms(n_pixels, coef.shape[1]), coef.dtype))
+    return matmul(coef, jnp.asarray(chebyshev_terms(n_pixels, coef.shape[1]), coef.dtype))
 
 
 def _evaluate(problem: _Problem, x: jax.Array, data: _Data) -> _State:
     """The state at x."""
     spectrum, derivatives = _spectra(x, data, problem.model, problem.pixels)
-    terms = jnp.asarray(_terms(spectrum.shape[1], problem.n_continuum), spectrum.dtype)
+    terms = jnp.asarray(chebyshev_terms(spectrum.shape[1], problem.n_continuum), spectrum.dtype)
     root = jnp.sqrt(data.weight)
     columns = (root * spectrum)[:, None] * terms[None]
+    if problem.additive:
+        columns = jnp.concatenate([columns, root[:, None]], axis=1)
     normal = jnp.einsum("nkp,njp->nkj", columns, columns)
-    eye = jnp.eye(problem.n_continuum, dtype=normal.dtype)[None]
+    eye = jnp.eye(columns.shape[1], dtype=normal.dtype)[None]
     normal = normal + 1e-6 * jnp.trace(normal, axis1=1, axis2=2)[:, None, None] * eye
     right = jnp.einsum("nkp,np->nk", columns, root * data.flux)
     coef = jnp.linalg.solve(normal, right[..., None])[..., 0]
+    coef, constant = coef[:, : problem.n_continuum], coef[:, problem.n_continuum :]
     polynomial = _polynomial(coef, spectrum.shape[1])
-    flux = polynomial * spectrum
+    flux = polynomial * spectrum + jnp.sum(constant, axis=1)[:, None]
     residual = root * (data.flux - flux)
     jacobian = derivatives[:, np.array(problem.free)] * (root * polynomial)[:, None]
     cross = jnp.einsum("nkp,nip->nki", columns, jacobian)
@@ -458,7 +371,7 @@ def _evaluate(problem: _Problem, x: jax.Array, data: _Data) -> _State:
     reduced = own - jnp.einsum("nki,nkj->nij", cross, jnp.linalg.solve(normal, cross))
     gradient = jnp.einsum("nip,np->ni", jacobian, residual)
     chi2 = jnp.sum(jnp.square(residual), axis=1)
-    return _State(x, chi2, reduced, gradient, coef, flux, jnp.full(len(x), _DAMPING, x.dtype))
+    return _State(x, chi2, reduced, gradient, coef, jnp.sum(constant, axis=1), flux, jnp.full(len(x), _DAMPING, x.dtype))
 
 
 def _step(problem: _Problem, state: _State) -> tuple[jax.Array, jax.Array]:
@@ -526,7 +439,7 @@ def _solve(
         return (progress.n_steps > max_steps) | ~jnp.any(moving(progress.state))
 
     zeros = functools.partial(jnp.zeros, dtype=x.dtype)
-    numbers = (zeros((n, f, f)), zeros((n, f)), zeros((n, problem.n_continuum)), zeros(data.flux.shape))
+    numbers = (zeros((n, f, f)), zeros((n, f)), zeros((n, problem.n_continuum)), zeros(n), zeros(data.flux.shape))
     state = _State(x, jnp.full(n, jnp.inf, x.dtype), *numbers, jnp.full(n, _DAMPING, x.dtype))
     start = _Progress(state, weight, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
     end = lax.while_loop(lambda progress: ~(progress.masked & settled(progress)), iterate, start)
@@ -534,7 +447,7 @@ def _solve(
 
 
 def _mask(data: _Data, model_flux: jax.Array, block: int) -> jax.Array:
-    """Weights without the pixels that stand out, alone or as the sum of two neighbouring blocks of pixels.
+    """Weights without the pixels that stand out, alone, as the sum of two neighbouring blocks, or as a quarter of these.
 
     The limits are in units of the standard deviation of a good spectrum, or of the typical residual of a bad one.
     """
@@ -546,10 +459,13 @@ def _mask(data: _Data, model_flux: jax.Array, block: int) -> jax.Array:
     beside = jnp.pad(out, ((0, 0), (1, 1)))
     out = out | ((beside[:, :-2] | beside[:, 2:]) & (size > _OUTLIER_NEIGHBOUR * scale))
 
-    sums = jnp.sum(jnp.where(out, 0.0, residual).reshape(len(residual), -1, block), axis=2)
+    blocks = (len(residual), -1, block)
+    sums = jnp.sum(jnp.where(out, 0.0, residual).reshape(blocks), axis=2)
     pairs = jnp.abs(sums[:, 1:] + sums[:, :-1]) / np.sqrt(2.0 * block)
     scale = jnp.maximum(_positive_median(pairs, jnp.sum(pairs > 0, axis=1)) / 0.6745, 1.0)[:, None]
-    far = jnp.pad(pairs > _OUTLIER * scale, ((0, 0), (1, 1)))
+    n_out = jnp.sum(out.reshape(blocks), axis=2)
+    far = (pairs > _OUTLIER * scale) | (n_out[:, 1:] + n_out[:, :-1] > block / 2)
+    far = jnp.pad(far, ((0, 0), (1, 1)))
     return jnp.where(out | jnp.repeat(far[:, 1:] | far[:, :-1], block, axis=1), 0.0, data.weight)
 
 
@@ -595,12 +511,13 @@ def _report(problem: _Problem, state: _State, data: _Data, usable: jax.Array, co
         jnp.sqrt(covariance[:, 4, 4]) if 4 in free else jnp.zeros(n),
         contrast,
         jnp.sqrt(x[:, 5]) * GRID_WIDTH,
-        jnp.sum(squared, axis=1) / jnp.maximum(total - len(free) - state.continuum.shape[1], 1),
+        jnp.sum(squared, axis=1) / jnp.maximum(total - len(free) - problem.n_continuum - problem.additive, 1),
         jnp.where(n_used > 0, squared / jnp.maximum(n_used, 1), jnp.nan),
         n_masked,
         converged,
         (labels <= low[None]) | (labels >= high[None]),
         state.continuum,
+        state.constant,
         good,
     )
 
@@ -612,7 +529,7 @@ def fitted_flux(fit: LabelFit, model: LabelModel | None = None) -> Float[np.ndar
         fit: result of ``fit_labels``.
         model: as in ``fit_labels``.
     """
-    model = _default_model() if model is None else model
+    model = default_model() if model is None else model
     rest = np.asarray(_rest_flux(fit, tuple(model[1:]), model.axes))
     wave = WAVE[None, :] / (1.0 + fit.velocity[:, None].astype(np.float64) / LIGHT_SPEED)
     return np.stack([CubicSpline(WAVE, flux)(at) for flux, at in zip(rest, wave, strict=True)]).astype(np.float32)
@@ -624,5 +541,5 @@ def _rest_flux(fit: LabelFit, arrays: Any, axes: Any) -> jax.Array:
     nothing = jnp.zeros(fit.good.shape, fit.labels.dtype)
     x = jnp.concatenate([fit.labels, nothing[:, :1], jnp.square(fit.broadening / GRID_WIDTH)[:, None]], axis=1)
     data = _Data(nothing, nothing, nothing, x[:, 4], nothing[0])
-    terms = jnp.asarray(_terms(nothing.shape[1], fit.continuum.shape[1]))
-    return _spectra(x, data, model, model.fine)[0] * matmul(fit.continuum, terms)
+    terms = jnp.asarray(chebyshev_terms(nothing.shape[1], fit.continuum.shape[1]))
+    return _spectra(x, data, model, model.fine)[0] * matmul(fit.continuum, terms) + fit.constant[:, None]

@@ -7,7 +7,8 @@ from scipy.optimize import least_squares
 
 import moe_jax
 from moe_jax import InputError, fit_labels, interpolate_grid, load_grid
-from moe_jax.spectra.label_fit import LIGHT_SPEED, fitted_flux
+from moe_jax.spectra.label_fit import fitted_flux
+from moe_jax.spectra.label_model import LIGHT_SPEED
 from moe_jax.spectra.pixels import WAVE
 
 NOISE = 0.2
@@ -90,6 +91,39 @@ def test_pixels_that_stand_out_are_masked(stars, fit, rng):
     assert (~spoiled.good[~hit]).mean() < 1e-3
     scatter = [np.sqrt(np.mean((one.labels - labels) ** 2, axis=0)) for one in (spoiled, fit)]
     np.testing.assert_array_less(scatter[0], 1.2 * scatter[1])
+
+
+def test_blocks_of_pixels_that_stand_out_are_masked(stars, fit):
+    labels, flux, error = stars
+    band, dead = (WAVE > 7594) & (WAVE < 7700), (WAVE > 8200) & (WAVE < 8240)
+    spoiled = fit_labels(np.where(dead, 0, np.where(band, 0.6 * flux, flux)).astype(np.float32), error)
+    assert spoiled.good[:, band | dead].mean() < 0.01
+    assert spoiled.good[:, ~(band | dead)].mean() > 0.97
+    scatter = [np.sqrt(np.mean((one.labels - labels) ** 2, axis=0)) for one in (spoiled, fit)]
+    np.testing.assert_array_less(scatter[0], 1.3 * scatter[1])
+
+
+def test_an_added_constant_is_found(stars):
+    _, flux, error = (array[:20] for array in stars)
+    one, other = (fit_labels(spectra, error, additive=True) for spectra in (flux, flux + np.float32(0.1)))
+    deviation = np.sqrt(np.einsum("nii->ni", one.covariance))
+    np.testing.assert_array_less(np.abs(other.labels - one.labels), 0.3 * deviation)
+    np.testing.assert_allclose(other.constant - one.constant, 0.1, atol=0.02)
+
+
+def test_the_unit_of_the_flux_does_not_matter(stars, fit):
+    _, flux, error = (array[:4] for array in stars)
+    tiny = fit_labels(flux * np.float32(1e-17), error * np.float32(1e-17))
+    np.testing.assert_array_less(np.abs(tiny.labels - fit.labels[:4]), 0.2 * np.sqrt(np.einsum("nii->ni", tiny.covariance)))
+    np.testing.assert_allclose(tiny.continuum[:, 0], 1e-17 * fit.continuum[:4, 0], rtol=1e-2)
+
+
+def test_a_spectrum_without_pixels_leaves_others_alone(stars, fit):
+    _, flux, error = (array[:3] for array in stars)
+    one = fit_labels(flux, error, np.arange(3)[:, None] != np.ones(flux.shape))
+    assert list(one.converged) == [True, False, True]
+    assert not one.good[1].any()
+    np.testing.assert_allclose(one.labels[[0, 2]], fit.labels[[0, 2]], rtol=0.02)
 
 
 def test_pixels_without_an_error_are_not_used(stars):
