@@ -1,48 +1,59 @@
 """Predicts log g of the stars in a file with a trained model.
 
     python -m experiments.predict MODEL SPECTRA.h5 -o OUT.csv
-    python -m experiments.predict results/regress_gate/default/model spectra.fits -o stars.parquet
+    python -m experiments.predict results/regress_gate/default/model night1.fits 'spec-*.fits' --air -o stars.parquet
 
-MODEL is the folder ``model`` that regress_gate wrote. SPECTRA holds noisy spectra as observed: HDF5 with
-spectrumdataset/wave, dataset/arrays/flux/value and dataset/arrays/error/value (or ivar), or FITS with the extensions
-WAVELENGTH, FLUX and ERROR (or IVAR). Wavelengths in vacuum, Angstrom; other pixels than the model's are resampled. OUT ends in
-.csv, .parquet or .fits (FITS and Parquet: pip install 'moe_jax[astro]').
+MODEL is the folder ``model`` that regress_gate wrote. SPECTRA are files of noisy spectra as observed: HDF5, FITS tables and
+images, CSV and other text (``moe_jax.spectra.spectrum_files`` says how names and units are found). Wavelengths are in vacuum;
+with --air, in air. Other pixels than the model's are resampled. OUT ends in .csv, .parquet or .fits. FITS and Parquet need
+pip install 'moe_jax[astro]'.
 
 OUT has one row for each star, with these columns (NaN where nothing is predicted):
 
-    star               number of the star in SPECTRA, from 0
-    log_g              predicted surface gravity, log10 of cm / s^2
-    uncertainty        half-width of the 68 % interval; standard deviation where the model is not calibrated
-    half_width_90      half-width of the 90 % interval, where the model is calibrated
+    file               name of the file
+    star               number of the star in the file, from 0
+    log_g              surface gravity, log10 of cm / s^2: of the fit of the model grid, or of the mixture (--answer)
+    uncertainty        half-width of the 68 % interval; standard deviation where a mixture is not calibrated
+    half_width_90      half-width of the 90 % interval
     half_width_95      likewise of the 95 % interval
-    weight_0 to 8      weight of each expert in the prediction; they sum to 1
+    velocity           km/s, as observed (not barycentric); positive: the star recedes
+    T_eff, M_H, a_M    effective temperature (K), metallicity, alpha enhancement; these and velocity with NAME_error (1 sigma)
+    chi2               of the fit, per degree of freedom; the uncertainties are scaled to it
+    mixture_log_g      log g of the mixture of experts, which trusts velocity, continuum and resolution of the spectrum
+    mixture_uncertainty  half-width of its 68 % interval
+    weight_0 to 8      weight of each expert in the mixture; they sum to 1
     distance           distance from the training stars in feature space, in units of the limit for unlike_training
-    n_masked           masked pixels, of the model's
+    n_masked           masked pixels, in the file or since they stand out
     flags              names of what is unusual, joined by |:
-      unlike_training    distance above 1: only 0.1 % of the training stars are further out
-      many_masked        more than 10 % of the pixels, or of the pixels of one line, are masked
+      poor_fit           a misfit that leaves log g uncertain by more than 0.5, or drove a label to the edge of the grid
+      emission_lines     three or more lines in emission; they were masked
+      velocity_uncertain another velocity fits almost as well
+      not_a_star         no spectrum of the grid is seen
+      unlike_training    of a mixture's answer: distance above 1; only 0.1 % of the training stars are further out
+      many_masked        more than 10 % of the pixels, or of the pixels of one line, are masked in the file
       not_predicted      more than half of the pixels are masked, or the spectrum has no positive median to scale by
 """
 
 from __future__ import annotations
 
+import glob
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import pandas as pd
 import tyro
 
 from experiments.runner.command_line import require_at_least, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.apply.application import Application, apply_model, needs_scaling, prepare_application
 from moe_jax.apply.catalogue import open_catalogue, require_suffix
+from moe_jax.apply.model import Model
 from moe_jax.apply.model_file import load_model
 from moe_jax.core.arrays import InputError
-from moe_jax.spectra.resample import MaskedSpectra
-from moe_jax.spectra.telescope_file import TelescopeFile
+from moe_jax.spectra.resample import air_to_vacuum
+from moe_jax.spectra.spectrum_files import Source, open_spectra
 
 SCALE_SAMPLE = 512  # stars, from the first on, by which --scale auto decides
 
@@ -53,12 +64,17 @@ class PredictConfig:
 
     model: tyro.conf.Positional[Path]
     """Folder of a model that regress_gate wrote."""
-    spectra: tyro.conf.Positional[Path]
-    """HDF5 or FITS file of observed spectra."""
+    spectra: tyro.conf.Positional[tuple[Path, ...]]
+    """Files of observed spectra; a pattern in quotation marks stands for all that match it."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Table to write: .csv, .parquet or .fits."""
     scale: Literal["auto", "always", "never"] = "auto"
     """Scale each spectrum to the median of the training spectra; auto: if the spectra of the file lie on another scale."""
+    answer: Literal["auto", "fit", "mixture"] = "auto"
+    """Whose log g is given: that of the fit of the model grid, or that of the mixture, which is fast; auto: the fit's if the model
+    was trained on simulated spectra."""
+    air: bool = False
+    """The wavelengths of the files are in air."""
     chunk_stars: int = 2_048
     """Stars in memory at a time."""
 
@@ -67,51 +83,72 @@ class PredictConfig:
 
 
 def main(config: PredictConfig) -> None:
-    """Predicts chunk by chunk, and prints how the spectra were treated and which flags were raised."""
+    """Predicts file by file and chunk by chunk, and prints how the spectra were treated and which flags were raised."""
     stages = Stages()
     require_suffix(config.output)
     model = load_model(config.model)
-    file = TelescopeFile(config.spectra)
-    try:
-        application = prepare_application(model, file.wave, str(config.spectra))
-    except InputError as reason:
-        raise InputError(str(reason).replace("the model has", f"{config.model}: the model has", 1)) from reason
-    if application.overlap is not None:
-        console.print(
-            f"{config.spectra}: {len(file.wave)} pixels from {file.wave[0]:.2f} to {file.wave[-1]:.2f} Angstrom, resampled to the "
-            f"{len(model.wave)} of the model",
-            highlight=False,
-        )
-    scale = config.scale == "always"
-    if config.scale == "auto":
-        scale = needs_scaling(application, file.read(0, min(SCALE_SAMPLE, file.n_stars)))
-    application = application._replace(scale=scale)
-    if scale:
-        console.print(f"{config.spectra}: each spectrum is scaled to the median of the training spectra", highlight=False)
-    if not file.has_errors:
-        console.print(f"{config.spectra}: neither errors nor ivar; those of the training stars stand in", highlight=False)
-    if not len(np.asarray(application.uncertainty.calibration.levels)):
+    if model.uncertainty is None:
+        raise InputError(f"{config.model}: the model has no uncertainties, expected one that a present version has written")
+    if not len(np.asarray(model.uncertainty.calibration.levels)):
         console.print(f"{config.model}: not calibrated; uncertainty is the standard deviation of the model", highlight=False)
+    paths = [path for given in config.spectra for path in files_of(given)]
     flags: Counter[str] = Counter()
-    masked = 0
-    with open_catalogue(config.output) as catalogue, stages.chunks("predicted", file.n_stars) as advance:
-        for start in range(0, file.n_stars, config.chunk_stars):
-            stop = min(start + config.chunk_stars, file.n_stars)
-            part = _apply(application, file.read(start, stop), start, min(config.chunk_stars, file.n_stars))
-            catalogue.write(part)
-            flags.update(flag for row in part["flags"] for flag in row.split("|") if flag)
-            masked += int(part["n_masked"].sum())
-            advance(stop - start)
-    console.print(f"{config.output}: {file.n_stars:,} stars, {masked:,} masked pixels", highlight=False)
+    n_stars = masked = 0
+    with open_catalogue(config.output) as catalogue:
+        for path in paths:
+            star = 0
+            for source in open_spectra(path):
+                application = _prepare(config, model, path, source, quiet=star > 0)
+                chunk = min(config.chunk_stars, source.n_stars)
+                with stages.chunks(f"{path.name}", source.n_stars) as advance:
+                    for start in range(0, source.n_stars, chunk):
+                        stop = min(start + chunk, source.n_stars)
+                        part = apply_model(application, source.read(start, stop), star + start, chunk)
+                        part.insert(0, "file", path.name)
+                        catalogue.write(part)
+                        flags.update(flag for row in part["flags"] for flag in row.split("|") if flag)
+                        masked += int(part["n_masked"].sum())
+                        advance(stop - start)
+                star += source.n_stars
+            n_stars += star
+    console.print(f"{config.output}: {n_stars:,} stars, {masked:,} masked pixels", highlight=False)
     for flag, count in flags.items():
         console.print(f"{flag}: {count:,} stars", highlight=False)
 
 
-def _apply(application: Application, spectra: MaskedSpectra, start: int, chunk_stars: int) -> pd.DataFrame:
-    """``apply_model`` on a whole chunk, so that the last one shares the compiled programs of the others."""
-    n_stars = len(spectra.flux)
-    pad = ((0, chunk_stars - n_stars), (0, 0))
-    return apply_model(application, MaskedSpectra(*(np.pad(array, pad, mode="edge") for array in spectra)), start)[:n_stars]
+def files_of(given: Path) -> list[Path]:
+    """A file, or those that match a pattern, by name.
+
+    Raises:
+        InputError: where nothing matches.
+    """
+    if given.exists() or not glob.has_magic(str(given)):
+        return [given]
+    found = sorted(Path(given.anchor).glob(str(given.relative_to(given.anchor))))
+    if not found:
+        raise InputError(f"{given}: found no file of such a name, expected at least one")
+    return found
+
+
+def _prepare(config: PredictConfig, model: Model, path: Path, source: Source, quiet: bool) -> Application:
+    """The model ready for the spectra of a source; says once a file how these are treated."""
+    wave = air_to_vacuum(source.wave) if config.air else source.wave
+    application = prepare_application(model, wave, str(path), None if config.answer == "auto" else config.answer)
+    scale = config.scale == "always"
+    if config.scale == "auto":
+        scale = needs_scaling(application, source.read(0, min(SCALE_SAMPLE, source.n_stars)))
+    notes = []
+    if application.overlap is not None:
+        notes.append(
+            f"{len(wave)} pixels from {wave[0]:.2f} to {wave[-1]:.2f} Angstrom, resampled to the {len(model.wave)} of the model"
+        )
+    if scale:
+        notes.append("each spectrum is scaled to the median of the training spectra")
+    if not source.has_errors:
+        notes.append("neither errors nor ivar; those of the training stars stand in")
+    for note in notes * (not quiet):
+        console.print(f"{path}: {note}", highlight=False)
+    return application._replace(scale=scale)
 
 
 if __name__ == "__main__":

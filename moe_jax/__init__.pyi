@@ -77,6 +77,8 @@ from .spectra.fisher import cramer_rao as cramer_rao
 from .spectra.grid import SpectralGrid as SpectralGrid
 from .spectra.grid import interpolate_grid as interpolate_grid
 from .spectra.grid import load_grid as load_grid
+from .spectra.label_fit import LabelFit as LabelFit
+from .spectra.label_fit import fit_labels as fit_labels
 from .spectra.simulate import simulate_survey as simulate_survey
 from .spectra.survey import Labels as Labels
 from .spectra.survey import Survey as Survey

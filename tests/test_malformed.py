@@ -243,24 +243,24 @@ def fits_cut_in_half(folder, valid):
 @malformed("found 4000 to 5000 Angstrom, which cover 0% of the model's pixels")
 def another_wavelength_range(folder, valid):
     observed(folder, valid, wave=np.linspace(4000, 5000, 4096))
-    predict(PredictConfig(valid / "model", folder / "in.h5", folder / "out.csv"))
+    predict(PredictConfig(valid / "model", (folder / "in.h5",), folder / "out.csv"))
 
 
 @malformed("which cover .* of the model's pixels, expected most of 7100.21 to 8849.79")
-def nanometres(folder, valid):
-    observed(folder, valid, wave=lambda wave: wave / 10)
-    predict(PredictConfig(valid / "model", folder / "in.h5", folder / "out.csv"))
+def a_hundredth_of_an_angstrom(folder, valid):
+    observed(folder, valid, wave=lambda wave: wave * 100)
+    predict(PredictConfig(valid / "model", (folder / "in.h5",), folder / "out.csv"))
 
 
 @malformed("expected .* the lines from 8180 to 8675")
 def a_range_without_the_triplet(folder, valid):
     observed(folder, valid, wave=np.linspace(6500, 8300, 4096))
-    predict(PredictConfig(valid / "model", folder / "in.h5", folder / "out.csv"))
+    predict(PredictConfig(valid / "model", (folder / "in.h5",), folder / "out.csv"))
 
 
 @malformed("out.xlsx: found the suffix '.xlsx'")
 def an_unknown_suffix(folder, valid):
-    predict(PredictConfig(valid / "model", valid / "observed.h5", folder / "out.xlsx"))
+    predict(PredictConfig(valid / "model", (valid / "observed.h5",), folder / "out.xlsx"))
 
 
 @malformed("out: found the suffix ''")
@@ -272,17 +272,17 @@ def no_suffix(folder, valid):
 @malformed("d.csv: found a folder, expected the name of a file")
 def a_folder_in_the_tables_place(folder, valid):
     (folder / "d.csv").mkdir()
-    predict(PredictConfig(valid / "model", valid / "observed.h5", folder / "d.csv"))
+    predict(PredictConfig(valid / "model", (valid / "observed.h5",), folder / "d.csv"))
 
 
 @malformed("chunk_stars is 0, expected at least 1")
 def chunks_of_nothing(folder, valid):
-    PredictConfig(valid / "model", valid / "observed.h5", folder / "out.csv", chunk_stars=0)
+    PredictConfig(valid / "model", (valid / "observed.h5",), folder / "out.csv", chunk_stars=0)
 
 
 @malformed("old/model.json: found no such file")
 def no_model(folder, valid):
-    predict(PredictConfig(folder / "old", valid / "observed.h5", folder / "out.csv"))
+    predict(PredictConfig(folder / "old", (valid / "observed.h5",), folder / "out.csv"))
 
 
 # Models

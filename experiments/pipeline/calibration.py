@@ -81,7 +81,7 @@ def keep_calibration_stars(config: DataConfig, settings: CalibrationConfig, stag
     """
     if config.train_file is None or config.n_train or settings.file is not None or settings.n_stars == 0:
         return config
-    n_stars = SurveyFile(config.train_file).n_stars
+    n_stars = SurveyFile(config.train_file, columns=config.label_columns).n_stars
     n_kept = min(settings.n_stars, n_stars // 10)
     stages.note(f"{config.train_file}: the last {n_kept:,} of {n_stars:,} stars are kept to calibrate the uncertainties on")
     return dataclasses.replace(config, n_train=n_stars - n_kept)
@@ -98,7 +98,7 @@ def observe_calibration_stars(config: DataConfig, settings: CalibrationConfig) -
     if path is None:
         spectra = SimulatedSpectra(key_stars, settings.n_stars, label_sampling=config.label_sampling)
     else:
-        spectra = SurveyFile(path, start + settings.n_stars)
+        spectra = SurveyFile(path, start + settings.n_stars, config.label_columns)
     return (observe(key_noise, spectra, config), start) if spectra.n_stars > start else None
 
 

@@ -64,6 +64,8 @@ class DataConfig:
     """HDF5 survey to train on, instead of a simulated one."""
     test_file: Path | None = None
     """HDF5 survey to test on."""
+    columns: str = ""
+    """Names of label columns in the files, such as T_eff=teff,log_g=logg."""
     seed: int = 0
     """Seed of the data, the noise, the folds and everything else that is drawn."""
     test_seed: int | None = None
@@ -80,8 +82,15 @@ class DataConfig:
             if (number := getattr(self, name)) < (file is None):
                 raise InputError(f"{name} is {number}, expected at least 1 without a file, and at least 0 (all stars) with one")
         require_at_least(self, noise_draw=0, chunk_stars=0)
+        if any(pair.count("=") != 1 for pair in self.columns.split(",") if pair):
+            raise InputError(f"columns is {self.columns!r}, expected LABEL=COLUMN,LABEL=COLUMN")
         if not 0 <= self.noise_level < np.inf:
             raise InputError(f"noise_level is {self.noise_level}, expected a finite number, at least 0")
+
+    @property
+    def label_columns(self) -> dict[str, str]:
+        """The column of each label that ``columns`` names."""
+        return dict(pair.replace(" ", "").split("=") for pair in self.columns.split(",") if pair)
 
     @property
     def n_experts(self) -> int:

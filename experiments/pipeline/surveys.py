@@ -17,7 +17,7 @@ from moe_jax.spectra.survey_file import WAVE_FIELD, SurveyFile
 
 #: The part of a configuration on which its surveys depend.
 survey_settings = operator.attrgetter(
-    "n_train", "n_test", "label_sampling", "test_sampling", "train_file", "test_file", "seed", "test_seed"
+    "n_train", "n_test", "label_sampling", "test_sampling", "train_file", "test_file", "columns", "seed", "test_seed"
 )
 
 
@@ -31,7 +31,8 @@ def open_surveys(config: DataConfig) -> tuple[Spectra, Spectra]:
         test_sampling = config.test_sampling or config.label_sampling
         simulated = SimulatedSpectra(draw_keys(config.seed).train, config.n_train, label_sampling=config.label_sampling)
         return simulated, SimulatedSpectra(test_key, config.n_test, label_sampling=test_sampling)
-    train, test = SurveyFile(config.train_file, config.n_train or None), SurveyFile(config.test_file, config.n_test or None)
+    train = SurveyFile(config.train_file, config.n_train or None, config.label_columns)
+    test = SurveyFile(config.test_file, config.n_test or None, config.label_columns)
     for path, survey in ((config.train_file, train), (config.test_file, test)):
         line_pixels(survey.wave, f"{path}: {WAVE_FIELD}")
     if train.wave.shape != test.wave.shape or not np.allclose(train.wave, test.wave, rtol=0, atol=1e-3):

@@ -1,7 +1,9 @@
 """Applies a model to spectra as a telescope gives them: other pixels, another scale, masked pixels, unusual stars.
 
-The steps, in this order: resample to the model's pixels with the flux conserved, where the wavelengths differ; scale to the
-median of the training spectra, if asked to; fill masked pixels from the good ones; predict; flag.
+The answer comes from the fit of the model grid (``moe_jax.apply.robust``), which knows of velocities, continua, resolutions and
+bad pixels. A model that was trained on other spectra than those of the grid answers itself. Its mixture is in the table in
+either case. The steps to it, in this order: resample to the model's pixels with the flux conserved, where the wavelengths
+differ; scale to the median of the training spectra, if asked to; fill masked pixels from the good ones; predict; flag.
 
 A training spectrum was scaled by the median of its noise-free flux. A telescope spectrum can only be scaled by the median of
 its noisy flux, which differs by a few tenths of a per cent, and ridge experts respond to the difference. Its standard deviation
@@ -10,7 +12,7 @@ is therefore part of a scaled star's uncertainty. Spectra that are on the scale 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,9 @@ import pandas as pd
 import scipy
 from jaxtyping import Bool, Float
 
+from moe_jax.apply.conformal import LEVELS
 from moe_jax.apply.model import Model, Uncertainty, predict_model, with_variance
+from moe_jax.apply.robust import QUANTILES, RobustFit, fit_robustly
 from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.gates.features import LINE_WINDOWS, SIDEBAND
 from moe_jax.spectra.resample import LEAST_OVERLAP, MaskedSpectra, overlaps, pixel_edges, resample
@@ -32,22 +36,31 @@ SCALE_SCATTER = 0.1  # ... the medians of more than half of them differ by less 
 MEDIAN_ERROR = 1.2533  # standard deviation of a median in units of that of the mean, for normal errors: sqrt(pi / 2)
 
 
+Answer = Literal["fit", "mixture"]
+
+
 class Application(NamedTuple):
     """A model that is ready for spectra on given wavelengths."""
 
     model: Model
     uncertainty: Uncertainty  #: that of the model, which is not None
     overlap: scipy.sparse.csr_matrix | None  #: see ``overlaps``; None where the wavelengths are those of the model
+    wave: Float[np.ndarray, " Q"]  #: wavelengths of the spectra
+    answer: Answer  #: what the column log_g holds
     scale: bool = False  #: whether each spectrum is scaled to the median of the training spectra
 
 
-def prepare_application(model: Model, wave: Float[AnyArray, " Q"], source: str = "wave") -> Application:
+def prepare_application(
+    model: Model, wave: Float[AnyArray, " Q"], source: str = "wave", answer: Answer | None = None
+) -> Application:
     """Checks that a model fits the wavelengths of spectra, and sets up the resampling where its own differ.
 
     Args:
         model: a model with uncertainties.
         wave: increasing vacuum wavelengths of the spectra, Angstrom.
         source: name of the file or argument in error messages.
+        answer: whether log g is that of the fit of the model grid or that of the mixture. By default it is the fit's if the
+            model was trained on simulated spectra, which are made from this grid.
 
     Raises:
         InputError: for a model without uncertainties, or wavelengths that cover less than half of the model's pixels or no
@@ -56,8 +69,10 @@ def prepare_application(model: Model, wave: Float[AnyArray, " Q"], source: str =
     if model.uncertainty is None:
         raise InputError("the model has no uncertainties, expected one that a present version of regress_gate has written")
     wave, target = np.asarray(wave, np.float64), np.asarray(model.wave, np.float64)
+    data = model.provenance.get("config", {}).get("data", {"train_file": "unknown"})
+    answer = answer or ("mixture" if data["train_file"] else "fit")
     if wave.shape == target.shape and np.allclose(wave, target, rtol=0, atol=SAME_WAVE):
-        return Application(model, model.uncertainty, None)
+        return Application(model, model.uncertainty, None, wave, answer)
     overlap = overlaps(wave, target)
     covered = np.asarray(overlap.sum(axis=1)).ravel() >= LEAST_OVERLAP * np.diff(pixel_edges(target))
     lows, highs = zip(*LINE_WINDOWS.values(), strict=True)
@@ -67,7 +82,7 @@ def prepare_application(model: Model, wave: Float[AnyArray, " Q"], source: str =
             f"{source}: found {wave[0]:g} to {wave[-1]:g} Angstrom, which cover {covered.mean():.0%} of the model's pixels, "
             f"expected most of {target[0]:g} to {target[-1]:g}, and the lines from {min(lows):g} to {max(highs):g}"
         )
-    return Application(model, model.uncertainty, overlap)
+    return Application(model, model.uncertainty, overlap, wave, answer)
 
 
 def needs_scaling(application: Application, spectra: MaskedSpectra) -> bool:
@@ -137,20 +152,65 @@ def _correlated_noise(
     return difference
 
 
-def apply_model(application: Application, spectra: MaskedSpectra, first_star: int = 0) -> pd.DataFrame:
+def apply_model(application: Application, spectra: MaskedSpectra, first_star: int = 0, pad_to: int = 0) -> pd.DataFrame:
     """The table of predictions for some stars.
 
     Args:
         application: result of ``prepare_application`` for the wavelengths of the spectra.
         spectra: spectra as a telescope gives them.
         first_star: number of the first star, for the column star.
+        pad_to: number of stars that the mixture is applied to, so that parts of different sizes share compiled programs.
 
     Returns:
-        Columns star, log_g, uncertainty (half-width of the 68 % interval; of a model that is not calibrated, the standard
-        deviation), half_width_LEVEL for the higher levels, weight_CELL for each expert, distance (in feature space, in units of
-        the limit), n_masked (number of masked pixels, of the model's) and flags (names joined by |). NaN for a star that is not
-        predicted.
+        Columns star, log_g, uncertainty (half-width of the 68 % interval; of a mixture that is not calibrated, the standard
+        deviation), half_width_LEVEL for the higher levels, those of ``fit_columns``, mixture_log_g and mixture_uncertainty if the
+        answer is that of the fit, weight_CELL for each expert, distance (in feature space, in units of the limit),
+        n_masked (number of masked pixels) and flags (names joined by |). NaN for a star that is not predicted.
     """
+    n_stars = len(spectra.flux)
+    pad = ((0, max(0, pad_to - n_stars)), (0, 0))
+    padded = MaskedSpectra(*(np.pad(array, pad, mode="edge") for array in spectra))
+    mixture, usable, masked = _apply_mixture(application, padded)
+    mixture, usable, masked = mixture[:n_stars], usable[:n_stars], masked[:n_stars]
+    wave, distance = np.asarray(application.model.wave), mixture["distance"].to_numpy()
+    many = masked.mean(axis=1) > MANY
+    for low, high in LINE_WINDOWS.values():
+        many |= masked[:, (wave >= low) & (wave <= high)].mean(axis=1) > MANY
+    n_masked = masked.sum(axis=1)
+    raised = {UNLIKE_TRAINING: usable & ~(distance <= 1)}
+    table = mixture
+    if application.answer == "fit":
+        fit = fit_robustly(spectra, application.wave)
+        usable &= fit.fitted
+        raised = fit.flags()
+        n_masked += fit.n_masked.astype(int)
+        mixture = mixture.drop(columns=[name for name in mixture if str(name).startswith("half_width_")])
+        mixture = mixture.rename(columns={"log_g": "mixture_log_g", "uncertainty": "mixture_uncertainty"})
+        table = pd.concat([fit_columns(fit), mixture], axis=1)
+    raised |= {MANY_MASKED: many, NOT_PREDICTED: ~usable}
+    flags = ["|".join(name for name, is_raised in raised.items() if is_raised[i]) for i in range(n_stars)]
+    table.loc[~usable] = np.nan
+    table.insert(0, "star", np.arange(first_star, first_star + n_stars))
+    return table.assign(n_masked=n_masked, flags=flags)
+
+
+def fit_columns(fit: RobustFit) -> pd.DataFrame:
+    """log_g and its intervals, velocity (km/s), T_eff (K), M_H and a_M, each with NAME_error, and chi2 per degree of freedom."""
+    columns = {"log_g": fit.labels[:, 1], "uncertainty": QUANTILES[0] * fit.error[:, 1]}
+    columns |= {
+        f"half_width_{100 * level:.0f}": quantile * fit.error[:, 1]
+        for level, quantile in zip(LEVELS[1:], QUANTILES[1:], strict=True)
+    }
+    columns |= {"velocity": fit.velocity, "velocity_error": fit.velocity_error}
+    for name, i in (("T_eff", 0), ("M_H", 2), ("a_M", 3)):
+        columns |= {name: fit.labels[:, i], f"{name}_error": fit.error[:, i]}
+    return pd.DataFrame(columns | {"chi2": fit.chi2})
+
+
+def _apply_mixture(
+    application: Application, spectra: MaskedSpectra
+) -> tuple[pd.DataFrame, Bool[np.ndarray, " N"], Bool[np.ndarray, "N P"]]:
+    """Log g with intervals, weights and distance; which stars are usable; and which pixels of the model are masked."""
     model, uncertainty = application.model, application.uncertainty
     on_model = to_model(application, spectra)
     flux, error, good, usable, _, factor_error = on_model
@@ -163,25 +223,10 @@ def apply_model(application: Application, spectra: MaskedSpectra, first_star: in
         correlated = _correlated_noise(application.overlap, spectra, on_model, prediction.gradient)
         noise = jnp.maximum(prediction.variance.noise + jnp.asarray(correlated, flux.dtype), 0.0)
         prediction = with_variance(model, prediction, prediction.variance._replace(noise=noise))
-    wave, masked = np.asarray(model.wave), ~good
-    many = masked.mean(axis=1) > MANY
-    for low, high in LINE_WINDOWS.values():
-        many |= masked[:, (wave >= low) & (wave <= high)].mean(axis=1) > MANY
-    distance = np.asarray(prediction.distance)
-    raised = {UNLIKE_TRAINING: usable & ~(distance <= 1), MANY_MASKED: many, NOT_PREDICTED: ~usable}
-    flags = ["|".join(name for name, is_raised in raised.items() if is_raised[i]) for i in range(len(flux))]
-
-    def column(values: AnyArray) -> np.ndarray:
-        return np.where(usable, np.asarray(values), np.nan)
-
     half_width, weights = np.asarray(prediction.half_width), np.asarray(prediction.weights)
     levels = np.asarray(uncertainty.calibration.levels)
-    columns: dict[str, AnyArray | list[str]] = {
-        "star": np.arange(first_star, first_star + len(flux)),
-        "log_g": column(prediction.log_g),
-        "uncertainty": column(half_width[:, 0] if len(levels) else np.asarray(prediction.sigma)),
-    }
-    columns |= {f"half_width_{100 * level:.0f}": column(half_width[:, i]) for i, level in enumerate(levels) if i}
-    columns |= {f"weight_{k}": column(weights[:, k]) for k in range(weights.shape[1])}
-    columns |= {"distance": column(distance), "n_masked": masked.sum(axis=1), "flags": flags}
-    return pd.DataFrame(columns)
+    columns = {"log_g": prediction.log_g, "uncertainty": half_width[:, 0] if len(levels) else prediction.sigma}
+    columns |= {f"half_width_{100 * level:.0f}": half_width[:, i] for i, level in enumerate(levels) if i}
+    columns |= {f"weight_{k}": weights[:, k] for k in range(weights.shape[1])}
+    table = pd.DataFrame({name: np.asarray(values) for name, values in (columns | {"distance": prediction.distance}).items()})
+    return table, usable, ~good

@@ -35,6 +35,16 @@ def pixel_edges(wave: Float[AnyArray, " P"]) -> Float[np.ndarray, " P1"]:
     return np.concatenate([[2 * wave[0] - middle[0]], middle, [2 * wave[-1] - middle[-1]]])
 
 
+def air_to_vacuum(wave: Float[AnyArray, " P"]) -> Float[np.ndarray, " P"]:
+    """Vacuum wavelengths from those in air at 15 C and 760 mm, Angstrom, above 2000 (Morton 2000, ApJS 130, 403, inverted)."""
+    air = np.asarray(wave, np.float64)
+    vacuum = air
+    for _ in range(3):
+        s = (1e4 / vacuum) ** 2
+        vacuum = air * (1 + 8.34254e-5 + 2.406147e-2 / (130 - s) + 1.5998e-4 / (38.9 - s))
+    return vacuum
+
+
 def overlaps(wave: Float[AnyArray, " Q"], target: Float[AnyArray, " P"]) -> scipy.sparse.csr_matrix:
     """(P, Q) widths, in Angstrom, of the overlap of each target pixel with each given pixel.
 

@@ -1,14 +1,16 @@
 """Surveys as HDF5 files: checked when they are read, written whole or not at all.
 
 Layout of a file: ``spectrumdataset/wave`` (P,), ``dataset/arrays/flux/value`` (N, P), ``dataset/arrays/error/value`` (N, P),
-and the labels as the one pandas table of the file, ``pd.read_hdf(path)``, with the columns of :class:`Labels`.
+and the labels as the one pandas table of the file, ``pd.read_hdf(path)``, with the columns of :class:`Labels`. T_eff, log_g and
+M_H must be there; the others are NaN where they are not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import h5py
@@ -24,6 +26,7 @@ WAVE_FIELD = "spectrumdataset/wave"
 FLUX_FIELD = "dataset/arrays/flux/value"
 ERROR_FIELD = "dataset/arrays/error/value"
 LABELS_KEY = "labels"
+REQUIRED = ("T_eff", "log_g", "M_H")  #: labels without which nothing can be trained
 
 
 def save_survey(path: Path | str, survey: Survey) -> None:
@@ -79,6 +82,7 @@ class SurveyFile:
     Args:
         path: HDF5 file in the layout of this module.
         n_stars: reads at most this many stars, from the start of the file; all by default.
+        columns: names of label columns that are not called as in ``Labels``, such as ``{"T_eff": "teff"}``.
 
     Raises:
         InputError: one sentence that names the file, the field, what was found and what is expected.
@@ -88,7 +92,7 @@ class SurveyFile:
     labels: Labels
     n_stars: int
 
-    def __init__(self, path: Path | str, n_stars: int | None = None) -> None:
+    def __init__(self, path: Path | str, n_stars: int | None = None, columns: Mapping[str, str] = MappingProxyType({})) -> None:
         self.path = Path(path)
         with _open(self.path, n_stars) as file:
             fields = ((WAVE_FIELD, 1), (FLUX_FIELD, 2), (ERROR_FIELD, 2))
@@ -105,7 +109,7 @@ class SurveyFile:
             self.wave = wave[()].astype(np.float64)
             self.n_stars = flux.shape[0] if n_stars is None else min(n_stars, flux.shape[0])
         require_wave(self.path, WAVE_FIELD, self.wave)
-        self.labels = _read_labels(self.path, n_stars, self.n_stars)
+        self.labels = _read_labels(self.path, n_stars, self.n_stars, columns)
 
     def read(self, start: int, stop: int) -> tuple[Float[np.ndarray, "n P"], Float[np.ndarray, "n P"]]:
         """Clean flux and error of the stars ``start`` to ``stop - 1``, checked, float32.
@@ -126,9 +130,9 @@ class SurveyFile:
         return np.maximum(flux, 0), error
 
 
-def load_survey(path: Path | str, n_stars: int | None = None) -> Survey:
+def load_survey(path: Path | str, n_stars: int | None = None, columns: Mapping[str, str] = MappingProxyType({})) -> Survey:
     """Reads and checks a whole survey: float32, wavelengths float64. Arguments and errors are those of ``SurveyFile``."""
-    file = SurveyFile(path, n_stars)
+    file = SurveyFile(path, n_stars, columns)
     return Survey(file.wave, *file.read(0, file.n_stars), file.labels)
 
 
@@ -167,25 +171,30 @@ def require_numbers(path: Path, field: str, array: Any, ndim: int) -> None:
         raise InputError(f"{path}: {field}: found {found}, expected numbers in {_dimensions(ndim)}")
 
 
-def _read_labels(path: Path, n_stars: int | None, n_expected: int) -> Labels:
+def _read_labels(path: Path, n_stars: int | None, n_expected: int, columns: Mapping[str, str]) -> Labels:
+    if unknown := columns.keys() - set(Labels._fields):
+        raise InputError(f"{path}: columns were given for {', '.join(sorted(unknown))}, expected {', '.join(Labels._fields)}")
     try:
         with _open(path, n_stars) as file:
             table = read_table(file)
     except TableError as reason:
         raise InputError(f"{path}: the labels: found no readable pandas table ({reason}), expected exactly one") from reason
-    for name in Labels._fields:
-        if name not in table:
-            found = ", ".join(table)
-            raise InputError(f"{path}: label column {name}: found only {found}, expected {', '.join(Labels._fields)}")
-        if table[name].dtype.kind not in "fiu":
-            raise InputError(f"{path}: label column {name}: found {table[name].dtype}, expected numbers")
-    n_rows = len(table[Labels._fields[0]])
+    names = {name: columns.get(name, name) for name in Labels._fields}
+    for name, column in names.items():
+        if column not in table:
+            if name in REQUIRED or name in columns:
+                found = ", ".join(table)
+                raise InputError(f"{path}: label column {column}: found only {found}, expected {', '.join(REQUIRED)}, or --columns")
+            table[column] = np.full(len(table[names["T_eff"]]), np.nan)
+        if table[column].dtype.kind not in "fiu":
+            raise InputError(f"{path}: label column {column}: found {table[column].dtype}, expected numbers")
+    n_rows = len(table[names["T_eff"]])
     n_found = n_rows if n_stars is None else min(n_rows, n_stars)
     if n_found != n_expected:
         raise InputError(f"{path}: the labels: found {n_rows} rows, expected {n_expected}, one for each spectrum")
-    labels = Labels(*(table[name].astype(np.float32)[:n_expected] for name in Labels._fields))
-    for name in ("T_eff", "log_g", "M_H"):
-        _check_finite(path, f"label column {name}", getattr(labels, name))
+    labels = Labels(*(table[column].astype(np.float32)[:n_expected] for column in names.values()))
+    for name in REQUIRED:
+        _check_finite(path, f"label column {names[name]}", getattr(labels, name))
     return labels
 
 

@@ -2,7 +2,8 @@
 
 HDF5: ``spectrumdataset/wave`` (P,), ``dataset/arrays/flux/value`` (N, P), and optionally ``dataset/arrays/error/value`` or
 ``dataset/arrays/ivar/value`` (N, P): the layout of ``moe_jax.spectra.survey_file``, without labels. FITS (needs astropy): image
-extensions WAVELENGTH (or WAVE), FLUX, and optionally ERROR or IVAR, of the same shapes. Wavelengths are in vacuum, in Angstrom.
+extensions WAVELENGTH (or WAVE), FLUX, and optionally ERROR or IVAR, of the same shapes. Wavelengths are in vacuum. An attribute
+``unit`` of the HDF5 dataset names their unit; without one, the numbers tell Angstrom, nm and um apart.
 
 A pixel is masked where its flux or error is not finite, its error is not positive, or its inverse variance is not positive.
 """
@@ -18,7 +19,7 @@ import h5py
 import numpy as np
 from jaxtyping import Float
 
-from moe_jax.core.arrays import InputError
+from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.core.files import import_extra
 from moe_jax.spectra.resample import MaskedSpectra
 from moe_jax.spectra.survey_file import ERROR_FIELD, FLUX_FIELD, WAVE_FIELD, require_numbers, require_wave
@@ -27,6 +28,10 @@ IVAR_FIELD = "dataset/arrays/ivar/value"
 FITS_SUFFIXES = (".fits", ".fit", ".fits.gz", ".fz")
 _FITS_NAMES = {"wave": ("WAVELENGTH", "WAVE"), "flux": ("FLUX",), "error": ("ERROR",), "ivar": ("IVAR",)}
 _HDF5_NAMES = {"wave": (WAVE_FIELD,), "flux": (FLUX_FIELD,), "error": (ERROR_FIELD,), "ivar": (IVAR_FIELD,)}
+
+_UNITS = dict.fromkeys(("angstrom", "angstroms", "aa", "a", "0.1nm"), 1.0)
+_UNITS |= dict.fromkeys(("nm", "nanometer", "nanometers", "nanometre", "nanometres"), 10.0) | {"m": 1e10}
+_UNITS |= dict.fromkeys(("um", "micron", "microns", "micrometer", "micrometers", "micrometre", "micrometres"), 1e4)
 
 
 class TelescopeFile:
@@ -46,7 +51,7 @@ class TelescopeFile:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        all_names = _FITS_NAMES if _is_fits(self.path) else _HDF5_NAMES
+        all_names = _FITS_NAMES if is_fits(self.path) else _HDF5_NAMES
         with _open(self.path) as arrays:
             self._fields = fields = {
                 kind: name
@@ -70,7 +75,9 @@ class TelescopeFile:
                 if (shape := tuple(arrays[fields[kind]].shape)) != tuple(flux.shape):
                     expected = f"expected {tuple(flux.shape)} like {fields['flux']}"
                     raise InputError(f"{path}: {fields[kind]} has shape {shape}, {expected}")
-            self.wave = np.asarray(wave[...], np.float64)
+            attributes = getattr(wave, "attrs", {})
+            unit = str(attributes.get("unit", attributes.get("units", "")))
+            self.wave = to_angstrom(self.path, np.asarray(wave[...], np.float64), unit)
             self.n_stars = int(flux.shape[0])
         self.has_errors = "error" in fields or "ivar" in fields
         require_wave(self.path, fields["wave"], self.wave)
@@ -80,21 +87,41 @@ class TelescopeFile:
         with _open(self.path) as arrays:
             stars = {kind: arrays[field][start:stop] for kind, field in self._fields.items() if kind != "wave"}
         values = {kind: np.asarray(array, np.float32) for kind, array in stars.items()}
-        flux = values["flux"]
-        good = np.isfinite(flux)
-        if not self.has_errors:
-            return MaskedSpectra(np.where(good, flux, 0.0), np.full_like(flux, np.nan), good)
-        if "error" in values:
-            error = values["error"]
-        else:
+        if "ivar" in values:
             with np.errstate(divide="ignore", invalid="ignore"):
-                error = np.reciprocal(np.sqrt(values["ivar"]))
-        good &= np.isfinite(error) & (error > 0)
-        return MaskedSpectra(np.where(good, flux, 0.0), np.where(good, error, 0.0), good)
+                values["error"] = np.reciprocal(np.sqrt(values["ivar"]))
+        return mask_unusable(values["flux"], values.get("error"))
 
 
-def _is_fits(path: Path) -> bool:
+def to_angstrom(path: Path, wave: np.ndarray, unit: str) -> np.ndarray:
+    """Wavelengths in Angstrom; without a unit, numbers about 0.8 are taken as um, and those about 800 as nm.
+
+    Raises:
+        InputError: for a unit that is not one of a length.
+    """
+    name = unit.strip().lower().replace(" ", "")
+    if not name:
+        typical = np.nanmedian(wave) if np.isfinite(wave).any() else np.nan
+        return wave * (1e4 if 0.1 < typical < 10 else 10.0 if 100 < typical < 2_500 else 1.0)
+    if name not in _UNITS:
+        raise InputError(f"{path}: found wavelengths in {unit!r}, expected Angstrom, nm, um or m")
+    return wave * _UNITS[name]
+
+
+def is_fits(path: Path) -> bool:
+    """Whether a file is FITS, by its suffix."""
     return path.name.lower().endswith(FITS_SUFFIXES)
+
+
+def mask_unusable(flux: Float[AnyArray, "N P"], error: Float[AnyArray, "N P"] | None) -> MaskedSpectra:
+    """Spectra, float32, with the pixels masked that are not finite or have no positive error."""
+    flux = np.asarray(flux, np.float32)
+    good = np.isfinite(flux)
+    if error is None:
+        return MaskedSpectra(np.where(good, flux, 0.0), np.full_like(flux, np.nan), good)
+    error = np.asarray(error, np.float32)
+    good &= np.isfinite(error) & (error > 0)
+    return MaskedSpectra(np.where(good, flux, 0.0), np.where(good, error, 0.0), good)
 
 
 @contextmanager
@@ -104,7 +131,7 @@ def _open(path: Path) -> Iterator[dict[str, Any]]:
         found = "a folder" if path.is_dir() else "no such file"
         raise InputError(f"{path}: found {found}, expected an HDF5 or FITS file with spectra")
     try:
-        if _is_fits(path):
+        if is_fits(path):
             fits = import_extra("astropy.io.fits", "FITS")
             with fits.open(path, memmap=False, lazy_load_hdus=False) as hdus:
                 yield {hdu.name.upper(): hdu.section for hdu in hdus if hdu.is_image and hdu.shape}

@@ -11,8 +11,9 @@ import pytest
 from astropy.io import fits
 from astropy.table import Table
 
+from experiments.pipeline.spoilings import Exposure, shift, slope
 from experiments.predict import PredictConfig, main
-from moe_jax import load_model, predict_model
+from moe_jax import InputError, load_model, predict_model
 from moe_jax.apply.application import MANY_MASKED, NOT_PREDICTED, UNLIKE_TRAINING, apply_model, needs_scaling, prepare_application
 from moe_jax.spectra.resample import MaskedSpectra, overlaps, resample
 from moe_jax.spectra.survey_file import ERROR_FIELD, FLUX_FIELD, WAVE_FIELD
@@ -31,7 +32,7 @@ def spectra(trained):
 
 @pytest.fixture(scope="module")
 def application(model):
-    return prepare_application(model, model.wave)
+    return prepare_application(model, model.wave, answer="mixture")
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,8 @@ def table(application, spectra):
     return apply_model(application, spectra)
 
 
-def predict(trained, spectra, output, **options):
-    main(PredictConfig(trained / "model", spectra, output, **options))
+def predict(trained, spectra, output, answer="mixture", **options):
+    main(PredictConfig(trained / "model", (spectra,), output, answer=answer, **options))
     return output
 
 
@@ -51,7 +52,7 @@ def test_what_the_run_predicted(trained, tmp_path, capsys):
     np.testing.assert_allclose(table["log_g"][run["star"]], run["regress_mlp_cross_fitted"], atol=2e-4)
     weights = [f"weight_{k}" for k in range(9)]
     widths = ["uncertainty", "half_width_90", "half_width_95"]
-    assert list(table.columns) == ["star", "log_g", *widths, *weights, "distance", "n_masked", "flags"]
+    assert list(table.columns) == ["file", "star", "log_g", *widths, *weights, "distance", "n_masked", "flags"]
     np.testing.assert_allclose(table[weights].sum(axis=1), 1, atol=1e-5)
     assert (np.diff(table[widths], axis=1) >= 0).all()
     assert (table["uncertainty"] > 0).all()
@@ -65,7 +66,7 @@ def test_chunks_and_formats_change_nothing(trained, tmp_path, table):
         predict(trained, trained.parent / "observed.h5", tmp_path / name, chunk_stars=90)
     read = [pd.read_csv(tmp_path / "a.csv", keep_default_na=False), pd.read_parquet(tmp_path / "b.parquet")]
     for found in [*read, Table.read(tmp_path / "c.fits", character_as_bytes=False).to_pandas()]:
-        assert list(found.columns) == list(table.columns)
+        assert list(found.columns) == ["file", *table.columns]
         assert [str(flag).strip() for flag in found["flags"]] == list(table["flags"])
         for name in table.columns[:-1]:
             np.testing.assert_allclose(found[name], table[name], rtol=2e-5, atol=1e-6)
@@ -130,7 +131,7 @@ def test_another_scale_is_seen_and_undone(application, spectra, table):
 def test_other_pixels_are_resampled(model, spectra, table):
     wave = np.linspace(7095, 8855, 5_000)
     other = resample(*spectra, overlaps(np.asarray(model.wave), wave), wave)
-    application = prepare_application(model, wave)
+    application = prepare_application(model, wave, answer="mixture")
     assert application.overlap is not None
     found = apply_model(application, other)
     assert np.abs(found["log_g"] - table["log_g"]).median() < 0.3 * table["uncertainty"].median()
@@ -141,7 +142,7 @@ def test_noise_of_resampled_pixels_is_that_of_the_observed_ones(model, spectra):
     """The variance by propagation is the scatter of predictions over draws of the noise on the observed pixels."""
     wave = np.linspace(7095, 8855, 3_000)
     clean = resample(*spectra, overlaps(np.asarray(model.wave), wave), wave)
-    application = prepare_application(model, wave)
+    application = prepare_application(model, wave, answer="mixture")
     rng, error = np.random.default_rng(0), np.full((1, 3_000), 2e-3, "f4")
     flux = clean.flux[:1] + error * rng.normal(size=(300, 3_000)).astype("f4")
     drawn = apply_model(application, MaskedSpectra(flux, np.repeat(error, 300, axis=0), np.repeat(clean.good[:1], 300, axis=0)))
@@ -168,6 +169,37 @@ def test_what_is_no_star_is_flagged(application, spectra):
     assert (found["flags"][:2] == UNLIKE_TRAINING).all()
     assert (found["distance"][:2] > 1).all()
     assert (apply_model(application, spectra)["flags"] == UNLIKE_TRAINING).mean() < 0.05
+    assert (apply_model(application._replace(answer="fit"), strange)["flags"].str.contains("not_a_star")).all()
+
+
+def test_the_answer_of_the_fit(model, small_survey):
+    """What the mixture trusts and the fit does not: a slope, a velocity, and wrong errors."""
+    rng, error = np.random.default_rng(0), 0.2 * np.asarray(small_survey.error)[:60]
+    exposure = Exposure(np.asarray(small_survey.flux)[:60], error * rng.normal(size=error.shape), error / 2)
+    flux, noise, error = (array.astype("f4") for array in slope(shift(exposure, np.full(60, 50.0)), 0.1))
+    spectra = MaskedSpectra(flux + noise, error, np.ones(flux.shape, bool))
+    application = prepare_application(model, model.wave)
+    assert application.answer == "fit"  # the model was trained on spectra of the grid
+    found, true = apply_model(application, spectra, first_star=7), small_survey.labels
+    kept = (found["flags"] == "").to_numpy()
+    assert kept.mean() > 0.95
+    residual = (found["log_g"] - np.asarray(true.log_g)[:60])[kept]
+    assert np.sqrt(np.mean(residual**2)) < 0.4
+    assert np.sqrt(np.mean((found["mixture_log_g"] - np.asarray(true.log_g)[:60]) ** 2)) > 0.6
+    assert 0.5 < np.mean(np.abs(residual) < found["uncertainty"][kept]) < 0.85
+    assert found["velocity"].median() == pytest.approx(50, abs=1)
+    assert np.abs(found["T_eff"] - np.asarray(true.T_eff)[:60]).median() < 100
+    assert found["chi2"].median() == pytest.approx(4, rel=0.05)
+    assert list(found["star"]) == list(range(7, 67))
+    widths = ["uncertainty", "half_width_90", "half_width_95", "T_eff_error", "M_H_error", "a_M_error", "velocity_error"]
+    assert (found[widths] > 0).all().all()
+    unknown = apply_model(application, spectra._replace(error=np.full_like(error, np.nan)))
+    assert np.median(np.abs(unknown["log_g"] - found["log_g"])) < 0.1
+
+
+def test_a_model_of_other_spectra_answers_itself(model):
+    for provenance in ({"config": {"data": {"train_file": "stars.h5"}}}, {}):
+        assert prepare_application(model._replace(provenance=provenance), model.wave).answer == "mixture"
 
 
 def test_without_errors_those_of_the_training_stars_stand_in(trained, tmp_path, capsys, table):
@@ -186,7 +218,7 @@ def test_a_model_that_is_not_calibrated(trained, tmp_path, capsys, model):
     known = model.uncertainty
     empty = Calibration(np.zeros(0, "f4"), np.zeros((9, 0), "f4"), np.zeros(9, "f4"))
     save_model(tmp_path / "model", model._replace(uncertainty=known._replace(calibration=empty)))
-    main(PredictConfig(tmp_path / "model", trained.parent / "observed.h5", tmp_path / "out.csv"))
+    main(PredictConfig(tmp_path / "model", (trained.parent / "observed.h5",), tmp_path / "out.csv", answer="mixture"))
     assert "not calibrated" in capsys.readouterr().out
     found = pd.read_csv(tmp_path / "out.csv")
     assert (found["uncertainty"] > 0).all()
@@ -195,6 +227,7 @@ def test_a_model_that_is_not_calibrated(trained, tmp_path, capsys, model):
 
 def test_the_command(trained, tmp_path):
     command = [sys.executable, "-m", "experiments.predict", str(trained / "model"), str(trained.parent / "observed.h5")]
+    command += ["--answer", "mixture"]
     done = subprocess.run([*command, "-o", str(tmp_path / "out.csv")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(pd.read_csv(tmp_path / "out.csv")) == 300
@@ -214,10 +247,37 @@ def test_an_error_on_the_way_leaves_nothing(trained, tmp_path):
         file.truncate(min(end, size) - 4096 * 4)
     output = tmp_path / "out.csv"
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.predict", str(trained / "model"), str(path), "-o", str(output), "--chunk-stars", "50"],
+        [
+            sys.executable,
+            "-m",
+            "experiments.predict",
+            str(trained / "model"),
+            str(path),
+            "-o",
+            str(output),
+            "--chunk-stars",
+            "50",
+            "--answer",
+            "mixture",
+        ],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.h5"]
+
+
+def test_several_files_and_patterns(trained, spectra, tmp_path, table):
+    """A row for each star with its file's name; star by star in air or in nm, whatever the format."""
+    wave = TelescopeFile(trained.parent / "observed.h5").wave
+    for i in range(2):
+        Table({"wave": wave / 10, "flux": spectra.flux[i], "err": spectra.error[i]}).write(tmp_path / f"spec-{i}.csv")
+    output = tmp_path / "out.csv"
+    main(PredictConfig(trained / "model", (trained.parent / "observed.h5", tmp_path / "spec-*.csv"), output, answer="mixture"))
+    found = pd.read_csv(output)
+    assert list(found["file"]) == ["observed.h5"] * 300 + ["spec-0.csv", "spec-1.csv"]
+    assert list(found["star"]) == [*range(300), 0, 0]
+    np.testing.assert_allclose(found["log_g"][300:], table["log_g"][:2], atol=2e-4)
+    with pytest.raises(InputError, match="found no file of such a name"):
+        main(PredictConfig(trained / "model", (tmp_path / "nothing-*.csv",), output))

@@ -208,3 +208,24 @@ def test_noise(small_survey, dtype):
 def test_noise_needs_equal_shapes(small_survey):
     with pytest.raises(InputError, match="error has shape"):
         add_noise(jax.random.key(0), small_survey.flux, small_survey.error[:, :5], 0.2)
+
+
+def test_labels_as_they_come(path, small_survey):
+    """Other names, and only the labels that training needs."""
+    labels = pd.read_hdf(path)
+    with h5py.File(path, "a") as file:
+        del file["labels"]
+    labels[["T_eff", "log_g", "M_H"]].rename(columns={"T_eff": "teff", "log_g": "logg"}).to_hdf(path, key="stars", mode="a")
+    found = load_survey(path, 100, {"T_eff": "teff", "log_g": "logg"}).labels
+    for name in ("T_eff", "log_g", "M_H"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(small_survey.labels, name)[:100])
+    for name in ("a_M", "C_M", "mag", "redshift", "snr"):
+        assert np.isnan(getattr(found, name)).all()
+    with pytest.raises(
+        InputError, match="label column T_eff: found only teff, logg, M_H, expected T_eff, log_g, M_H, or --columns"
+    ):
+        load_survey(path)
+    with pytest.raises(InputError, match="label column alpha: found only"):
+        load_survey(path, columns={"T_eff": "teff", "log_g": "logg", "a_M": "alpha"})
+    with pytest.raises(InputError, match="columns were given for Teff, expected T_eff"):
+        load_survey(path, columns={"Teff": "teff"})

@@ -1,0 +1,162 @@
+"""Labels of observed stars by the fit of the model grid, with intervals that know the misfit, and flags.
+
+A spectrum is resampled to the pixels of the grid, scaled, and fitted by ``moe_jax.spectra.label_fit``: labels, velocity, broadening
+and a continuum. Where many pixels stand out, they are masked with their surroundings and the star is fitted once more.
+
+How well a fit describes a spectrum is judged by three chi2: of single pixels, of the residuals' means over 4 pixels, and of those
+over 32. The first one alone says that the stated errors are wrong, and scales the uncertainties. The other two, divided by the
+first, are near 1 unless residuals hang together, as those of lines and continua that the grid does not have.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import scipy
+from jaxtyping import Bool, Float
+
+from moe_jax.core.arrays import AnyArray
+from moe_jax.spectra.fisher import LABEL_UNITS
+from moe_jax.spectra.label_fit import LabelFit, fit_labels, fitted_flux
+from moe_jax.spectra.pixels import WAVE
+from moe_jax.spectra.resample import MaskedSpectra, overlaps, resample
+from moe_jax.spectra.simulate import LABEL_LATTICE
+
+POOR_FIT, EMISSION_LINES, VELOCITY_UNCERTAIN, NOT_A_STAR = "poor_fit", "emission_lines", "velocity_uncertain", "not_a_star"
+N_CONTINUUM = 9  # terms of the continuum
+SCALES = (4, 32)  # pixels over which residuals are averaged
+LIMITS = (1.09, 1.36)  #: of chi2 at these scales; 0.3 % of good spectra lie above each of them
+TOO_UNCERTAIN = 0.5  #: a misfit that leaves log g less certain than this is a poor fit
+EMISSIONS = 3  #: so many lines in emission are flagged
+QUANTILES = (0.93, 1.66, 2.11)  #: of |error| / standard deviation at the levels of ``moe_jax.apply.conformal``
+UNIQUE = 25.0  #: contrast below which the velocity is not unique
+NO_STAR = 12.0  #: contrast below which nothing looks like a star
+_MANY_MASKED = 10  # pixels that stand out, above which a star is fitted again
+_RUN, _GROWTH = 4, 5  # so many masked neighbours are a feature, and so many pixels on both sides belong to it
+_LEAST_GOOD = 0.3  # part of the pixels of the grid that a fit needs
+
+
+class RobustFit(NamedTuple):
+    """Fits of N stars; NaN where a spectrum cannot be fitted."""
+
+    labels: Float[np.ndarray, "N 4"]  #: T_eff (K), log g, [M/H], [alpha/M]
+    error: Float[np.ndarray, "N 4"]  #: standard deviations, widened by the misfit
+    velocity: Float[np.ndarray, " N"]  #: km/s, as observed: not barycentric
+    velocity_error: Float[np.ndarray, " N"]  #: km/s
+    chi2: Float[np.ndarray, " N"]  #: per degree of freedom, of single pixels
+    scale_chi2: Float[np.ndarray, "N 2"]  #: of the means over SCALES pixels, divided by chi2
+    contrast: Float[np.ndarray, " N"]  #: see ``LabelFit``
+    n_masked: Float[np.ndarray, " N"]  #: pixels that were masked since they stand out
+    n_emission: Float[np.ndarray, " N"]  #: features of masked pixels above the model
+    at_edge: Bool[np.ndarray, " N"]  #: whether a label lies at the edge of the grid
+    fitted: Bool[np.ndarray, " N"]
+
+    def flags(self) -> dict[str, Bool[np.ndarray, " N"]]:
+        """Which stars have which flag.
+
+        A misfit is a poor fit where it matters: where it leaves log g uncertain, or drove a label to the edge of the grid.
+        """
+        misfit = self.fitted & (self.scale_chi2 > LIMITS).any(axis=1)
+        return {
+            POOR_FIT: misfit & (self.at_edge | (self.error[:, 1] > TOO_UNCERTAIN)),
+            EMISSION_LINES: self.fitted & (self.n_emission >= EMISSIONS),
+            VELOCITY_UNCERTAIN: self.fitted & (self.contrast < UNIQUE),
+            NOT_A_STAR: self.fitted & (self.contrast < NO_STAR),
+        }
+
+
+def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], n_continuum: int = N_CONTINUUM) -> RobustFit:
+    """Fits the model grid to spectra as a telescope gives them.
+
+    Args:
+        spectra: on any scale; where errors are not known, they are taken as a hundredth of the median flux.
+        wave: their wavelengths, vacuum Angstrom.
+        n_continuum: number of terms of the continuum.
+    """
+    same = len(wave) == len(WAVE) and np.allclose(wave, WAVE, rtol=0, atol=1e-3)
+    overlap = scipy.sparse.identity(len(WAVE), format="csr") if same else overlaps(wave, WAVE)
+    median = np.array([np.median(flux[good]) if good.any() else np.nan for flux, good in zip(*spectra[::2], strict=True)])
+    fitted = median > 0
+    scale = np.where(fitted, 2 * median, 1.0)[:, None]
+    error = np.where(np.isnan(spectra.error), 0.005, spectra.error / scale)
+    scaled = MaskedSpectra(spectra.flux / scale, np.where(spectra.good, error, 0.0), spectra.good)
+    flux, error, good = scaled if same else resample(*scaled, overlap, WAVE)
+    fitted &= good.mean(axis=1) >= _LEAST_GOOD
+    flux, error = (np.where(fitted[:, None] & good, array, fill).astype(np.float32) for array, fill in ((flux, 0.5), (error, 1.0)))
+    fit = LabelFit(*map(np.array, fit_labels(flux, error, good, n_continuum=n_continuum)))
+    n_masked = fit.n_masked
+    again = np.flatnonzero(fitted & (n_masked > _MANY_MASKED))
+    if len(again):
+        kept = good[again] & ~grow(good[again] & ~fit.good[again])
+        for old, new in zip(fit, fit_labels(flux[again], error[again], kept, n_continuum=n_continuum), strict=True):
+            old[again] = new
+        n_masked = (good & ~fit.good).sum(axis=1)
+    expected, residual = expected_chi2(overlap), np.asarray((flux - fitted_flux(fit)) / error)
+    ratio = scale_chi2(residual, fit.good) / expected[None, :] / np.maximum(fit.chi2, 1e-30)[:, None]
+    bright = scipy.ndimage.binary_opening(good & ~fit.good & (residual > 0), np.ones((1, _RUN), bool))
+    n_emission = (np.diff(bright.astype(int), axis=1) > 0).sum(axis=1)
+    widening = fit.chi2 * np.maximum(ratio, 1.0).max(axis=1) * expected[-1]
+    labels, covariance = add_prior(fit.labels, fit.covariance * widening[:, None, None])
+    variance = np.diagonal(covariance, axis1=1, axis2=2)
+
+    def known(values: AnyArray) -> np.ndarray:
+        return np.where(fitted.reshape(-1, *[1] * (values.ndim - 1)), values, np.nan)
+
+    return RobustFit(
+        labels=known(labels),
+        error=known(np.sqrt(variance)),
+        velocity=known(fit.velocity),
+        velocity_error=known(fit.velocity_error * np.sqrt(widening)),
+        chi2=known(fit.chi2),
+        scale_chi2=known(ratio),
+        contrast=known(fit.velocity_contrast),
+        n_masked=np.where(fitted, n_masked, 0),
+        n_emission=n_emission,
+        at_edge=np.any(fit.at_edge, axis=1, keepdims=False).reshape(len(flux)),
+        fitted=fitted,
+    )
+
+
+def add_prior(
+    labels: Float[AnyArray, "N 4"], covariance: Float[AnyArray, "N 4 4"]
+) -> tuple[Float[np.ndarray, "N 4"], Float[np.ndarray, "N 4 4"]]:
+    """Mean and covariance of the labels given a fit, if they are known to be drawn as those of the simulated surveys.
+
+    The prior is a normal distribution with the mean and the variance of the survey's uniform ones.
+    """
+    low, high = np.array([LABEL_LATTICE[name][:2] for name in LABEL_UNITS]).T
+    unit = (high - low) / np.sqrt(12.0)
+    eye = np.eye(len(unit))
+    information = np.linalg.inv(covariance.astype(np.float64) / np.outer(unit, unit) + 1e-9 * eye)
+    posterior = np.linalg.inv(information + eye)
+    offset = (labels - (low + high) / 2) / unit
+    return (low + high) / 2 + unit * np.einsum("nij,njk,nk->ni", posterior, information, offset), posterior * np.outer(unit, unit)
+
+
+def grow(out: Bool[np.ndarray, "N P"]) -> Bool[np.ndarray, "N P"]:
+    """Masked pixels with the surroundings of those that lie in a row: the wings of a line, the edges of a band."""
+    features = scipy.ndimage.binary_opening(out, np.ones((1, _RUN), bool))
+    grown: np.ndarray = out | scipy.ndimage.binary_dilation(features, np.ones((1, 2 * _GROWTH + 1), bool))
+    return grown
+
+
+def scale_chi2(residual: Float[np.ndarray, "N P"], good: Bool[AnyArray, "N P"]) -> Float[np.ndarray, "N 2"]:
+    """Mean square of the residuals' sums over SCALES pixels, in units of that of independent residuals."""
+    columns = []
+    for scale in SCALES:
+        total, number = (x.reshape(len(good), -1, scale).sum(axis=2) for x in (np.where(good, residual, 0.0), good))
+        enough = number > scale / 2
+        columns.append(np.where(enough, total**2 / np.maximum(number, 1), 0).sum(axis=1) / np.maximum(enough.sum(axis=1), 1))
+    return np.stack(columns, axis=1)
+
+
+def expected_chi2(overlap: scipy.sparse.csr_matrix) -> Float[np.ndarray, " 2"]:
+    """``scale_chi2`` of noise: 1, or more after resampling to finer pixels, which share noise."""
+    independent = scipy.sparse.csr_matrix(overlap.multiply(1.0 / np.maximum(np.asarray(overlap.sum(axis=1)), 1e-30)))
+    total = float(independent.power(2).sum())
+    sums = (
+        scipy.sparse.kron(scipy.sparse.identity(len(WAVE) // scale), np.ones((1, scale)), format="csr") @ independent
+        for scale in SCALES
+    )
+    return np.array([max(1.0, float(summed.power(2).sum()) / total) for summed in sums])

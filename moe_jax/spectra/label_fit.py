@@ -1,0 +1,545 @@
+"""Fits the model grid to spectra as observed: labels, velocity, broadening and continuum of every star, by least squares.
+
+The model of a spectrum is norm(labels, broadening) * exp(log_continuum(labels)), shifted by the radial velocity and multiplied by a
+polynomial in wavelength. The polynomial is linear, so it is solved exactly at every step (variable projection: Golub & Pereyra
+1973; the Jacobian leaves out its derivative, Kaufman 1975). The other parameters are found by damped Gauss-Newton steps
+(Levenberg-Marquardt) with analytic derivatives. Spectra and derivatives are interpolated in the principal components of the grid
+and expanded by one matrix product.
+
+A fit goes from coarse to fine: a search over velocities and over the nodes of the grid, steps on pixels that are four times
+as wide, and steps on all pixels. Pixels that stand out of the residuals are masked between these.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy
+from jax import lax
+from jaxtyping import Bool, Float, Int
+
+from moe_jax.core.arrays import AnyArray, InputError, matmul
+from moe_jax.core.parallel import devices_for, map_devices, on_all
+from moe_jax.spectra.fisher import LABEL_UNITS
+from moe_jax.spectra.grid import spline_weights
+from moe_jax.spectra.label_model import (
+    BROADENING_NODES,
+    GRID_WIDTH,
+    LIGHT_SPEED,
+    NORMALISE_TERMS,
+    REBIN,
+    VELOCITY_STEP,
+    LabelModel,
+    PixelModel,
+    chebyshev_terms,
+    default_model,
+)
+from moe_jax.spectra.pixels import WAVE
+from moe_jax.spectra.simulate import median_rows
+
+N_REGIONS = 8  #: parts of the wavelength range whose chi2 is given
+
+_PIXEL = float(WAVE[1] - WAVE[0])
+_UNITS = np.array([*LABEL_UNITS.values(), 1.0, 0.1], np.float32)  # of the labels, km/s, broadening
+_SEPARATION = 150.0  # km/s, least distance of a second velocity
+_N_PARTS = 64  # of a flattened spectrum; those of the grid have means from -0.32 to 0.10
+_FAINTEST, _BRIGHTEST = -0.4, 0.25
+_BLOCK = 32  # stars that are fitted together
+_COARSE_STEPS, _FINE_STEPS = 6, 8  # at most, before and after masking
+_COARSE_TOLERANCE, _TOLERANCE = 1e-3, 5e-5  # expected relative decrease of chi2 at which a fit has converged
+_DAMPING = 0.1  # of the first step
+_ROUNDING = 3e-7  # relative, of chi2
+_OUTLIER = 5.5  # residual, in standard deviations, at which a pixel is masked
+_N_BLOCKS = 256  # of pixels, whose sums are looked at too
+_OUTLIER_NEIGHBOUR = 3.0  # the same beside a masked pixel
+
+
+class LabelFit(NamedTuple):
+    """Fits of N stars."""
+
+    labels: Float[AnyArray, "N 4"]  #: T_eff (K), log g, [M/H], [alpha/M]; within the grid
+    covariance: Float[AnyArray, "N 4 4"]  #: of the labels, from the errors as given; velocity and continuum are unknown
+    velocity: Float[AnyArray, " N"]  #: km/s, positive where the star recedes
+    velocity_error: Float[AnyArray, " N"]  #: km/s; 0 where the velocity was given
+    velocity_contrast: Float[AnyArray, " N"]  #: how much worse a second velocity is, in chi2; see ``find_velocity``
+    broadening: Float[AnyArray, " N"]  #: standard deviation, km/s, by which lines are broader than those of the grid
+    chi2: Float[AnyArray, " N"]  #: chi2 per degree of freedom of the pixels used
+    region_chi2: Float[AnyArray, "N 8"]  #: chi2 per pixel in eight equal parts of the wavelength range; NaN without pixels
+    n_masked: Int[AnyArray, " N"]  #: pixels masked since they stand out
+    converged: Bool[AnyArray, " N"]
+    at_edge: Bool[AnyArray, "N 4"]  #: True where a label ended at the edge of the grid
+    continuum: Float[AnyArray, "N K"]  #: Chebyshev coefficients of the polynomial
+    constant: Float[AnyArray, " N"]  #: flux that is added to the star's; 0 unless asked for
+    good: Bool[AnyArray, "N P"]  #: pixels used, as observed
+
+
+def fit_labels(
+    flux: Float[AnyArray, "N P"],
+    error: Float[AnyArray, "N P"],
+    good: Bool[AnyArray, "N P"] | None = None,
+    *,
+    velocity: Float[AnyArray, " N"] | None = None,
+    n_continuum: int = 5,
+    broadening: bool = True,
+    additive: bool = False,
+    model: LabelModel | None = None,
+) -> LabelFit:
+    """Labels of every star by least squares on the model grid, with its velocity, broadening and continuum unknown.
+
+    Args:
+        flux: spectra as observed, on the pixels of the grid.
+        error: standard deviation of the flux; pixels where it is not a positive number are not used.
+        good: False for pixels that are not to be used.
+        velocity: known velocities, km/s; by default they are found, within +-600 km/s.
+        n_continuum: number K of terms of the polynomial; 1 trusts the flux calibration and fits the amplitude only.
+        broadening: whether lines may be broader than those of the grid.
+        additive: whether a constant may be added to the flux, as by a sky that was subtracted wrongly; log g then is less certain.
+        model: result of ``label_model``; by default that of the grid that ships with the package.
+
+    Raises:
+        InputError: for shapes that disagree, or pixels other than those of the grid.
+    """
+    flux, error = jnp.asarray(flux), jnp.asarray(error)
+    good = jnp.ones(flux.shape, bool) if good is None else jnp.asarray(good)
+    model = default_model() if model is None else model
+    if flux.ndim != 2 or flux.shape[1] != len(WAVE) or len(flux) == 0:
+        raise InputError(f"flux has shape {flux.shape}, expected (N, {len(WAVE)}) on the pixels of the model grid")
+    for name, array in (("error", error), ("good", good)):
+        if array.shape != flux.shape:
+            raise InputError(f"{name} has shape {array.shape}, expected {flux.shape} like flux")
+    if velocity is not None and np.shape(velocity) != (len(flux),):
+        raise InputError(f"velocity has shape {np.shape(velocity)}, expected ({len(flux)},)")
+    known = jnp.zeros(len(flux)) if velocity is None else jnp.asarray(velocity, flux.dtype)
+    free = (0, 1, 2, 3, *([4] if velocity is None else []), *([5] if broadening else []))
+    devices = devices_for(len(flux))
+    arrays = on_all(tuple(model[1:]), devices)
+    fits = []
+    for start in range(0, len(flux), _BLOCK * len(devices)):
+        # The last star fills the last blocks, so that one program serves all numbers of stars.
+        rows = np.minimum(np.arange(start, start + _BLOCK * len(devices)), len(flux) - 1)
+        blocks = tuple(array[rows].reshape(len(devices), _BLOCK, *array.shape[1:]) for array in (flux, error, good, known))
+        fits.append(_fit_blocks(on_all(blocks, devices), arrays, model.axes, free, n_continuum, additive, devices))
+    return LabelFit(*(np.concatenate(leaves).reshape(-1, *leaves[0].shape[2:])[: len(flux)] for leaves in zip(*fits, strict=True)))
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "free", "n_continuum", "additive", "devices"))
+def _fit_blocks(
+    blocks: Any, arrays: Any, axes: Any, free: tuple[int, ...], n_continuum: int, additive: bool, devices: Any
+) -> LabelFit:
+    def fit(block: Any, arrays: Any) -> LabelFit:
+        flux, error, good, known = block
+        model = LabelModel(axes, *arrays)
+        return _fit_block(flux, error, good, known, _Problem(model, model.coarse, free, n_continuum, additive))
+
+    return map_devices(fit, blocks, arrays, devices)
+
+
+class _Data(NamedTuple):
+    """Spectra of n stars, at rest up to a part of a pixel."""
+
+    flux: jax.Array  # (n, P), 0 where the weight is 0
+    weight: jax.Array  # (n, P), inverse variance
+    offset: jax.Array  # (n, P), by how many pixels the centre of the observed pixel lies beside that of the model, at ``velocity``
+    velocity: jax.Array  # (n,), km/s
+    drift: jax.Array  # (P,), change of the offset with the velocity
+
+
+class _Problem(NamedTuple):
+    """What does not change during a fit."""
+
+    model: LabelModel
+    pixels: PixelModel
+    free: tuple[int, ...]  # parameters that are fitted
+    n_continuum: int
+    additive: bool  # whether a constant is added to the model
+
+
+def _fit_block(flux: jax.Array, error: jax.Array, good: jax.Array, known: jax.Array, problem: _Problem) -> LabelFit:
+    model, free = problem.model, problem.free
+    usable = good & (error > 0) & jnp.isfinite(error) & jnp.isfinite(flux)
+    flux = jnp.where(usable, flux, 0.0)
+    # In units of the typical flux, so that float32 holds any unit of the file.
+    scale = median_rows(flux[:, ::8])[:, None]
+    scale = jnp.where(scale > 0, scale, 1.0)
+    flux = flux / scale
+    weight = jnp.where(usable, 1.0 / jnp.square(jnp.where(usable, error, 1.0) / scale), 0.0)
+    # Light that no star has: far above the spectrum or below 0.
+    beyond = jnp.maximum(jnp.maximum(flux - 3.0, -flux), 0.0)
+    observed = jnp.where(weight * jnp.square(beyond) > 64.0, 0.0, weight)
+    smooth = _continuum(*_coarsen(flux, observed))
+    velocity, contrast = known, jnp.full(len(flux), jnp.inf)
+    if 4 in free:
+        velocity, contrast = find_velocity(*_flat(flux, observed, smooth), model)
+    data = _at_rest(flux, observed, velocity)
+    flat, flat_weight = _flat(data.flux, data.weight, smooth)
+    start = _nearest_node(flat, flat_weight, model)
+    x = jnp.concatenate([start, velocity[:, None], jnp.full((len(start), 1), 0.3 if 5 in free else 0.0)], axis=1)
+    coarse = _coarse_data(data)
+    state, kept = _solve(problem, x, coarse, jnp.where(flat_weight > 0, coarse.weight, 0.0), _COARSE_STEPS, _COARSE_TOLERANCE)
+    velocity = state.x[:, 4]
+    data = _at_rest(flux, observed, velocity)
+    problem = problem._replace(pixels=model.fine)
+    kept = jnp.where(jnp.repeat(kept > 0, REBIN, axis=1), data.weight, 0.0)
+    state, weight = _solve(problem, state.x, data, kept, _FINE_STEPS, _TOLERANCE)
+    n_masked = jnp.sum(usable & (observed == 0), axis=1) + jnp.sum((data.weight > 0) & (weight == 0), axis=1)
+    fit = _report(problem, state, data._replace(weight=weight), usable, contrast, n_masked)
+    return fit._replace(continuum=fit.continuum * scale, constant=fit.constant * scale[:, 0])
+
+
+def _continuum(flux: jax.Array, weight: jax.Array) -> jax.Array:
+    """A polynomial through each coarse spectrum; pixels far from it count less and less."""
+    terms = jnp.asarray(chebyshev_terms(flux.shape[1], NORMALISE_TERMS), flux.dtype)
+    products = (terms[:, None] * terms[None, :]).reshape(-1, flux.shape[1])
+    robust = weight
+    for _ in range(3):
+        normal = matmul(robust, products.T).reshape(len(flux), len(terms), len(terms))
+        coef = jnp.linalg.solve(normal, matmul(robust * flux, terms.T)[..., None])[..., 0]
+        smooth = matmul(coef, terms)
+        deviation = jnp.abs(flux - smooth)
+        typical = jnp.sum(robust * deviation, axis=1) / jnp.sum(robust, axis=1)
+        robust = weight / (1.0 + jnp.square(deviation / (3.0 * typical[:, None])))
+    return smooth
+
+
+def _flat(flux: jax.Array, weight: jax.Array, smooth: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Coarse spectra over their polynomial, less 1, and their weights; none where no star of the grid is so faint or bright."""
+    flux, weight = _coarsen(flux, weight)
+    flat = jnp.where((weight > 0) & (smooth != 0), flux / jnp.where(smooth == 0, 1.0, smooth) - 1.0, 0.0)
+    parts = jnp.mean(flat.reshape(len(flat), _N_PARTS, -1), axis=2)
+    possible = (parts > _FAINTEST) & (parts < _BRIGHTEST)
+    return flat, weight * jnp.square(smooth) * jnp.repeat(possible, flat.shape[1] // _N_PARTS, axis=1)
+
+
+def _coarsen(flux: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weighted means of neighbouring pixels, and their weights."""
+    shape = (len(flux), -1, REBIN)
+    total = jnp.sum(weight.reshape(shape), axis=2)
+    mean = jnp.sum((weight * flux).reshape(shape), axis=2) / jnp.where(total > 0, total, 1.0)
+    return mean, total
+
+
+def find_velocity(
+    flat: Float[jax.Array, "N P4"], weight: Float[jax.Array, "N P4"], model: LabelModel
+) -> tuple[Float[jax.Array, " N"], Float[jax.Array, " N"]]:
+    """The velocity at which a template fits best, with a free strength of its lines.
+
+    This is a cross-correlation with weights: chi2 of each template at each velocity (Zucker 2003, MNRAS 342, 1291).
+
+    Args:
+        flat: flattened coarse spectra.
+        weight: their inverse variance.
+        model: has the templates.
+
+    Returns:
+        Velocity (km/s) and its contrast: by how much the best chi2 of a velocity more than 150 km/s away is larger, in units of
+        the least chi2 per degree of freedom. Below some 25 the velocity is not unique.
+    """
+    shifted = jnp.asarray(model.shifted).reshape(-1, flat.shape[1])
+    overlap = jnp.maximum(matmul(weight * flat, shifted.T), 0.0)
+    gain = jnp.square(overlap) / jnp.maximum(matmul(weight, jnp.square(shifted).T), 1e-30)
+    gain = jnp.max(gain.reshape(len(flat), *model.shifted.shape[:2]), axis=2)
+    v, n = jnp.asarray(model.velocities), len(model.velocities)
+    best = jnp.clip(jnp.argmax(gain, axis=1), 1, n - 2)
+    left, middle, right = (jnp.take_along_axis(gain, best[:, None] + i, axis=1)[:, 0] for i in (-1, 0, 1))
+    curvature = jnp.minimum(left - 2.0 * middle + right, -1e-30)
+    shift = jnp.clip(0.5 * (left - right) / curvature, -1.0, 1.0)
+    total = jnp.sum(weight * jnp.square(flat), axis=1) - middle
+    apart = jnp.abs(v[None, :] - v[best][:, None]) > _SEPARATION
+    second = jnp.max(jnp.where(apart, gain, 0.0), axis=1)
+    reduced = total / jnp.maximum(jnp.sum(weight > 0, axis=1), 1)
+    return v[best] + shift * VELOCITY_STEP, (middle - second) / jnp.maximum(reduced, 1e-30)
+
+
+def _nearest_node(flat: jax.Array, weight: jax.Array, model: LabelModel) -> jax.Array:
+    """Labels (n, 4) of the node of the grid whose flattened spectrum is nearest."""
+    nodes = jnp.asarray(model.coarse.nodes)
+    chi2 = matmul(weight, jnp.square(nodes).T) - 2.0 * matmul(weight * flat, nodes.T)
+    places = jnp.unravel_index(jnp.argmin(chi2, axis=1), [len(axis) for axis in model.axes])
+    return jnp.stack([jnp.asarray(axis, flat.dtype)[place] for axis, place in zip(model.axes, places, strict=True)], axis=1)
+
+
+def _at_rest(flux: jax.Array, weight: jax.Array, velocity: jax.Array) -> _Data:
+    """Takes for each pixel of the model the observed pixel whose wavelength at rest is nearest; nothing is interpolated."""
+    wave = jnp.asarray(WAVE - WAVE[0], flux.dtype)  # in float32, only differences of wavelengths are precise
+    stretch = (velocity / LIGHT_SPEED)[:, None]
+    place = (wave[None, :] + stretch * (wave + float(WAVE[0]))[None, :]) / _PIXEL
+    index = jnp.round(place)
+    offset = (index - place) / (1.0 + stretch)
+    inside = (index >= 0) & (index <= flux.shape[1] - 1)
+    index = jnp.clip(index, 0, flux.shape[1] - 1).astype(jnp.int32)
+    # Where v < 0 an observed pixel can be nearest to two pixels of the model: it counts once.
+    first = jnp.concatenate([jnp.ones((len(flux), 1), bool), index[:, 1:] > index[:, :-1]], axis=1)
+    flux, weight = (jnp.take_along_axis(array, index, axis=1) for array in (flux, weight))
+    weight = jnp.where(inside & first, weight, 0.0)
+    drift = -jnp.asarray(WAVE / (LIGHT_SPEED * _PIXEL), flux.dtype)
+    return _Data(jnp.where(weight > 0, flux, 0.0), weight, offset, velocity, drift)
+
+
+def _coarse_data(data: _Data) -> _Data:
+    flux, weight = _coarsen(data.flux, data.weight)
+    offset, drift = (jnp.mean(x.reshape(*x.shape[:-1], -1, REBIN), axis=-1) / REBIN for x in (data.offset, data.drift))
+    return _Data(flux, weight, offset, data.velocity, drift)
+
+
+def _weights(nodes: tuple[float, ...], x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``spline_weights`` and their derivatives."""
+    return jax.jvp(lambda x: spline_weights(np.array(nodes), x), (x,), (jnp.ones_like(x),))
+
+
+def _spectra(x: jax.Array, data: _Data, model: LabelModel, pixels: PixelModel) -> tuple[jax.Array, jax.Array]:
+    """Spectra (n, P) without the polynomial, and their derivatives (n, 6, P) in the parameters, in units of ``_UNITS``.
+
+    Parameters (n, 6): T_eff, log g, [M/H], [alpha/M], velocity, broadening.
+    """
+    axis = [_weights(nodes, x[:, i]) for i, nodes in enumerate(model.axes)]
+    variants = [[pair[i == j] for j, pair in enumerate(axis)] for i in (-1, 0, 1, 2, 3)]
+    tensor = jnp.stack([jnp.einsum("nt,ng,nz,nm->ntgzm", *variant).reshape(len(x), -1) for variant in variants], axis=1)
+    coef = matmul(tensor.reshape(-1, tensor.shape[2]), model.coef).reshape(len(x), 5, -1)
+    n_continuum = pixels.log_continuum.shape[0] - 1
+    norm, continuum = coef[..., :-n_continuum], coef[..., -n_continuum:]
+
+    # All broadenings of the norm, and from them the one wanted and its derivative.
+    n_source, n_components = model.broaden.shape[1:]
+    broaden = jnp.swapaxes(jnp.asarray(model.broaden), 0, 1).reshape(n_source, -1)
+    broadened = matmul(norm.reshape(-1, n_source), broaden).reshape(len(x), 5, -1, n_components)
+    weight, slope = _weights(BROADENING_NODES, x[:, 5])
+    wanted = jnp.einsum("nlsr,ns->nlr", broadened, weight)
+    spread = jnp.einsum("nsr,ns->nr", broadened[:, 0], slope)
+    rows = jnp.concatenate([wanted, spread[:, None]], axis=1)
+    basis = jnp.asarray(pixels.basis)
+    spline = matmul(rows.reshape(-1, n_components), basis[1:]).reshape(len(x), 6, -1)
+    spline = spline.at[:, 0].add(basis[0])
+
+    # The quadratic B-splines at the centres of the observed pixels.
+    offset = jnp.clip(data.offset + (x[:, 4] - data.velocity)[:, None] * data.drift[None, :], -1.0, 1.0)
+    left, right = jnp.square(0.5 - offset), jnp.square(0.5 + offset)
+    padded = jnp.pad(spline, ((0, 0), (0, 0), (1, 1)), mode="edge")
+    before, after = padded[:, :, :-2], padded[:, :, 2:]
+    moved = 0.5 * left[:, None] * before + (0.75 - jnp.square(offset))[:, None] * spline + 0.5 * right[:, None] * after
+    velocity_slope = (offset - 0.5) * before[:, 0] - 2.0 * offset * spline[:, 0] + (offset + 0.5) * after[:, 0]
+    velocity_slope = velocity_slope * data.drift[None, :]
+    log_continuum = matmul(continuum.reshape(-1, n_continuum), pixels.log_continuum[1:]).reshape(len(x), 5, -1)
+    factor = jnp.exp(log_continuum[:, :1] + jnp.asarray(pixels.log_continuum)[None, :1])
+    spectrum = (moved[:, :1] * factor)[:, 0]
+    labels = moved[:, 1:5] * factor + log_continuum[:, 1:] * spectrum[:, None]
+    others = jnp.stack([velocity_slope, moved[:, 5]], axis=1) * factor
+    units = jnp.asarray(_UNITS, x.dtype)
+    return spectrum, jnp.concatenate([labels, others], axis=1) * units[None, :, None]
+
+
+class _State(NamedTuple):
+    """The best fit so far of n stars, and what a step from it needs."""
+
+    x: jax.Array  # (n, 6)
+    chi2: jax.Array  # (n,)
+    normal: jax.Array  # (n, f, f) normal equations of the free parameters, the polynomial eliminated
+    gradient: jax.Array  # (n, f)
+    continuum: jax.Array  # (n, K)
+    constant: jax.Array  # (n,)
+    flux: jax.Array  # (n, P) the model
+    damping: jax.Array  # (n,)
+
+
+def _polynomial(coef: jax.Array, n_pixels: int) -> jax.Array:
+    return matmul(coef, jnp.asarray(chebyshev_terms(n_pixels, coef.shape[1]), coef.dtype))
+
+
+def _evaluate(problem: _Problem, x: jax.Array, data: _Data) -> _State:
+    """The state at x."""
+    spectrum, derivatives = _spectra(x, data, problem.model, problem.pixels)
+    terms = jnp.asarray(chebyshev_terms(spectrum.shape[1], problem.n_continuum), spectrum.dtype)
+    root = jnp.sqrt(data.weight)
+    columns = (root * spectrum)[:, None] * terms[None]
+    if problem.additive:
+        columns = jnp.concatenate([columns, root[:, None]], axis=1)
+    normal = jnp.einsum("nkp,njp->nkj", columns, columns)
+    eye = jnp.eye(columns.shape[1], dtype=normal.dtype)[None]
+    normal = normal + 1e-6 * jnp.trace(normal, axis1=1, axis2=2)[:, None, None] * eye
+    right = jnp.einsum("nkp,np->nk", columns, root * data.flux)
+    coef = jnp.linalg.solve(normal, right[..., None])[..., 0]
+    coef, constant = coef[:, : problem.n_continuum], coef[:, problem.n_continuum :]
+    polynomial = _polynomial(coef, spectrum.shape[1])
+    flux = polynomial * spectrum + jnp.sum(constant, axis=1)[:, None]
+    residual = root * (data.flux - flux)
+    jacobian = derivatives[:, np.array(problem.free)] * (root * polynomial)[:, None]
+    cross = jnp.einsum("nkp,nip->nki", columns, jacobian)
+    own = jnp.einsum("nip,njp->nij", jacobian, jacobian)
+    reduced = own - jnp.einsum("nki,nkj->nij", cross, jnp.linalg.solve(normal, cross))
+    gradient = jnp.einsum("nip,np->ni", jacobian, residual)
+    chi2 = jnp.sum(jnp.square(residual), axis=1)
+    return _State(x, chi2, reduced, gradient, coef, jnp.sum(constant, axis=1), flux, jnp.full(len(x), _DAMPING, x.dtype))
+
+
+def _step(problem: _Problem, state: _State) -> tuple[jax.Array, jax.Array]:
+    """Where the next step leads, and by how much it should lower chi2.
+
+    A parameter that would leave the box of the grid is held at its edge.
+    """
+    chosen = np.array(problem.free)
+    units = jnp.asarray(_UNITS, state.x.dtype)[chosen]
+    axes = problem.model.axes
+    low = jnp.array([*(axis[0] for axis in axes), -jnp.inf, 0.0], state.x.dtype)[None, chosen]
+    high = jnp.array([*(axis[-1] for axis in axes), jnp.inf, BROADENING_NODES[-1]], state.x.dtype)[None, chosen]
+    here, eye = state.x[:, chosen], jnp.eye(len(chosen), dtype=state.x.dtype)[None]
+    move = ~((here <= low) & (state.gradient < 0)) & ~((here >= high) & (state.gradient > 0))
+    normal = state.normal * (move[:, :, None] & move[:, None, :])
+    diagonal = jnp.where(move, (1.0 + state.damping[:, None]) * jnp.einsum("nii->ni", normal) + 1e-12, 1.0)
+    normal = normal * (1.0 - eye) + diagonal[:, :, None] * eye
+    gradient = jnp.where(move, state.gradient, 0.0)
+    moved = jnp.linalg.solve(normal, gradient[..., None])[..., 0]
+    trial = jnp.clip(here + moved * units[None, :], low, high)
+    return state.x.at[:, chosen].set(trial), jnp.sum(moved * gradient, axis=1)
+
+
+class _Progress(NamedTuple):
+    state: _State
+    weight: jax.Array  # (n, P), of the pixels that are used
+    n_steps: jax.Array  # since the last masking
+    masked: jax.Array  # whether pixels have been masked
+
+
+def _solve(
+    problem: _Problem, x: jax.Array, data: _Data, weight: jax.Array, max_steps: int, tolerance: float
+) -> tuple[_State, jax.Array]:
+    """Levenberg-Marquardt, masking of the pixels that stand out, and Levenberg-Marquardt again.
+
+    Either stops where none of the stars expects to lower its chi2 by more than the tolerance times chi2. A star whose weights
+    have changed has an infinite chi2, which makes it stay where it is and be evaluated again.
+
+    Returns:
+        The state, and the weights that it belongs to.
+    """
+    n, f = len(x), len(problem.free)
+
+    def moving(state: _State) -> jax.Array:
+        return jnp.isinf(state.chi2) | (_step(problem, state)[1] > tolerance * state.chi2)
+
+    def iterate(progress: _Progress) -> _Progress:
+        state = progress.state
+        fresh = jnp.isinf(state.chi2)
+        trial = jnp.where(fresh[:, None], state.x, _step(problem, state)[0])
+        new = _evaluate(problem, trial, data._replace(weight=progress.weight))
+        better = fresh | ((new.chi2 <= state.chi2 * (1.0 + _ROUNDING)) & moving(state))
+        damping = jnp.where(better, 0.1 * state.damping, jnp.maximum(10.0 * state.damping, 1e-3))
+        state = jax.tree.map(lambda a, b: jnp.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, state)
+        progress = progress._replace(state=state._replace(damping=damping), n_steps=progress.n_steps + 1)
+        return lax.cond(~progress.masked & settled(progress), mask, lambda progress: progress, progress)
+
+    def mask(progress: _Progress) -> _Progress:
+        state, weight = progress.state, _mask(data, progress.state.flux, data.flux.shape[1] // _N_BLOCKS)
+        changed = jnp.any(weight != progress.weight, axis=1)
+        state = state._replace(chi2=jnp.where(changed, jnp.inf, state.chi2))
+        return _Progress(state, weight, jnp.zeros_like(progress.n_steps), jnp.ones_like(progress.masked))
+
+    def settled(progress: _Progress) -> jax.Array:
+        return (progress.n_steps > max_steps) | ~jnp.any(moving(progress.state))
+
+    zeros = functools.partial(jnp.zeros, dtype=x.dtype)
+    numbers = (zeros((n, f, f)), zeros((n, f)), zeros((n, problem.n_continuum)), zeros(n), zeros(data.flux.shape))
+    state = _State(x, jnp.full(n, jnp.inf, x.dtype), *numbers, jnp.full(n, _DAMPING, x.dtype))
+    start = _Progress(state, weight, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+    end = lax.while_loop(lambda progress: ~(progress.masked & settled(progress)), iterate, start)
+    return end.state, end.weight
+
+
+def _mask(data: _Data, model_flux: jax.Array, block: int) -> jax.Array:
+    """Weights without the pixels that stand out, alone, as the sum of two neighbouring blocks, or as a quarter of these.
+
+    The limits are in units of the standard deviation of a good spectrum, or of the typical residual of a bad one.
+    """
+    residual = (data.flux - model_flux) * jnp.sqrt(data.weight)
+    size = jnp.abs(residual)
+    used = jnp.sum(data.weight > 0, axis=1)
+    scale = jnp.maximum(_positive_median(size, used) / 0.6745, 1.0)[:, None]
+    out = size > _OUTLIER * scale
+    beside = jnp.pad(out, ((0, 0), (1, 1)))
+    out = out | ((beside[:, :-2] | beside[:, 2:]) & (size > _OUTLIER_NEIGHBOUR * scale))
+
+    blocks = (len(residual), -1, block)
+    sums = jnp.sum(jnp.where(out, 0.0, residual).reshape(blocks), axis=2)
+    pairs = jnp.abs(sums[:, 1:] + sums[:, :-1]) / np.sqrt(2.0 * block)
+    scale = jnp.maximum(_positive_median(pairs, jnp.sum(pairs > 0, axis=1)) / 0.6745, 1.0)[:, None]
+    n_out = jnp.sum(out.reshape(blocks), axis=2)
+    far = (pairs > _OUTLIER * scale) | (n_out[:, 1:] + n_out[:, :-1] > block / 2)
+    far = jnp.pad(far, ((0, 0), (1, 1)))
+    return jnp.where(out | jnp.repeat(far[:, 1:] | far[:, :-1], block, axis=1), 0.0, data.weight)
+
+
+def _positive_median(x: jax.Array, n_positive: jax.Array) -> jax.Array:
+    """Median of the numbers of each row that are not 0, to a per cent: by bisection of their logarithm."""
+
+    def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = jnp.sqrt(low * high)
+        above = 2 * jnp.sum(x > middle[:, None], axis=1) > n_positive
+        return jnp.where(above, middle, low), jnp.where(above, high, middle)
+
+    low, high = lax.fori_loop(0, 10, halve, (jnp.full(len(x), 1e-2, x.dtype), jnp.full(len(x), 1e4, x.dtype)))
+    return jnp.sqrt(low * high)
+
+
+def _report(problem: _Problem, state: _State, data: _Data, usable: jax.Array, contrast: jax.Array, n_masked: jax.Array) -> LabelFit:
+    free, axes = problem.free, problem.model.axes
+    n, n_pixels = data.flux.shape
+    residual = (data.flux - state.flux) * jnp.sqrt(data.weight)
+    used = data.weight > 0
+    squared = jnp.sum(jnp.square(residual).reshape(n, N_REGIONS, -1), axis=2)
+    n_used = jnp.sum(used.reshape(n, N_REGIONS, -1), axis=2)
+    total = jnp.sum(n_used, axis=1)
+    units = jnp.asarray(_UNITS, state.x.dtype)[np.array(free)]
+    covariance = jnp.linalg.inv(state.normal + 1e-12 * jnp.eye(len(free))[None]) * units[None, :, None] * units[None, None, :]
+    low, high = (jnp.array([axis[i] for axis in axes], state.x.dtype) for i in (0, -1))
+    # A last step, which is too small to be tried.
+    last, gain = _step(problem, state)
+    converged = gain <= 3.0 * _TOLERANCE * state.chi2
+    x = jnp.where(converged[:, None], last, state.x)
+    labels = x[:, :4]
+    # From pixels of the model back to observed ones.
+    wave = jnp.asarray(WAVE - WAVE[0], data.flux.dtype)
+    stretch = (data.velocity / LIGHT_SPEED)[:, None]
+    place = jnp.round((wave[None, :] - stretch * float(WAVE[0])) / (1.0 + stretch) / _PIXEL).astype(jnp.int32)
+    inside = (place >= 0) & (place < n_pixels)
+    good = jnp.take_along_axis(used, jnp.clip(place, 0, n_pixels - 1), axis=1) & inside & usable
+    return LabelFit(
+        labels,
+        covariance[:, :4, :4],
+        x[:, 4],
+        jnp.sqrt(covariance[:, 4, 4]) if 4 in free else jnp.zeros(n),
+        contrast,
+        jnp.sqrt(x[:, 5]) * GRID_WIDTH,
+        jnp.sum(squared, axis=1) / jnp.maximum(total - len(free) - problem.n_continuum - problem.additive, 1),
+        jnp.where(n_used > 0, squared / jnp.maximum(n_used, 1), jnp.nan),
+        n_masked,
+        converged,
+        (labels <= low[None]) | (labels >= high[None]),
+        state.continuum,
+        state.constant,
+        good,
+    )
+
+
+def fitted_flux(fit: LabelFit, model: LabelModel | None = None) -> Float[np.ndarray, "N P"]:
+    """The fitted model of each spectrum, on the pixels as observed.
+
+    Args:
+        fit: result of ``fit_labels``.
+        model: as in ``fit_labels``.
+    """
+    model = default_model() if model is None else model
+    rest = np.asarray(_rest_flux(fit, tuple(model[1:]), model.axes))
+    wave = WAVE[None, :] / (1.0 + fit.velocity[:, None].astype(np.float64) / LIGHT_SPEED)
+    return np.stack([scipy.interpolate.CubicSpline(WAVE, flux)(at) for flux, at in zip(rest, wave, strict=True)]).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _rest_flux(fit: LabelFit, arrays: Any, axes: Any) -> jax.Array:
+    model = LabelModel(axes, *arrays)
+    nothing = jnp.zeros(fit.good.shape, fit.labels.dtype)
+    x = jnp.concatenate([fit.labels, nothing[:, :1], jnp.square(fit.broadening / GRID_WIDTH)[:, None]], axis=1)
+    data = _Data(nothing, nothing, nothing, x[:, 4], nothing[0])
+    terms = jnp.asarray(chebyshev_terms(nothing.shape[1], fit.continuum.shape[1]))
+    return _spectra(x, data, model, model.fine)[0] * matmul(fit.continuum, terms) + fit.constant[:, None]

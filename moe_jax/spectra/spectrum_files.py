@@ -1,0 +1,236 @@
+"""Spectra as they come: HDF5, FITS images and tables, and text, opened as sources that share their wavelengths.
+
+Read are the HDF5 and FITS layouts of ``moe_jax.spectra.telescope_file``; FITS tables with a row for each pixel or for each star
+(those of SDSS, with loglam, flux and ivar, and specutils' tabular-fits among them); FITS images whose header gives the wavelengths
+(CRVAL1, CDELT1); and text with columns: CSV, white space, or ECSV. Columns and extensions are found by their names. Units come
+from the file. Where it names none, the numbers tell Angstrom, nm and um apart.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import h5py
+import numpy as np
+from jaxtyping import Float
+
+from moe_jax.core.arrays import InputError
+from moe_jax.core.files import import_extra
+from moe_jax.spectra.resample import MaskedSpectra
+from moe_jax.spectra.survey_file import require_wave
+from moe_jax.spectra.telescope_file import TelescopeFile, is_fits, mask_unusable, to_angstrom
+
+#: Names of columns and extensions, in small letters.
+NAMES = {
+    "wave": ("wavelength", "wave", "lambda", "lam", "wl", "spectral_axis", "loglam", "log_lambda", "logwave", "col1"),
+    "flux": ("flux", "flux_density", "f_lambda", "flam", "spectrum", "spec", "counts", "intensity", "normalized_flux", "col2"),
+    "error": (
+        "error",
+        "err",
+        "flux_error",
+        "flux_err",
+        "e_flux",
+        "fluxerr",
+        "sigma",
+        "std",
+        "stddev",
+        "uncertainty",
+        "unc",
+        "col3",
+    ),
+    "ivar": ("ivar", "inverse_variance", "invvar", "flux_ivar"),
+}
+_LOGARITHMIC = ("loglam", "log_lambda", "logwave")
+_NAME_WITH_UNIT = re.compile(r"\s*(.*?)\s*(?:[\[(]\s*(.*?)\s*[\])]|_(nm|um|aa|angstrom|micron))\s*", re.IGNORECASE)
+
+
+class Source(Protocol):
+    """Spectra on common wavelengths: those of a file, or a part of it."""
+
+    @property
+    def wave(self) -> Float[np.ndarray, " P"]:
+        """Wavelengths, Angstrom, increasing."""
+
+    @property
+    def n_stars(self) -> int:
+        """Number of stars, N."""
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether the file gives errors."""
+
+    def read(self, start: int, stop: int) -> MaskedSpectra:
+        """The stars ``start`` to ``stop - 1``."""
+
+
+class LoadedSpectra(NamedTuple):
+    """A source in memory."""
+
+    wave: Float[np.ndarray, " P"]
+    spectra: MaskedSpectra
+
+    @property
+    def n_stars(self) -> int:
+        """Number of stars, N."""
+        return len(self.spectra.flux)
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether the file gives errors."""
+        return not np.isnan(self.spectra.error).all()
+
+    def read(self, start: int, stop: int) -> MaskedSpectra:
+        """The stars ``start`` to ``stop - 1``."""
+        return MaskedSpectra(*(array[start:stop] for array in self.spectra))
+
+
+class _Field(NamedTuple):
+    """An array of a file."""
+
+    name: str
+    values: Any
+    unit: str = ""
+
+
+def open_spectra(path: Path | str) -> list[Source]:
+    """The spectra of a file, in its order; one source where all stars share their wavelengths.
+
+    Raises:
+        InputError: one sentence that says what the file contains and what is looked for.
+        ModuleNotFoundError: for FITS and ECSV, where astropy is not installed.
+    """
+    path = Path(path)
+    if not path.is_file() or h5py.is_hdf5(path):
+        return [TelescopeFile(path)]
+    try:
+        if not is_fits(path):
+            return _sources(path, [_read_text(path)])
+        with import_extra("astropy.io.fits", "FITS").open(path, memmap=False, lazy_load_hdus=False) as hdus:
+            parts = [_fields_of(hdu) for hdu in hdus]
+            images = {part[0].name: part[0] for hdu, part in zip(hdus, parts, strict=True) if hdu.is_image and part}
+            wave = images.get("wavelength", images.get("wave"))
+            if "flux" in images and wave is not None and wave.values.ndim == 1 and not wave.unit:
+                return [TelescopeFile(path)]  # reads in parts
+            return _sources(path, parts)
+    except (InputError, ModuleNotFoundError):
+        raise
+    except Exception as reason:  # astropy and NumPy raise a dozen types for a damaged file
+        summary = str(reason).split("\n")[0]
+        raise InputError(f"{path}: found a file that cannot be read ({summary}), expected a whole one") from reason
+
+
+def _sources(path: Path, parts: Sequence[list[_Field]]) -> list[Source]:
+    """Sources from the first part of a file, or else from all parts together, that has wavelengths and flux."""
+    everything = [field for part in parts for field in part]
+    for fields in (*parts, everything):
+        found = {kind: field for kind in NAMES if (field := _find(kind, fields)) is not None}
+        if {"wave", "flux"} <= found.keys():
+            for kind in ("error", "ivar") if not {"error", "ivar"} & found.keys() else ():  # an extension of their own
+                field = _find(kind, everything)
+                if field is not None and np.shape(field.values) == np.shape(found["flux"].values):
+                    found[kind] = field
+            return list(_group(path, found))
+    contents = ", ".join(f"{field.name} {np.shape(field.values)}" for field in everything) or "no arrays"
+    expected = " and ".join(f"{kind} ({', '.join(NAMES[kind][:-1])})" for kind in ("wave", "flux"))
+    raise InputError(
+        f"{path}: found {contents}, expected columns or extensions named {expected}, or a header with CRVAL1 and CDELT1"
+    )
+
+
+def _find(kind: str, fields: Iterable[_Field]) -> _Field | None:
+    numbers = {field.name: field for field in fields if np.asarray(field.values).dtype.kind in "fiu" and np.ndim(field.values)}
+    return next((numbers[name] for name in NAMES[kind] if name in numbers), None)
+
+
+def _group(path: Path, found: dict[str, _Field]) -> Iterable[LoadedSpectra]:
+    """Checks shapes, and joins neighbouring stars with the same wavelengths."""
+    arrays = {kind: np.atleast_2d(np.asarray(field.values, np.float64)) for kind, field in found.items()}
+    shape = arrays["flux"].shape
+    for kind, array in arrays.items():
+        if array.ndim != 2 or array.shape[1] != shape[1] or len(array) not in ({1, shape[0]} if kind == "wave" else {shape[0]}):
+            expected = f"expected {shape} like {found['flux'].name}"
+            raise InputError(f"{path}: {found[kind].name} has shape {array.shape}, {expected}")
+    if shape[0] < 1 or shape[1] < 2:
+        raise InputError(f"{path}: {found['flux'].name} has shape {shape}, expected at least one star of at least 2 pixels")
+    field = found["wave"]
+    logarithmic = field.name in _LOGARITHMIC or field.unit.lower().startswith("log")
+    wave = to_angstrom(path, 10 ** arrays["wave"] if logarithmic else arrays["wave"], "angstrom" if logarithmic else field.unit)
+    error = arrays.get("error")
+    if error is None and "ivar" in arrays:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            error = 1 / np.sqrt(arrays["ivar"])
+    ends = [i for i in range(1, len(wave)) if not np.array_equal(wave[i], wave[i - 1], equal_nan=True)]
+    for start, stop in itertools.pairwise([0, *ends, len(wave)]):
+        rows = slice(start, stop) if len(wave) > 1 else slice(None)
+        there = np.isfinite(wave[start])  # rows of stars of different lengths are filled up
+        order = np.flatnonzero(there)[np.argsort(wave[start][there])]
+        require_wave(path, field.name, wave[start][order])
+        yield LoadedSpectra(
+            wave[start][order], mask_unusable(arrays["flux"][rows][:, order], None if error is None else error[rows][:, order])
+        )
+
+
+def _named(name: str, values: Any, unit: str | None = None) -> _Field:
+    """A field by its name in small letters; a unit may stand in the name, as in "wave [nm]"."""
+    if not unit and (match := _NAME_WITH_UNIT.fullmatch(str(name))) is not None:
+        name, unit = match[1], match[2] or match[3]
+    return _Field(str(name).strip().lower(), values, str(unit or ""))
+
+
+def _fields_of(hdu: Any) -> list[_Field]:
+    """Columns of a FITS table, or the image and the wavelengths of its header."""
+    if not hdu.is_image:
+        columns = [(column, np.asarray(hdu.data[column.name])) for column in hdu.columns]
+        native = [(column, values.astype(values.dtype.newbyteorder("="))) for column, values in columns]
+        return [_named(column.name, values, column.unit) for column, values in native]
+    if hdu.data is None:
+        return []
+    header, data = hdu.header, np.asarray(hdu.data)
+    fields = [_named(hdu.name or "primary", data, header.get("BUNIT"))]
+    step = header.get("CDELT1", header.get("CD1_1"))
+    if fields[0].name in NAMES["error"] + NAMES["ivar"] or step is None or "CRVAL1" not in header or data.ndim > 3:
+        return fields
+    wave = header["CRVAL1"] + (np.arange(data.shape[-1]) + 1 - header.get("CRPIX1", 1)) * step
+    logarithmic = header.get("DC-FLAG") == 1 or "LOG" in str(header.get("CTYPE1", "")).upper() or (2 < wave[0] < 5 and step < 1e-2)
+    fields = [_Field("loglam" if logarithmic else "wave", wave, "" if logarithmic else str(header.get("CUNIT1", "")))]
+    if data.ndim == 3:  # bands of IRAF: the flux comes first, the error last
+        return [*fields, _Field("flux", data[0]), *([_Field("error", data[3])] if len(data) == 4 else [])]
+    return [*fields, _Field("flux", data)]
+
+
+def _read_text(path: Path) -> list[_Field]:
+    """Columns of a text file; their names stand in its first line, commented or not, or count from col1."""
+    data = path.read_bytes()
+    if b"\0" in data[:4096]:
+        raise InputError(f"{path}: found a file that is not HDF5, expected an HDF5 file, or a FITS file named *.fits, or text")
+    lines = data.decode("utf-8", "replace").lstrip("\ufeff").splitlines()
+    if lines and lines[0].startswith("# %ECSV"):
+        table = import_extra("astropy.table", "ECSV").Table.read(path, format="ascii.ecsv")
+        return [_named(name, np.asarray(table[name]), str(table[name].unit or "")) for name in table.colnames]
+    rows = [_split(line) for line in lines if line.strip() and line.lstrip()[0] not in "#%"]
+    comments = [_split(line.lstrip(" #%")) for line in lines if line.lstrip().startswith(("#", "%"))]
+    header = rows.pop(0) if rows and not _is_number(rows[0][0]) else None
+    if not rows or len({len(row) for row in rows}) > 1 or not all(_is_number(cell) for cell in rows[0]):
+        raise InputError(f"{path}: found a file that is not HDF5, FITS or columns of numbers, expected one with spectra")
+    if header is None:
+        header = next((names for names in reversed(comments) if len(names) == len(rows[0])), None)
+    names = header if header is not None and len(header) == len(rows[0]) else [f"col{i + 1}" for i in range(len(rows[0]))]
+    columns = zip(*([float(cell) if _is_number(cell) else np.nan for cell in row] for row in rows), strict=True)
+    return [_named(name, np.array(column)) for name, column in zip(names, columns, strict=True)]
+
+
+def _split(line: str) -> list[str]:
+    separator = next((s for s in (",", ";", "\t", "|") if s in line), None)
+    return [cell.strip().strip('"') for cell in line.strip().strip("|").split(separator)]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text or "nan")
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,55 @@
+"""What is judged of a fit, against brute force; how well the fits do is tested with ``predict``."""
+
+import numpy as np
+import pytest
+
+from moe_jax.apply.robust import SCALES, add_prior, expected_chi2, grow, scale_chi2
+from moe_jax.spectra.pixels import WAVE
+from moe_jax.spectra.resample import overlaps
+from moe_jax.spectra.simulate import LABEL_LATTICE
+
+
+def test_chi2_at_two_scales(rng):
+    residual, good = rng.normal(size=(3, 4096)), rng.random((3, 4096)) > 0.1
+    residual[1] += 0.5  # hangs together
+    found = scale_chi2(np.where(good, residual, np.nan), good)
+    for i, scale in enumerate(SCALES):
+        sums = []
+        for start in range(0, 4096, scale):
+            own = residual[1, start : start + scale][good[1, start : start + scale]]
+            if len(own) > scale / 2:
+                sums.append(own.sum() ** 2 / len(own))
+        assert found[1, i] == pytest.approx(np.mean(sums))
+        np.testing.assert_allclose(found[[0, 2], i], 1, atol=0.3)
+
+
+def test_noise_that_resampling_shares(rng):
+    """Noise on pixels twice as wide as those of the grid, resampled and averaged."""
+    wave = np.arange(7090.0, 8861.0, 0.9)
+    overlap = overlaps(wave, WAVE)
+    noise = (overlap @ rng.normal(size=(len(wave), 400)) / np.asarray(overlap.sum(axis=1))).T
+    residual = noise / np.sqrt(np.mean(noise**2))
+    found = scale_chi2(residual, np.ones(residual.shape, bool)).mean(axis=0)
+    np.testing.assert_allclose(expected_chi2(overlap), found, rtol=0.03)
+    np.testing.assert_allclose(expected_chi2(overlaps(WAVE, WAVE)), 1, rtol=1e-6)
+
+
+def test_the_prior_is_that_of_normal_labels(rng):
+    """For normal labels and normal errors the posterior mean beats the fit, and its covariance is that of its errors."""
+    low, high = np.array([LABEL_LATTICE[name][:2] for name in ("T_eff", "log_g", "M_H", "a_M")]).T
+    unit = (high - low) / np.sqrt(12)
+    root = rng.normal(size=(4, 4)) * 0.7
+    covariance = root @ root.T * np.outer(unit, unit)
+    true = (low + high) / 2 + rng.normal(size=(20_000, 4)) * unit
+    fitted = true + rng.normal(size=(20_000, 4)) @ root.T * unit
+    labels, posterior = add_prior(fitted, np.repeat(covariance[None], 20_000, axis=0))
+    error = (labels - true) / unit
+    np.testing.assert_allclose(np.cov(error.T), posterior[0] / np.outer(unit, unit), atol=0.03)
+    assert (error.std(axis=0) < ((fitted - true) / unit).std(axis=0)).all()
+
+
+def test_features_grow_and_single_pixels_do_not():
+    out = np.zeros((1, 50), bool)
+    out[0, [3, 20, 21, 22, 23, 24, 40, 41]] = True
+    grown = np.flatnonzero(grow(out)[0])
+    assert list(grown) == [3, *range(15, 30), 40, 41]

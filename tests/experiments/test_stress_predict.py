@@ -1,0 +1,64 @@
+"""Spoiled spectra are what their names say, and the verdicts follow the rule."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from small_run import with_options
+
+from experiments import stress_predict
+from experiments.pipeline.spoilings import LIGHT, SPOILINGS, WAVE, Exposure, blur, shift
+
+
+@pytest.fixture(scope="module")
+def line():
+    """Two stars with a Gaussian line, without noise."""
+    flux = np.repeat(0.5 - 0.2 * np.exp(-0.5 * ((WAVE[None] - 8000) / 2) ** 2), 2, axis=0)
+    return Exposure(flux, np.zeros_like(flux), np.full_like(flux, 0.01))
+
+
+def moments(flux):
+    depth = 0.5 - flux
+    mean = np.sum(depth * WAVE) / np.sum(depth)
+    return mean, np.sum(depth * (WAVE - mean) ** 2) / np.sum(depth)
+
+
+def test_velocities_and_resolutions(line):
+    moved = shift(line, np.array([150.0, -90.0]))
+    assert moments(moved.flux[0])[0] == pytest.approx(8000 * (1 + 150 / LIGHT), abs=0.01)
+    assert moments(moved.flux[1])[0] == pytest.approx(8000 * (1 - 90 / LIGHT), abs=0.01)
+    fwhm = 7975 * np.sqrt(1 / 2500**2 - 1 / 5000**2)
+    assert moments(blur(line, 2500).flux[0])[1] - moments(line.flux[0])[1] == pytest.approx((fwhm / 2.3548) ** 2, rel=0.01)
+
+
+@pytest.mark.parametrize("name", SPOILINGS)
+def test_spoilings_change_what_they_should(line, name):
+    def spoil(seed):
+        return SPOILINGS[name](np.random.default_rng(seed), line)
+
+    found, again = spoil(0), spoil(0)
+    np.testing.assert_array_equal(found.flux, again.flux)
+    assert found.flux.shape == found.noise.shape == found.error.shape == line.flux.shape
+    changed = any(not np.array_equal(new, old) for new, old in zip(found, line, strict=True))
+    assert changed == (name not in ("untouched", "two stars in one"))  # here both stars are the same
+
+
+def test_verdicts():
+    flagged = [0.0, 0.0, 0.0, 0.0, 0.96, 0.94, 1.0]
+    rms, coverage = [0.3, 0.4, 0.41, 0.3, 2.0, 2.0, np.nan], [0.68, 0.68, 0.68, 0.5, 0.1, 0.1, np.nan]
+    judged = stress_predict.judge(pd.DataFrame({"flagged": flagged, "rms": rms, "coverage": coverage}))
+    assert list(judged["handled"]) == ["yes", "yes", "no", "no", "yes", "no", "yes"]
+
+
+def test_scores_are_of_stars_without_a_flag():
+    table = pd.DataFrame({"flags": ["", "", "bad"], "log_g": [1.0, 2.0, 9.0], "uncertainty": [0.2, 0.2, 0.2]})
+    row = stress_predict.score("case", table, np.array([1.1, 2.3, 0.0]))
+    assert row == {"case": "case", "flagged": pytest.approx(1 / 3), "rms": pytest.approx(np.sqrt(0.05)), "coverage": 0.5}
+
+
+def test_the_study(trained, tmp_path):
+    config = with_options(stress_predict.PRESETS["smoke"], model=trained / "model", n_stars=40, output_dir=tmp_path)
+    stress_predict.main(config)
+    cases = pd.read_csv(tmp_path / "cases.csv")
+    assert list(cases["case"]) == list(SPOILINGS)
+    assert cases["flagged"].iloc[0] < 0.1
+    assert (tmp_path / "cases.png").exists()

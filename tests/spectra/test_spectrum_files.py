@@ -1,0 +1,145 @@
+"""Spectra in the formats of the field: the same numbers, however they come."""
+
+import h5py
+import numpy as np
+import pytest
+from astropy import units as u
+from astropy.io import fits
+from astropy.table import Table
+
+from moe_jax import InputError
+from moe_jax.spectra.resample import air_to_vacuum
+from moe_jax.spectra.spectrum_files import open_spectra
+from moe_jax.spectra.survey_file import FLUX_FIELD, WAVE_FIELD
+
+WAVE = np.linspace(7000.0, 8999.0, 2_000)
+FLUX = 1 + 0.1 * np.sin(WAVE / 30)[None] * np.array([[1.0], [2.0]])
+ERROR = np.full_like(FLUX, 0.02)
+
+
+def image(data, **header):
+    hdu = fits.PrimaryHDU(data)
+    hdu.header.update(header)
+    return hdu
+
+
+def by_pixel(path):
+    Table({"wave": WAVE, "flux": FLUX[0], "err": ERROR[0]}).write(path.with_suffix(".fits"))
+    return path.with_suffix(".fits"), 1
+
+
+def by_star(path):
+    Table({"WAVELENGTH": np.tile(WAVE, (2, 1)), "FLUX": FLUX, "IVAR": ERROR**-2.0}).write(path.with_suffix(".fits"))
+    return path.with_suffix(".fits"), 2
+
+
+def sdss(path):
+    coadd = fits.BinTableHDU(Table({"flux": FLUX[0], "loglam": np.log10(WAVE), "ivar": ERROR[0] ** -2}), name="COADD")
+    lines = fits.BinTableHDU(Table({"LINEWAVE": [6564.6], "flux": [1.0]}), name="SPZLINE")
+    fits.HDUList([fits.PrimaryHDU(), coadd, lines]).writeto(path.with_suffix(".fits"))
+    return path.with_suffix(".fits"), 1
+
+
+def tabular_fits(path):
+    """As specutils writes it: Spectrum(...).write(path, format="tabular-fits")."""
+    columns = {"wavelength": WAVE / 10 * u.nm, "flux": FLUX[0] * u.Jy, "uncertainty": ERROR[0] * u.Jy}
+    Table(columns).write(path.with_suffix(".fits"))
+    return path.with_suffix(".fits"), 1
+
+
+def image_of_one_star(path):
+    hdus = [image(FLUX[0], CRVAL1=WAVE[100], CDELT1=1.0, CRPIX1=101.0), fits.ImageHDU(ERROR[0], name="SIGMA")]
+    fits.HDUList(hdus).writeto(path.with_suffix(".fits"))
+    return path.with_suffix(".fits"), 1
+
+
+def image_in_micrometres(path):
+    image(FLUX, CRVAL1=0.7, CD1_1=1e-4, CUNIT1="um").writeto(path.with_suffix(".fits"))
+    return path.with_suffix(".fits"), 2
+
+
+def bands_of_iraf(path):
+    bands = np.stack([FLUX, 0 * FLUX, 0 * FLUX, ERROR])
+    image(bands, CRVAL1=7000.0, CD1_1=1.0, CTYPE1="LINEAR").writeto(path.with_suffix(".fits"))
+    return path.with_suffix(".fits"), 2
+
+
+def images_in_nanometres(path):
+    wave = fits.ImageHDU(WAVE / 10, name="WAVE")
+    wave.header["BUNIT"] = "nm"
+    fits.HDUList([fits.PrimaryHDU(), wave, fits.ImageHDU(FLUX, name="FLUX")]).writeto(path.with_suffix(".fits"))
+    return path.with_suffix(".fits"), 2
+
+
+def csv(path):
+    rows = [f"{w},{f},{e}" for w, f, e in zip(WAVE, FLUX[0], ERROR[0], strict=True)]
+    path.with_suffix(".csv").write_text("\n".join(["wavelength [Angstrom],flux,error", *rows]))
+    return path.with_suffix(".csv"), 1
+
+
+def bare_text(path):
+    np.savetxt(path.with_suffix(".txt"), np.stack([WAVE[::-1] / 10, FLUX[0, ::-1], ERROR[0, ::-1]], axis=1), fmt="%.9g")
+    return path.with_suffix(".txt"), 1
+
+
+def text_with_a_comment(path):
+    np.savetxt(path.with_suffix(".dat"), np.stack([ERROR[0], WAVE, FLUX[0]], axis=1), header="sigma  lambda  flux", fmt="%.9g")
+    return path.with_suffix(".dat"), 1
+
+
+def ecsv(path):
+    Table({"wave": WAVE / 1e4 * u.um, "flux": FLUX[0], "error": ERROR[0]}).write(path.with_suffix(".ecsv"))
+    return path.with_suffix(".ecsv"), 1
+
+
+def hdf5_with_a_unit(path):
+    with h5py.File(path.with_suffix(".h5"), "w") as file:
+        file[WAVE_FIELD], file[FLUX_FIELD] = WAVE / 10, FLUX
+        file[WAVE_FIELD].attrs["unit"] = "nm"
+    return path.with_suffix(".h5"), 2
+
+
+WRITERS = [by_pixel, by_star, sdss, tabular_fits, image_of_one_star, image_in_micrometres, bands_of_iraf, images_in_nanometres, csv]
+WRITERS += [bare_text, text_with_a_comment, ecsv, hdf5_with_a_unit]
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+def test_every_format_holds_the_same(write, tmp_path):
+    path, n_stars = write(tmp_path / "in")
+    (source,) = open_spectra(path)
+    np.testing.assert_allclose(source.wave, WAVE, rtol=1e-7)
+    assert source.n_stars == n_stars
+    found = source.read(0, n_stars)
+    np.testing.assert_allclose(found.flux, FLUX[:n_stars], rtol=1e-6)
+    assert found.good.all()
+    if source.has_errors:
+        np.testing.assert_allclose(found.error, ERROR[:n_stars], rtol=1e-5)
+    assert source.has_errors == (write not in (image_in_micrometres, images_in_nanometres, hdf5_with_a_unit))
+
+
+def test_wavelengths_star_by_star(tmp_path):
+    """Neighbours with the same wavelengths stay together; rows of shorter spectra are filled up with NaN."""
+    wave = np.stack([WAVE, WAVE, WAVE + 3.0, np.where(WAVE < 8000, WAVE, np.nan)])
+    Table({"wave": wave, "flux": FLUX[[0, 1, 0, 1]]}).write(tmp_path / "in.fits")
+    sources = open_spectra(tmp_path / "in.fits")
+    assert [source.n_stars for source in sources] == [2, 1, 1]
+    assert [len(source.wave) for source in sources] == [2000, 2000, 1000]
+    np.testing.assert_allclose(sources[1].wave[0], 7003.0)
+    np.testing.assert_allclose(sources[2].read(0, 1).flux[0], FLUX[1, :1000], rtol=1e-6)
+
+
+def test_the_sentence_says_what_there_is(tmp_path):
+    Table({"x": WAVE, "brightness": FLUX[0]}).write(tmp_path / "in.fits")
+    with pytest.raises(InputError, match=r"found x \(2000,\), brightness \(2000,\), expected .*wave \(wavelength, wave, .*CRVAL1"):
+        open_spectra(tmp_path / "in.fits")
+    Table({"wave": WAVE * u.Hz, "flux": FLUX[0]}).write(tmp_path / "frequency.fits")
+    with pytest.raises(InputError, match="found wavelengths in 'Hz', expected Angstrom"):
+        open_spectra(tmp_path / "frequency.fits")
+    (tmp_path / "in.csv").write_text("wave,flux\n1,2\n3\n")
+    with pytest.raises(InputError, match=r"in\.csv: found a file that is not HDF5, FITS or columns of numbers"):
+        open_spectra(tmp_path / "in.csv")
+
+
+def test_air_to_vacuum():
+    """The calcium triplet, as NIST lists it in air and in vacuum."""
+    np.testing.assert_allclose(air_to_vacuum(np.array([8498.02, 8542.09, 8662.14])), [8500.36, 8544.44, 8664.52], atol=0.006)
