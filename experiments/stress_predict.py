@@ -126,9 +126,7 @@ def calibrate_fit(config: StressConfig) -> pd.DataFrame:
     rng = np.random.default_rng(config.seed + 1_000)
     fit = fit_robustly(as_file(disturb(rng, exposure)), WAVE)
     score = np.abs(fit.labels[:, 1] - log_g) / fit.error[:, 1]
-    rows = [
-        (f"|error| / sigma, {level:.0%}", np.quantile(score, level), used) for level, used in zip(LEVELS, QUANTILES, strict=True)
-    ]
+    rows = [(f"error / sigma, {level:.0%}", np.quantile(score, level), used) for level, used in zip(LEVELS, QUANTILES, strict=True)]
     untouched = fit_robustly(as_file(exposure), WAVE).scale_chi2
     rows += [
         (f"chi2 over {scale} pixels, 99.7 %", np.quantile(untouched[:, i], 0.997), LIMITS[i]) for i, scale in enumerate(SCALES)

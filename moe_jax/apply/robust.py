@@ -94,7 +94,8 @@ def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], n_continuu
         n_masked = (good & ~fit.good).sum(axis=1)
     expected, residual = expected_chi2(overlap), np.asarray((flux - fitted_flux(fit)) / error)
     ratio = scale_chi2(residual, fit.good) / expected[None, :] / np.maximum(fit.chi2, 1e-30)[:, None]
-    bright = scipy.ndimage.binary_opening(good & ~fit.good & (residual > 0), np.ones((1, _RUN), bool))
+    stands_out = residual > 3 * np.sqrt(np.maximum(fit.chi2, 1.0))[:, None]  # not the surroundings that were masked with a band
+    bright = scipy.ndimage.binary_opening(good & ~fit.good & stands_out, np.ones((1, _RUN), bool))
     n_emission = (np.diff(bright.astype(int), axis=1) > 0).sum(axis=1)
     widening = fit.chi2 * np.maximum(ratio, 1.0).max(axis=1) * expected[-1]
     labels, covariance = add_prior(fit.labels, fit.covariance * widening[:, None, None])
