@@ -44,9 +44,9 @@ class ReplicateConfig:
     """Preset from which the other options start."""
     n_surveys: int = 4
     """Surveys, each with training stars of its own."""
-    n_draws: int = 8
+    n_draws: int = 4
     """Noise draws of each survey."""
-    n_seeds: int = 32
+    n_seeds: int = 16
     """Gate seeds of each noise draw."""
     n_sets: int = 10
     """Parts of the covered test stars, each a test set of the report's size."""
