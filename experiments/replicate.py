@@ -1,6 +1,6 @@
 """Would the difference come out again? Surveys, noise draws and gate seeds are repeated, and judged on ten test sets.
 
-    python -m experiments.replicate                 4 surveys x 8 noise draws x 32 gate seeds x 10 test sets; 40 min on 2 cores
+    python -m experiments.replicate                 4 surveys x 4 noise draws x 16 gate seeds x 10 test sets; 15 min on 2 cores
     python -m experiments.replicate --preset smoke  2 x 2 x 2 x 2, small; about a minute
 
 A run that was stopped goes on where it was, from the cache. Results go to results/replicate/PRESET.
