@@ -32,9 +32,9 @@ from experiments.report.markdown import interval, table_markdown
 from experiments.report.results import Results, Study
 from experiments.report.variants import compare_by, variants_results
 from experiments.runner.cache import Cache
-from experiments.runner.command_line import group, run_command
+from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages
-from moe_jax.core.arrays import AnyArray
+from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.core.pca import fit_pca
 from moe_jax.experts.fit import predict_experts
 from moe_jax.experts.local import fit_local, median_error, predict_local
@@ -57,6 +57,8 @@ class CompareConfig:
     """Preset from which the other options start."""
     n_components: tuple[int, ...] = (8, 13, 20, 40)
     """Numbers of principal components to choose from."""
+    n_gate_components: int = 20
+    """Components that a gate sees instead of line features."""
     n_landmarks: int = 1_000
     """Landmarks of the Nystroem kernel."""
     n_cells: tuple[int, ...] = (9, 25, 64, 256, 1_024)
@@ -69,6 +71,12 @@ class CompareConfig:
     data: DataConfig = group(DataConfig())
     bootstrap: BootstrapOptions = group(BootstrapOptions())
     output: OutputOptions = group(OutputOptions(), without=("cache_dir", "use_cache"))
+
+    def __post_init__(self) -> None:
+        for name in ("n_components", "n_cells"):
+            if min(getattr(self, name), default=0) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected one or more positive numbers")
+        require_at_least(self, n_gate_components=1, n_landmarks=1, degree=1, n_floor=1)
 
 
 PRESETS = {
@@ -197,10 +205,10 @@ def component_methods(config: CompareConfig, bases: Bases, train: Spectra) -> di
     most = config.n_components[-1]
     methods: dict[str, Callable[[], Predict]] = {
         "quadratic ridge on components": lambda: choose(
-            [(n, a) for n in config.n_components[1:] for a in (1.0, 100.0)], quadratic, train
+            [(n, a) for n in config.n_components for a in (1.0, 100.0)], quadratic, train
         ),
         "Nystroem kernel ridge on components": lambda: choose(
-            [(n, g) for n in config.n_components[1:] for g in (1.0, 4.0)], kernel, train
+            [(n, g) for n in config.n_components for g in (1.0, 4.0)], kernel, train
         ),
         "HistGradientBoosting on components": lambda: on_components(
             "plain", most, np.arange(len(y)), HistGradientBoostingRegressor(random_state=config.data.seed)
@@ -279,7 +287,7 @@ def explanations(config: CompareConfig, prepared: Prepared, bases: Bases, train:
     stars, cell, key = prepared.gate_stars(), np.asarray(prepared.train.covered().cell), draw_keys(config.data.seed).gates
     y, noise = jnp.asarray(stars.log_g), median_error(train.error)
     plain, weighted = (basis(train.flux, train.error) for basis in bases)
-    wide = config.n_components[-2]  # components of a gate
+    wide = min(config.n_gate_components, plain.shape[1])
 
     def features(flux: AnyArray) -> AnyArray:
         return scale_features(prepared.model, raw_features(flux, prepared.wave, prepared.model.pca))
@@ -347,7 +355,9 @@ def fit_likelihood() -> Predict | None:
     if importlib.util.find_spec("moe_jax.spectra.label_fit") is None:
         return None
     module = importlib.import_module("moe_jax.spectra.label_fit")
-    return lambda flux, error: module.fit_labels(flux, error, velocity=np.zeros(len(flux)), broadening=False).labels[:, 1]
+    return lambda flux, error: module.fit_labels(flux, error, velocity=np.zeros(len(flux)), broadening=False, n_continuum=1).labels[
+        :, 1
+    ]
 
 
 def run(fit: Callable[[], Predict], test: Spectra, seconds: float = 0.0) -> Fitted:
