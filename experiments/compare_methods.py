@@ -46,6 +46,7 @@ from moe_jax.gates.routing import route_soft
 from moe_jax.gates.training import GateConfig, fit_gate
 from moe_jax.mixture import fit_moe, predict_moe
 from moe_jax.spectra.fisher import LABEL_UNITS, cramer_rao
+from moe_jax.spectra.label_fit import fit_labels
 from moe_jax.spectra.survey import Labels
 
 
@@ -350,14 +351,9 @@ def explanations(config: CompareConfig, prepared: Prepared, bases: Bases, train:
     }
 
 
-def fit_likelihood() -> Predict | None:
-    """The likelihood fit of the model grid, where the package has it. It is given the grid, and is fitted to no training star."""
-    if importlib.util.find_spec("moe_jax.spectra.label_fit") is None:
-        return None
-    module = importlib.import_module("moe_jax.spectra.label_fit")
-    return lambda flux, error: module.fit_labels(flux, error, velocity=np.zeros(len(flux)), broadening=False, n_continuum=1).labels[
-        :, 1
-    ]
+def fit_likelihood() -> Predict:
+    """The likelihood fit of the model grid to stars at rest, their flux calibrated. It knows the grid, and no training star."""
+    return lambda flux, error: fit_labels(flux, error, velocity=np.zeros(len(flux)), n_continuum=1, broadening=False).labels[:, 1]
 
 
 def run(fit: Callable[[], Predict], test: Spectra, seconds: float = 0.0) -> Fitted:
@@ -409,9 +405,7 @@ def compute(config: CompareConfig, stages: Stages) -> Results:
         keep(name, fit, seconds)
     for name, fit in {**component_methods(config, bases, train), **pixel_methods(config, train)}.items():
         keep(name, fit)
-    likelihood = fit_likelihood()
-    if likelihood is not None:
-        keep("likelihood fit of the model grid", lambda: likelihood)
+    keep("likelihood fit of the model grid", fit_likelihood)
     methods = list(fitted)
     for name, fit in explanations(config, prepared, bases, train).items():
         keep(name, fit)
@@ -422,14 +416,7 @@ def compute(config: CompareConfig, stages: Stages) -> Results:
     main_rows = table["variant"].isin(methods) & ~table["variant"].isin(counts)
     shown = pd.concat([_shown(table[main_rows]), pd.DataFrame([floor])]).fillna("")
     why = _shown(table[~main_rows | table["variant"].isin([MIXTURE, LOCAL])])
-    missing = [
-        sentence
-        for module, sentence in (
-            ("lightgbm", "LightGBM is not installed, so its row is left out."),
-            ("moe_jax.spectra.label_fit", "The package has no likelihood fit, so its row is left out."),
-        )
-        if importlib.util.find_spec(module) is None
-    ]
+    missing = [] if importlib.util.find_spec("lightgbm") else ["LightGBM is not installed, so its row is left out."]
     results = variants_results(
         "Every method on the same spectra",
         config.bootstrap,

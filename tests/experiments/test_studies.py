@@ -207,7 +207,7 @@ def test_presets_load_from_the_command_line(module):
 
 def test_the_replication_is_as_large_as_it_says():
     config = replicate.PRESETS["default"]
-    assert (config.n_surveys, config.n_draws, config.n_seeds, config.data.n_train) == (4, 8, 32, 32_000)
+    assert (config.n_surveys, config.n_draws, config.n_seeds, config.data.n_train) == (4, 4, 16, 32_000)
     calibration = calibrate_bootstrap.PRESETS["default"]
     assert calibration.set_sizes == (816, 8_000)
     assert calibration.n_sets[0] >= 2_000
