@@ -32,9 +32,9 @@ from experiments.report.markdown import interval, table_markdown
 from experiments.report.results import Results, Study
 from experiments.report.variants import compare_by, variants_results
 from experiments.runner.cache import Cache
-from experiments.runner.command_line import group, run_command
+from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages
-from moe_jax.core.arrays import AnyArray
+from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.core.pca import fit_pca
 from moe_jax.experts.fit import predict_experts
 from moe_jax.experts.local import fit_local, median_error, predict_local
@@ -46,6 +46,7 @@ from moe_jax.gates.routing import route_soft
 from moe_jax.gates.training import GateConfig, fit_gate
 from moe_jax.mixture import fit_moe, predict_moe
 from moe_jax.spectra.fisher import LABEL_UNITS, cramer_rao
+from moe_jax.spectra.label_fit import fit_labels
 from moe_jax.spectra.survey import Labels
 
 
@@ -57,6 +58,8 @@ class CompareConfig:
     """Preset from which the other options start."""
     n_components: tuple[int, ...] = (8, 13, 20, 40)
     """Numbers of principal components to choose from."""
+    n_gate_components: int = 20
+    """Components that a gate sees instead of line features."""
     n_landmarks: int = 1_000
     """Landmarks of the Nystroem kernel."""
     n_cells: tuple[int, ...] = (9, 25, 64, 256, 1_024)
@@ -69,6 +72,12 @@ class CompareConfig:
     data: DataConfig = group(DataConfig())
     bootstrap: BootstrapOptions = group(BootstrapOptions())
     output: OutputOptions = group(OutputOptions(), without=("cache_dir", "use_cache"))
+
+    def __post_init__(self) -> None:
+        for name in ("n_components", "n_cells"):
+            if min(getattr(self, name), default=0) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected one or more positive numbers")
+        require_at_least(self, n_gate_components=1, n_landmarks=1, degree=1, n_floor=1)
 
 
 PRESETS = {
@@ -197,10 +206,10 @@ def component_methods(config: CompareConfig, bases: Bases, train: Spectra) -> di
     most = config.n_components[-1]
     methods: dict[str, Callable[[], Predict]] = {
         "quadratic ridge on components": lambda: choose(
-            [(n, a) for n in config.n_components[1:] for a in (1.0, 100.0)], quadratic, train
+            [(n, a) for n in config.n_components for a in (1.0, 100.0)], quadratic, train
         ),
         "Nystroem kernel ridge on components": lambda: choose(
-            [(n, g) for n in config.n_components[1:] for g in (1.0, 4.0)], kernel, train
+            [(n, g) for n in config.n_components for g in (1.0, 4.0)], kernel, train
         ),
         "HistGradientBoosting on components": lambda: on_components(
             "plain", most, np.arange(len(y)), HistGradientBoostingRegressor(random_state=config.data.seed)
@@ -279,7 +288,7 @@ def explanations(config: CompareConfig, prepared: Prepared, bases: Bases, train:
     stars, cell, key = prepared.gate_stars(), np.asarray(prepared.train.covered().cell), draw_keys(config.data.seed).gates
     y, noise = jnp.asarray(stars.log_g), median_error(train.error)
     plain, weighted = (basis(train.flux, train.error) for basis in bases)
-    wide = config.n_components[-2]  # components of a gate
+    wide = min(config.n_gate_components, plain.shape[1])
 
     def features(flux: AnyArray) -> AnyArray:
         return scale_features(prepared.model, raw_features(flux, prepared.wave, prepared.model.pca))
@@ -342,12 +351,9 @@ def explanations(config: CompareConfig, prepared: Prepared, bases: Bases, train:
     }
 
 
-def fit_likelihood() -> Predict | None:
-    """The likelihood fit of the model grid, where the package has it. It is given the grid, and is fitted to no training star."""
-    if importlib.util.find_spec("moe_jax.spectra.label_fit") is None:
-        return None
-    module = importlib.import_module("moe_jax.spectra.label_fit")
-    return lambda flux, error: module.fit_labels(flux, error, velocity=np.zeros(len(flux)), broadening=False).labels[:, 1]
+def fit_likelihood() -> Predict:
+    """The likelihood fit of the model grid to stars at rest, their flux calibrated. It knows the grid, and no training star."""
+    return lambda flux, error: fit_labels(flux, error, velocity=np.zeros(len(flux)), n_continuum=1, broadening=False).labels[:, 1]
 
 
 def run(fit: Callable[[], Predict], test: Spectra, seconds: float = 0.0) -> Fitted:
@@ -399,9 +405,7 @@ def compute(config: CompareConfig, stages: Stages) -> Results:
         keep(name, fit, seconds)
     for name, fit in {**component_methods(config, bases, train), **pixel_methods(config, train)}.items():
         keep(name, fit)
-    likelihood = fit_likelihood()
-    if likelihood is not None:
-        keep("likelihood fit of the model grid", lambda: likelihood)
+    keep("likelihood fit of the model grid", fit_likelihood)
     methods = list(fitted)
     for name, fit in explanations(config, prepared, bases, train).items():
         keep(name, fit)
@@ -412,14 +416,7 @@ def compute(config: CompareConfig, stages: Stages) -> Results:
     main_rows = table["variant"].isin(methods) & ~table["variant"].isin(counts)
     shown = pd.concat([_shown(table[main_rows]), pd.DataFrame([floor])]).fillna("")
     why = _shown(table[~main_rows | table["variant"].isin([MIXTURE, LOCAL])])
-    missing = [
-        sentence
-        for module, sentence in (
-            ("lightgbm", "LightGBM is not installed, so its row is left out."),
-            ("moe_jax.spectra.label_fit", "The package has no likelihood fit, so its row is left out."),
-        )
-        if importlib.util.find_spec(module) is None
-    ]
+    missing = [] if importlib.util.find_spec("lightgbm") else ["LightGBM is not installed, so its row is left out."]
     results = variants_results(
         "Every method on the same spectra",
         config.bootstrap,

@@ -111,6 +111,7 @@ CASES = {
 ELSEWHERE = {
     "load_model", "save_model", "predict_model", "load_grid", "interpolate_grid", "simulate_survey", "add_noise", "load_survey",
     "save_survey", "cramer_rao", "fit_features", "compute_features", "linear_params", "retention", "required_stars",
+    "fit_labels", "fit_local", "predict_local", "median_error",
 }  # fmt: skip
 
 

@@ -41,11 +41,11 @@ def inverse_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike) -> Float[
     return lax.linalg.triangular_solve(on_device, jnp.eye(len(matrix), dtype=matrix.dtype), left_side=True, lower=True)
 
 
-def cholesky_solver(matrix: Float[AnyArray, "M M"], shift: ArrayLike, jitter: AnyArray) -> Callable[[Any], Any]:
+def cholesky_solver(matrix: Float[AnyArray, "M M"], shift: ArrayLike, jitter: ArrayLike) -> Callable[[Any], Any]:
     """The function that multiplies columns by (matrix + (shift + jitter) I)^-1; for the jitter see ``shifted_cholesky``."""
     if isinstance(matrix, np.ndarray):
         for growth in JITTER_GROWTH:
-            factor = _factorize(matrix, shift + growth * jitter)
+            factor = _factorize(matrix, np.asarray(shift) + growth * np.asarray(jitter))
             if np.isfinite(factor[0, 0]):
                 break
         potrs = _lapack("potrs", factor)
@@ -71,7 +71,7 @@ def _factorize(matrix: np.ndarray, shift: ArrayLike) -> np.ndarray:
     return np.asarray(factor)
 
 
-def shifted_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike, jitter: AnyArray | None = None) -> Float[jax.Array, "M M"]:
+def shifted_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike, jitter: ArrayLike | None = None) -> Float[jax.Array, "M M"]:
     """Cholesky factor of matrix + (shift + jitter) I, by XLA; only the lower triangle of the matrix is read.
 
     Rounding scales with the largest eigenvalue, and may make a matrix of low rank indefinite. While the factorisation fails, the

@@ -48,7 +48,7 @@ STUDIES = {
     "converge_gate": (converge_gate, {"n_seeds": 2, "gate": QUICK, "max_iterations": 20, "hidden": 26}),
     "measure_leakage": (measure_leakage, {"n_seeds": 2, "gate": QUICK}),
     "control_gate": (control_gate, {"n_seeds": 2, "network": QUICK}),
-    "compare_methods": (compare_methods, {"n_components": (3, 5), "n_cells": (9, 32), "n_floor": 50, "network": QUICK}),
+    "compare_methods": (compare_methods, {"n_components": (5,), "n_cells": (32,), "n_floor": 50, "network": QUICK}),
     "ablate_gate": (ablate_gate, {"n_seeds": 2, "gate": QUICK, "widths": (8,), "fractions": (0.5,)}),
     "cover_all": (cover_all, {"n_seeds": 2, "gate": QUICK}),
     "calibrate_bootstrap": (calibrate_bootstrap, {"n_population": 600, "n_sets": (60,), "set_sizes": (200,), "gate": QUICK}),
@@ -207,7 +207,7 @@ def test_presets_load_from_the_command_line(module):
 
 def test_the_replication_is_as_large_as_it_says():
     config = replicate.PRESETS["default"]
-    assert (config.n_surveys, config.n_draws, config.n_seeds, config.data.n_train) == (4, 8, 32, 32_000)
+    assert (config.n_surveys, config.n_draws, config.n_seeds, config.data.n_train) == (4, 4, 16, 32_000)
     calibration = calibrate_bootstrap.PRESETS["default"]
     assert calibration.set_sizes == (816, 8_000)
     assert calibration.n_sets[0] >= 2_000
@@ -220,6 +220,7 @@ def test_the_replication_is_as_large_as_it_says():
         (lambda: scale.ScaleConfig(n_trains=()), "n_trains is empty"),
         (lambda: with_options(findings.PRESETS["default"], n_weight_seeds=1), "n_weight_seeds is 1, expected at least 2"),
         (lambda: calibrate_bootstrap.CalibrateConfig(set_sizes=(1,)), r"set_sizes is \(1,\)"),
+        (lambda: compare_methods.CompareConfig(n_cells=()), r"n_cells is \(\)"),
         (lambda: with_options(converge_gate.PRESETS["default"], hidden=0), "hidden is 0"),
     ],
 )
