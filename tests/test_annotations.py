@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 from jaxtyping import install_import_hook
 install_import_hook("moe_jax", "beartype.beartype")  # for good: modules are imported when they are first used

@@ -13,6 +13,8 @@ import pytest
 
 from experiments.__main__ import COMMANDS, first_line
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / ".docs/pages"
 

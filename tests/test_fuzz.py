@@ -12,6 +12,8 @@ import pytest
 from moe_jax import InputError, load_model
 from moe_jax.apply.model_file import ARRAYS, MEANING
 
+pytestmark = pytest.mark.slow
+
 READER = """
 import sys, pathlib, warnings
 warnings.simplefilter("ignore")

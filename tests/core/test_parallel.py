@@ -9,6 +9,8 @@ import pytest
 from moe_jax import GateConfig, MLPGate, fit_gate, fit_gates
 from moe_jax.core.parallel import map_devices
 
+pytestmark = pytest.mark.slow
+
 
 def test_is_a_vmap(rng, dtype):
     matrices, shared = rng.normal(size=(5, 3, 3)).astype(dtype), rng.normal(size=3).astype(dtype)

@@ -27,6 +27,7 @@ def resampled_of(stars, B, groups=None, n_groups=0):
     return resample_gain(jax.random.key(4), y, squared_error_gain(y, p, b), groups, B, n_groups)
 
 
+@pytest.mark.slow
 def test_bca_against_scipy_on_the_same_resamples(stars, x64):
     """scipy's acceleration is the jackknife's, ours the influence function's: they differ in order 1 / N."""
     resampled = resampled_of(stars, 4_000)

@@ -26,6 +26,8 @@ from experiments.runner.stages import Stages
 from moe_jax import InputError, load_model, load_survey, predict_model
 from moe_jax.spectra.survey_file import FLUX_FIELD, WAVE_FIELD
 
+pytestmark = pytest.mark.slow
+
 TABLES = ("overall", "per_bin", "bootstrap", "predictions")
 FIGURES = ("r2_comparison", "per_bin_delta", "mean_weights", "bootstrap", "loss_curves", "predicted_against_true")
 

@@ -21,6 +21,8 @@ from moe_jax import InputError, Survey, save_survey, simulate_survey
 from moe_jax.core.trees import save_tree
 from moe_jax.experts.streaming import device_mesh, empty_sums
 
+pytestmark = pytest.mark.slow
+
 SIZES = ["--preset", "smoke", "--n-train", "900", "--n-test", "300", "--alphas", "1", "10", "--gate.epochs", "3"]
 
 

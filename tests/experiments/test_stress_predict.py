@@ -55,6 +55,7 @@ def test_scores_are_of_stars_without_a_flag():
     assert row == {"case": "case", "flagged": pytest.approx(1 / 3), "rms": pytest.approx(np.sqrt(0.05)), "coverage": 0.5}
 
 
+@pytest.mark.slow
 def test_the_study(trained, tmp_path):
     config = with_options(stress_predict.PRESETS["smoke"], model=trained / "model", n_stars=40, output_dir=tmp_path)
     stress_predict.main(config)

@@ -34,6 +34,8 @@ from experiments.runner.provenance import command_of
 from moe_jax import GateConfig, InputError
 from moe_jax.evaluate.intervals import METHODS
 
+pytestmark = pytest.mark.slow
+
 QUICK = GateConfig(epochs=3)
 TINY = {
     "n_train": 900,

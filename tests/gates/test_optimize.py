@@ -22,6 +22,7 @@ def mixture(rng):
     return features, predictions, y, logistic
 
 
+@pytest.mark.slow
 def test_warm_linear_gate_is_no_worse_than_the_classification_gate(mixture, dtype):
     """The inequality that must hold, for any number of iterations."""
     features, predictions, y, logistic = mixture
@@ -56,6 +57,7 @@ def test_lbfgs_reaches_the_optimum_that_scipy_finds(mixture, x64):
     assert float(mixture_loss(LinearGate(), fit.params, features, predictions, y)) == pytest.approx(oracle.fun, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_lbfgs_history_falls_and_ends(mixture, dtype):
     features, predictions, y, _ = mixture
     fit = fit_gate(jax.random.key(0), LinearGate(), *(a.astype(dtype) for a in (features, predictions, y)), LBFGS)
@@ -91,6 +93,7 @@ def test_logistic_start_needs_its_params(mixture):
         fit_gate(jax.random.key(0), LinearGate(), features, predictions, y, GateConfig(init="logistic"))
 
 
+@pytest.mark.slow
 def test_vmap_over_penalties_equals_single_runs(mixture):
     features, predictions, y, _ = (np.asarray(array, np.float32) if i < 3 else array for i, array in enumerate(mixture))
     key, config = jax.random.key(3), GateConfig(epochs=5, batch_size=64)
@@ -105,6 +108,7 @@ def test_vmap_over_penalties_equals_single_runs(mixture):
     assert norms[2] < norms[0]
 
 
+@pytest.mark.slow
 def test_entropy_penalty_sharpens_and_its_opposite_smooths(mixture):
     features, predictions, y, _ = mixture
     found = {}

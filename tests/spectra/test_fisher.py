@@ -8,6 +8,8 @@ from moe_jax import InputError, cramer_rao, load_grid
 from moe_jax.spectra.fisher import LABEL_UNITS, fisher_information, label_derivatives
 from moe_jax.spectra.simulate import model_flux
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def stars():

@@ -11,6 +11,8 @@ from moe_jax.spectra.label_fit import fitted_flux
 from moe_jax.spectra.label_model import LIGHT_SPEED
 from moe_jax.spectra.pixels import WAVE
 
+pytestmark = pytest.mark.slow
+
 NOISE = 0.2
 UNITS = np.array([100.0, 0.1, 0.1, 0.1])
 

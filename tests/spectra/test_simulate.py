@@ -92,6 +92,7 @@ def equivalent_width(T_eff, log_g, M_H):
     return np.asarray(line_features(flux, line_pixels(WAVE)))[:, 3].reshape(T_eff.shape)
 
 
+@pytest.mark.slow
 def test_ca_ii_falls_with_gravity_among_giants_and_rises_with_metallicity():
     T_eff, log_g, M_H = np.meshgrid((4250.0, 4750.0, 5250.0), np.linspace(1, 3, 9), -0.5, indexing="ij")
     assert (np.diff(equivalent_width(T_eff, log_g, M_H), axis=1) < 0).all()
