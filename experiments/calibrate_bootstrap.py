@@ -66,7 +66,7 @@ class CalibrateConfig:
     """Test sets of each size from each half of the population."""
     gate: GateConfig = group(GateConfig(), prefix=True)
     mlp: MLPGate = group(MLPGate())
-    data: DataConfig = group(DataConfig(), without=("train_file", "test_file", "columns"))
+    data: DataConfig = group(DataConfig(), without=("noise", "train_file", "test_file", "columns"))
     bootstrap: BootstrapOptions = group(BootstrapOptions(), without=("confidence_level", "interval_method"))
     output: OutputOptions = group(OutputOptions())
 

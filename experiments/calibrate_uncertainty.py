@@ -214,7 +214,7 @@ def sections_of(config: UncertaintyConfig, judgement: Judgement, n_test: int) ->
     return [
         f"Nine ridge experts and a cross-fitted MLP gate, trained on {judgement.n_covered:,} covered stars; intervals "
         f"calibrated on {judgement.n_calibration:,} others, by the likeliest cell (split-conformal); judged on {n_test:,} "
-        f"covered test stars. Noise level {config.data.noise_level:g}, seed {config.data.seed}.",
+        f"covered test stars. {config.data.described_noise}, seed {config.data.seed}.",
         *[f"Warning: {note}." for note in judgement.notes],
         "## Coverage",
         table_markdown(judgement.coverage, shape),
@@ -236,7 +236,9 @@ def sections_of(config: UncertaintyConfig, judgement: Judgement, n_test: int) ->
         "## The floor",
         table_markdown(judgement.floor),
         "Root mean squared error of log g of the first covered test stars by magnitude, beside the root mean square of the "
-        "Cramer-Rao floor (T_eff, [M/H] and [alpha/M] unknown) and of the same with what the survey's label ranges say beforehand.",
+        "Cramer-Rao floor (T_eff, [M/H] and [alpha/M] unknown). *floor with prior*: the same with the information of normal "
+        "priors of the labels that have the variance of the survey's ranges (van Trees). It is no floor for a method that knows more of the "
+        "survey: that most labels lie on nodes of a lattice.",
         "![Cramer-Rao floor](cramer_rao.png)",
         "## Stars outside the cells",
         table_markdown(judgement.flagged, shape),

@@ -234,8 +234,8 @@ def sections_of(config: RegressGateConfig, results: Outcome) -> list[str]:
     data = f"{options.train_file} and {options.test_file}" if options.train_file else "simulated from the LTE grid"
     alphas = ", ".join(f"{float(alpha):g}" for alpha in prepared.experts.alpha)
     setup = (
-        f"Data: {data}. Covered stars: {prepared.n_covered:,} to train, {len(results.star):,} to test. Noise level "
-        f"{options.noise_level:g}, seed {options.seed}. {config.bootstrap.n_resamples:,} resamples of the test stars, "
+        f"Data: {data}. Covered stars: {prepared.n_covered:,} to train, {len(results.star):,} to test. "
+        f"{options.described_noise}, seed {options.seed}. {config.bootstrap.n_resamples:,} resamples of the test stars, "
         f"{config.bootstrap.confidence_level:.0%} {config.bootstrap.interval_method} intervals. Alpha by cross-validation: "
         f"{alphas} (cells), {float(prepared.global_ridge.alpha):g} (global). Classification gate: C {prepared.classifier.C:g}, "
         f"accuracy {prepared.classifier.accuracy:.4f} (cross-validated), {test_accuracy(results):.4f} (test)."

@@ -52,7 +52,9 @@ class ReplicateConfig:
     """Parts of the covered test stars, each a test set of the report's size."""
     gate: GateConfig = group(GateConfig(), prefix=True)
     mlp: MLPGate = group(MLPGate())
-    data: DataConfig = group(DataConfig(experts=EXPERTS), without=("train_file", "test_file", "columns", "test_seed", "noise_draw"))
+    data: DataConfig = group(
+        DataConfig(experts=EXPERTS), without=("noise", "train_file", "test_file", "columns", "test_seed", "noise_draw")
+    )
     bootstrap: BootstrapOptions = group(BootstrapOptions(), without=("n_resamples", "interval_method"))
     output: OutputOptions = group(OutputOptions())
 

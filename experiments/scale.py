@@ -65,7 +65,7 @@ class ScaleConfig:
     data: DataConfig = group(
         # The grids of penalties are not extended, so that all sizes choose from the same penalties.
         DataConfig(experts=ExpertOptions((0.01, 0.1, 1.0, 10.0, 100.0), (1.0, 10.0, 100.0, 1000.0), extend_decades=0)),
-        without=("n_train", "noise_level", "train_file", "test_file", "columns"),
+        without=("n_train", "noise_level", "noise", "train_file", "test_file", "columns"),
     )
     bootstrap: BootstrapOptions = group(BootstrapOptions(), without=("interval_method",))
     output: OutputOptions = group(OutputOptions())

@@ -32,12 +32,14 @@ from moe_jax.core.arrays import InputError
 from moe_jax.core.pca import fit_pca
 from moe_jax.gates.networks import Gate
 from moe_jax.gates.optimize import Params
+from moe_jax.gates.routing import route_soft
 from moe_jax.spectra.simulate import SimulatedSpectra
 from moe_jax.spectra.survey import Spectra
 from moe_jax.spectra.survey_file import SurveyFile
 
 SCALING = 4  # of so many stars to calibrate on, one is for the factors of the variance's parts, the others for the quantiles
 LEAST_SCALING = 100  # with fewer stars the factors stay at 1
+LEAST_KEPT = 600  # fewer stars of a training file are not kept to calibrate on: a cell would have less than 60
 SCALED = 0.05  # spectra whose medians scatter by less than this part were scaled to a common median
 
 
@@ -49,7 +51,8 @@ class CalibrationConfig:
     """Stars on which intervals are calibrated, at most; they are neither trained nor tested on. 0: not calibrated."""
     file: Path | None = None
     """HDF5 survey with such stars. By default they are simulated, or those of the training file after the first n_train; without
-    n_train, its last tenth is kept for them."""
+    n_train, its last tenth is kept for them if that is 600 stars or more. Where none are left, training stars stand in, with
+    predictions of experts that did not see them."""
     n_training: int = 8_192
     """Training stars from which the covariance of the flux is taken, at most."""
 
@@ -77,13 +80,15 @@ def model_of(prepared: Prepared, gate: Gate, gate_params: Params) -> Model:
 def keep_calibration_stars(config: DataConfig, settings: CalibrationConfig, stages: Stages) -> DataConfig:
     """The configuration with a number of training stars that leaves the last tenth of a training file to calibrate on.
 
-    Nothing changes where stars are simulated, a number of training stars was given, or the calibration needs none of them.
+    None are left where a tenth would be too few. Nothing changes where stars are simulated, a number of training stars was given,
+    or the calibration needs none of them.
     """
     if config.train_file is None or config.n_train or settings.file is not None or settings.n_stars == 0:
         return config
     n_stars = SurveyFile(config.train_file, columns=config.label_columns).n_stars
-    n_kept = min(settings.n_stars, n_stars // 10)
-    stages.note(f"{config.train_file}: the last {n_kept:,} of {n_stars:,} stars are kept to calibrate the uncertainties on")
+    n_kept = min(settings.n_stars, n_stars // 10) if n_stars // 10 >= LEAST_KEPT else 0
+    if n_kept:
+        stages.note(f"{config.train_file}: the last {n_kept:,} of {n_stars:,} stars are kept to calibrate the uncertainties on")
     return dataclasses.replace(config, n_train=n_stars - n_kept)
 
 
@@ -109,13 +114,15 @@ def add_uncertainty(
     with stages("uncertainties"):
         uncertainty = fit_uncertainty(config, settings, prepared)
         model = model._replace(uncertainty=uncertainty)
+        if settings.n_stars == 0:
+            return model, ["uncertainties are not calibrated, as calibration.n_stars is 0"]
         stars = observe_calibration_stars(config, settings)
         if stars is None:
-            return model, [
-                "uncertainties are not calibrated: no stars were left for it; give --calibration.file, or a smaller --n-train "
-                "than the training file has stars"
-            ]
-        calibrated = calibrate_model(config, predict_labelled(model, *stars))
+            stages.note("no stars were left to calibrate on: out-of-fold predictions of training stars stand in")
+            labelled = predict_out_of_fold(config, prepared, model, settings.n_stars)
+        else:
+            labelled = predict_labelled(model, *stars)
+        calibrated = calibrate_model(config, labelled)
     few = int((np.asarray(calibrated["calibration"].n_stars) < len(LEVELS) * 20).sum())
     notes = [f"{few} cells have fewer than {len(LEVELS) * 20} stars to calibrate on"] * bool(few)
     dtype = np.asarray(uncertainty.misfit).dtype
@@ -181,11 +188,24 @@ class LabelledPrediction(NamedTuple):
         return LabelledPrediction(*(array[rows] for array in self))
 
 
-def predict_labelled(model: Model, stars: Observation, start: int = 0) -> LabelledPrediction:
-    """Applies a model to the stars of a survey, from the star ``start`` on."""
-    log_g, mag, cell = (np.asarray(array)[start:] for array in (stars.labels.log_g, stars.labels.mag, stars.cell))
+def predict_out_of_fold(config: DataConfig, prepared: Prepared, model: Model, n_stars: int) -> LabelledPrediction:
+    """What a model predicts for its first training stars, where the expert of a star's cell was fitted without the star's fold.
+
+    The other experts never saw the star; the gate saw it as one of all training stars.
+    """
+    train, _ = observe_surveys(config)
+    stars = predict_labelled(model, train, 0, min(n_stars, train.n_stars))
+    n = int(np.sum(stars.cell >= 0))
+    first = prepared.gate_stars().select(np.arange(n))
+    mixed = route_soft(model.gate.apply(model.gate_params, first.features), first.predictions)
+    return stars.select(stars.cell >= 0)._replace(prediction=np.asarray(mixed))
+
+
+def predict_labelled(model: Model, stars: Observation, start: int = 0, stop: int | None = None) -> LabelledPrediction:
+    """Applies a model to the stars ``start`` to ``stop - 1`` of a survey, by default to all."""
+    log_g, mag, cell = (np.asarray(array)[start:stop] for array in (stars.labels.log_g, stars.labels.mag, stars.cell))
     predictions = []
-    for _, flux, error in stars.slices(start):
+    for _, flux, error in stars.slices(start, stop):
         # Padded to a whole slice, so that all slices share one compiled program.
         padding = ((0, SLICE - len(flux)), (0, 0))
         of_slice = predict_model(model, *(np.pad(array, padding, mode="edge") for array in (flux, error)))

@@ -19,6 +19,7 @@ from moe_jax.gates.classifier import C_GRID
 from moe_jax.spectra.simulate import LabelSampling
 
 Coverage = Literal["cells", "edge_clamp", "tenth_expert"]
+Noise = Literal["simulated", "observed"]
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,11 @@ class DataConfig:
     """Training stars that are simulated. Of a file all are read, unless a number is given: then so many, from its start."""
     n_test: int = 10_000
     """Test stars that are simulated. Of a file all are read, unless a number is given: then so many, from its start."""
+    noise: Noise = "simulated"
+    """What the flux of files is: simulated: clean, and noise is drawn for it; observed: noisy already, with the errors that the
+    file gives. Spectra that are simulated here are clean."""
     noise_level: float = 0.2
-    """Factor on the errors of training and test spectra."""
+    """Factor on the errors for noise that is simulated; of no effect on spectra as observed."""
     label_sampling: LabelSampling = "lattice"
     """How simulated labels are drawn."""
     test_sampling: LabelSampling | None = None
@@ -86,11 +90,18 @@ class DataConfig:
             raise InputError(f"columns is {self.columns!r}, expected LABEL=COLUMN,LABEL=COLUMN")
         if not 0 <= self.noise_level < np.inf:
             raise InputError(f"noise_level is {self.noise_level}, expected a finite number, at least 0")
+        if self.noise == "observed" and self.train_file is None:
+            raise InputError("noise is 'observed' without a train_file, expected 'simulated' for stars that are simulated")
 
     @property
     def label_columns(self) -> dict[str, str]:
         """The column of each label that ``columns`` names."""
         return dict(pair.replace(" ", "").split("=") for pair in self.columns.split(",") if pair)
+
+    @property
+    def described_noise(self) -> str:
+        """The noise in a sentence of a report."""
+        return "Noise as observed" if self.noise == "observed" else f"Noise level {self.noise_level:g}"
 
     @property
     def n_experts(self) -> int:

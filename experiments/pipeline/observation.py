@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.pipeline.config import DataConfig, draw_keys
 from experiments.pipeline.surveys import experts_of, open_surveys
-from moe_jax.core.arrays import AnyArray, InputError, by_numpy, map_blocks
+from moe_jax.core.arrays import AnyArray, InputError, by_numpy, map_blocks, to_device
 from moe_jax.experts.fit import require_cell_sizes
 from moe_jax.spectra.survey import Labels, Spectra, add_star_noise, star_keys
 
@@ -24,9 +24,9 @@ DRAWN = 32_768  # keys are drawn for a multiple of so many stars, so that survey
 class Observation:
     """A survey with noise: itself spectra that are read in parts. A star's noise does not depend on the parts."""
 
-    spectra: Spectra  #: clean
+    spectra: Spectra  #: clean, or as observed
     noise_keys: np.ndarray  #: (at least N, 2) data of a random key for each star
-    noise_level: float
+    noise_level: float | None  #: None: the spectra are as observed, and no noise is drawn
     cell: jax.Array  #: (N,) the expert of each star, -1 where it has none
 
     @property
@@ -49,20 +49,21 @@ class Observation:
         return self._observe(start, self.n_stars if stop is None else stop)[0]
 
     def read(self, start: int, stop: int) -> tuple[jax.Array, jax.Array]:
-        """Noisy flux of the stars ``start`` to ``stop - 1`` and the standard deviation of its noise; (n, P) each.
-
-        At noise level 0 the survey's spectra are taken as observed ones, with the errors that it gives.
-        """
+        """Noisy flux of the stars ``start`` to ``stop - 1`` and the standard deviation of its noise; (n, P) each."""
         flux, error = self._observe(start, stop)
-        return flux, _multiply(error, np.asarray(self.noise_level or 1.0, np.asarray(error).dtype))
+        if self.noise_level is None:
+            return flux, to_device(error)
+        return flux, _multiply(error, np.asarray(self.noise_level, np.asarray(error).dtype))
 
     def slices(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[slice, jax.Array, jax.Array]]:
         """Rows, noisy flux and its standard deviation of the stars ``start`` to ``stop - 1``, a slice at a time."""
         return ((rows, *self.read(rows.start, rows.stop)) for rows in slices(start, self.n_stars if stop is None else stop))
 
     def _observe(self, start: int, stop: int) -> tuple[jax.Array, AnyArray]:
-        """Noisy flux, and the errors at noise level 1."""
+        """Noisy flux, and the errors as the spectra have them."""
         flux, error = self.spectra.read(start, stop)
+        if self.noise_level is None:
+            return to_device(flux), error
         keys = self.noise_keys[start:stop]  # a star has the same noise whenever it is read
         add_noise = functools.partial(_add_noise, noise_level=self.noise_level)
         return map_blocks(add_noise, (keys, flux, error), 0, stop - start, BLOCK), error
@@ -92,7 +93,8 @@ def slices(start: int, stop: int) -> Iterator[slice]:
 def observe(key: jax.Array, spectra: Spectra, config: DataConfig) -> Observation:
     """Spectra with the noise of a key."""
     keys = _draw_keys(key, -(-spectra.n_stars // DRAWN) * DRAWN)
-    return Observation(spectra, np.asarray(keys), config.noise_level, experts_of(spectra.labels, config))
+    noise_level = None if config.noise == "observed" else config.noise_level
+    return Observation(spectra, np.asarray(keys), noise_level, experts_of(spectra.labels, config))
 
 
 def observe_surveys(config: DataConfig, surveys: tuple[Spectra, Spectra] | None = None) -> tuple[Observation, Observation]:

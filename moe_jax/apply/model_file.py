@@ -53,16 +53,19 @@ def save_model(folder: Path | str, model: Model) -> None:
     """Writes a model; the file that names the other by its hash is written last, so that a half-written model is none.
 
     Raises:
-        InputError: for a gate that is neither linear nor an MLP.
+        InputError: for a gate that is neither linear nor an MLP, and for a model that could not be loaded again, such as one
+            whose numbers are not finite. Nothing is written then.
     """
     folder = Path(folder)
     trees = (model.wave, model.experts, model.global_ridge, model.features, model.gate_params, model.classification_params)
     leaves = name_leaves(dict(zip(_KINDS, (*trees, model.uncertainty), strict=True)))
+    gate = _describe_gate(model.gate)
+    _assemble(folder / ARRAYS, model.gate, leaves, model.provenance)
     data = save({_NAME_IN_FILE.get(path, path): array for path, array in leaves.items()})
     meaning = {
         "schema_version": SCHEMA_VERSION,
         "arrays_sha256": hashlib.sha256(data).hexdigest(),
-        "gate": _describe_gate(model.gate),
+        "gate": gate,
         **FEATURE_DEFINITION,
         "cells": list(CELL_NAMES),
         "T_eff_edges": list(T_EFF_EDGES),
@@ -99,15 +102,18 @@ def load_model(folder: Path | str) -> Model:
         raise InputError(f"{path}: found a file that is not safetensors ({reason}), expected one") from reason
     leaves = {_NAME_IN_TREE.get(name, name): array for name, array in arrays.items()}
     gate = _read_gate(folder / MEANING, meaning["gate"])
+    return _assemble(path, gate, leaves, meaning["provenance"])
+
+
+def _assemble(path: Path, gate: Gate, leaves: dict[str, np.ndarray], provenance: dict[str, Any]) -> Model:
+    """The model of its arrays; raises an ``InputError`` where one has another shape or type, or is not finite."""
     sizes = _require_layers(path, gate, leaves)
     wave, *trees = (build_tree(str(path), kind, leaves, name, sizes) for name, kind in _KINDS.items())
     for name, array in leaves.items():
         if not name.startswith("global/") and name != "uncertainty/flux_median" and not np.isfinite(array).all():
             raise InputError(f"{path}: {name} holds numbers that are not finite, expected a trained model")
     experts, global_ridge, features, gate_params, classification_params, uncertainty = jax.tree.map(jnp.asarray, trees)
-    return Model(
-        wave, experts, global_ridge, features, gate, gate_params, classification_params, meaning["provenance"], uncertainty
-    )
+    return Model(wave, experts, global_ridge, features, gate, gate_params, classification_params, provenance, uncertainty)
 
 
 def _require_layers(path: Path, gate: Gate, leaves: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:

@@ -256,7 +256,9 @@ def predictive_variance(
 
 
 def fit_part_scales(variance: Float[AnyArray, "N 4"], residual: Float[AnyArray, " N"]) -> Float[np.ndarray, " 4"]:
-    """Factors (>= 0) of the parts of the variance, by maximum likelihood of normal errors; the factor of the noise is 1.
+    """Factors (>= 0) of the parts of the variance, by maximum likelihood of normal errors; that of the noise is 1.
+
+    A part that is 0 for all stars gets the factor 1.
 
     Args:
         variance: the parts of ``PredictiveVariance``, in its order, for held-out stars.
@@ -281,4 +283,4 @@ def fit_part_scales(variance: Float[AnyArray, "N 4"], residual: Float[AnyArray, 
     start = np.full(len(mean), np.log(typical / len(mean)))
     bounds = [(start[0] - 12.0, start[0] + 4.0)] * len(mean)
     optimum = scipy.optimize.minimize(negative_log_likelihood, start, jac=True, method="L-BFGS-B", bounds=bounds)
-    return np.append(np.exp(optimum.x) / mean, 1.0)
+    return np.append(np.where(parts.any(axis=0), np.exp(optimum.x) / mean, 1.0), 1.0)

@@ -99,3 +99,15 @@ def test_a_gate_of_ones_own_cannot_be_saved(model, tmp_path):
     with pytest.raises(InputError, match="expected a LinearGate or an MLPGate"):
         save_model(tmp_path / "model", model._replace(gate=object()))
     assert not (tmp_path / "model").exists()
+
+
+def test_a_model_that_could_not_be_loaded_is_not_written(model, tmp_path):
+    coef = np.asarray(model.experts.coef).copy()
+    coef[0, 0] = np.nan
+    for spoilt, message in (
+        (model._replace(experts=model.experts._replace(coef=coef)), "experts/coef holds numbers that are not finite"),
+        (model._replace(experts=model.experts._replace(coef=coef.T)), "experts/coef has shape"),
+    ):
+        with pytest.raises(InputError, match=message):
+            save_model(tmp_path / "model", spoilt)
+    assert not (tmp_path / "model").exists()

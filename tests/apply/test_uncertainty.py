@@ -113,7 +113,7 @@ def test_factors_of_the_parts(rng):
     np.testing.assert_allclose(
         fit_part_scales(parts * [1e-6, 1.0, 1e3, 1.0], residual), true * [1e6, 1, 1e-3, 1], rtol=0.05, atol=0.02
     )
-    assert np.isfinite(fit_part_scales(np.concatenate([np.zeros((20_000, 1)), parts], axis=1), residual)).all()
+    assert fit_part_scales(np.concatenate([np.zeros((20_000, 1)), parts], axis=1), residual)[0] == 1
     for wrong in (parts * -1, parts * np.nan):
         with pytest.raises(InputError, match="expected variances and finite errors"):
             fit_part_scales(wrong, residual)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import regress_gate
+from experiments.pipeline import calibration
 from experiments.pipeline.calibration import CalibrationConfig, keep_calibration_stars, observe_calibration_stars
 from experiments.pipeline.config import DataConfig
 from experiments.pipeline.stars import Stars, finish
@@ -45,8 +46,12 @@ def test_a_simulated_survey_needs_a_number():
         DataConfig(n_test=0)
 
 
-def test_the_last_tenth_of_a_training_file_is_kept_to_calibrate_on(files, capsys):
+def test_the_last_tenth_of_a_training_file_is_kept_to_calibrate_on(files, capsys, monkeypatch):
     config = parse_config(regress_gate.PRESETS, None, files).data
+    all_used = keep_calibration_stars(config, CalibrationConfig(), Stages())
+    assert all_used.n_train == 120
+    assert observe_calibration_stars(all_used, CalibrationConfig()) is None
+    monkeypatch.setattr(calibration, "LEAST_KEPT", 12)
     kept = keep_calibration_stars(config, CalibrationConfig(), Stages())
     assert kept.n_train == 108
     assert "the last 12 of 120 stars are kept" in " ".join(capsys.readouterr().out.split())
