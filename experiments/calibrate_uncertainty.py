@@ -237,8 +237,8 @@ def sections_of(config: UncertaintyConfig, judgement: Judgement, n_test: int) ->
         table_markdown(judgement.floor),
         "Root mean squared error of log g of the first covered test stars by magnitude, beside the root mean square of the "
         "Cramer-Rao floor (T_eff, [M/H] and [alpha/M] unknown). *floor with prior*: the same with the information of normal "
-        "priors of the labels that have the variance of the survey's ranges (van Trees). It is no floor for a method that knows more of the "
-        "survey: that most labels lie on nodes of a lattice.",
+        "priors of the labels that have the variance of the survey's ranges (van Trees). It is no floor for a method that "
+        "knows more of the survey: that most labels lie on nodes of a lattice.",
         "![Cramer-Rao floor](cramer_rao.png)",
         "## Stars outside the cells",
         table_markdown(judgement.flagged, shape),
