@@ -268,9 +268,7 @@ def floor_plot(table: pd.DataFrame) -> Figure:
     for name, (marker, color) in shapes.items():
         ax.plot(x, table[name], marker=marker, color=color, ms=6, lw=1.2, label=name)
     ax.plot(x, table["floor"], color=ORANGE, lw=2.0, marker="s", ms=6, label="Cramér-Rao floor")
-    ax.plot(
-        x, table["floor_with_prior"], color=ORANGE, lw=2.0, ls="--", marker="s", ms=6, mfc="w", label="floor, normal priors"
-    )
+    ax.plot(x, table["floor_with_prior"], color=ORANGE, lw=2.0, ls="--", marker="s", ms=6, mfc="w", label="floor, normal priors")
     ax.set_yscale("log")
     _plain_log_ticks(ax)
     ax.set_xticks(x, list(table["mag"]))
