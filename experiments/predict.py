@@ -92,6 +92,8 @@ def main(config: PredictConfig) -> None:
     if not len(np.asarray(model.uncertainty.calibration.levels)):
         console.print(f"{config.model}: not calibrated; uncertainty is the standard deviation of the model", highlight=False)
     paths = [path for given in config.spectra for path in files_of(given)]
+    if any(path.resolve() == config.output.resolve() for path in paths):
+        raise InputError(f"{config.output}: found that it is a file of spectra too, expected another name for the table")
     flags: Counter[str] = Counter()
     n_stars = masked = 0
     with open_catalogue(config.output) as catalogue:

@@ -92,6 +92,11 @@ def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], n_continuu
         for old, new in zip(fit, fit_labels(flux[again], error[again], kept, n_continuum=n_continuum), strict=True):
             old[again] = new
         n_masked = (good & ~fit.good).sum(axis=1)
+    unknown = ~np.isfinite(fit.chi2)
+    fitted &= ~unknown
+    fit.covariance[unknown] = np.eye(4)
+    fit = LabelFit(*(leaf if leaf.dtype == bool else np.nan_to_num(leaf) for leaf in fit))  # of no use, but finite
+    n_masked = np.nan_to_num(n_masked)
     expected, residual = expected_chi2(overlap), np.asarray((flux - fitted_flux(fit)) / error)
     ratio = scale_chi2(residual, fit.good) / expected[None, :] / np.maximum(fit.chi2, 1e-30)[:, None]
     stands_out = residual > 3 * np.sqrt(np.maximum(fit.chi2, 1.0))[:, None]  # not the surroundings that were masked with a band

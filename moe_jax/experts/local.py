@@ -30,6 +30,7 @@ from jaxtyping import Float, Int
 
 from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_length
 from moe_jax.core.cholesky import shifted_cholesky
+from moe_jax.core.convert import convert_arguments
 
 PENALTY = 1e-3  # of the polynomial's coefficients, per unit of weight: for the rounding of float32 more than for the fit
 N_COMPONENTS = (10, 14, 20, 28)
@@ -65,6 +66,7 @@ class LocalMixture(NamedTuple):
     tried: Float[np.ndarray, " T"]  #: mean squared error on the held-out stars, for each number of components tried
 
 
+@convert_arguments()
 def median_error(error: Float[AnyArray, "N P"]) -> Float[jax.Array, " N"]:
     """Median error of each star, from every 16th pixel.
 
@@ -182,11 +184,20 @@ def predict_local_experts(experts: LocalExperts, z: Float[AnyArray, "N C"], nois
     return lax.map(predict, (z.reshape(n_batches, _BATCH, c), noise.reshape(n_batches, _BATCH))).reshape(-1)[:n]
 
 
+@convert_arguments()
 def predict_local(mixture: LocalMixture, flux: Float[AnyArray, "N P"], noise: Float[AnyArray, " N"]) -> Float[jax.Array, " N"]:
-    """Predictions for noisy spectra with their noise levels."""
+    """Predictions for noisy spectra with their noise levels.
+
+    Raises:
+        InputError: shapes that disagree.
+    """
+    n_pixels = len(mixture.model.mean)
+    if flux.ndim != 2 or flux.shape[1] != n_pixels or noise.shape != flux.shape[:1]:
+        raise InputError(f"flux and noise have shapes {flux.shape} and {noise.shape}, expected (N, {n_pixels}) and (N,)")
     return predict_local_experts(mixture.experts, project_flux(mixture.model, flux), noise)
 
 
+@convert_arguments("flux", "error", "labels", "y", finite=("flux", "error", "labels", "y"))
 def fit_local(
     flux: Float[AnyArray, "N P"],
     error: Float[AnyArray, "N P"],
@@ -213,7 +224,8 @@ def fit_local(
         seed: of the clusters' start.
 
     Raises:
-        InputError: shapes that disagree, fewer stars than cells, or errors that are not positive.
+        InputError: shapes that disagree, fewer stars than cells, errors that are not positive or of an extreme size, and numbers
+            that are not finite.
     """
     from sklearn.cluster import KMeans
 
@@ -223,8 +235,14 @@ def fit_local(
     if n < 2 * n_cells:
         raise InputError(f"found {n} stars for {n_cells} cells, expected at least 2 in each on average")
     noise = median_error(error)
-    if not bool(jnp.min(noise) > 0):
-        raise InputError(f"error holds {float(jnp.min(noise)):g}, expected positive numbers")
+    if not bool(jnp.min(error) > 0):
+        raise InputError(f"error holds {float(jnp.min(error)):g}, expected positive numbers")
+    if not 1e-8 < float(jnp.median(noise)) < 1e8:
+        raise InputError(
+            f"error is {float(jnp.median(noise)):g} in the median, expected 1e-8 to 1e8: divide flux and error by a constant"
+        )
+    if n_cells < 1 or degree < 1 or not n_components or min(n_components) < 1:
+        raise InputError(f"n_cells, degree and n_components are {n_cells}, {degree} and {n_components}, expected at least 1")
     y, labels = jnp.asarray(y), np.asarray(labels)
     low, high = labels.min(axis=0), labels.max(axis=0)
     scaled = (2 * (labels - low) / np.maximum(high - low, np.finfo(np.float32).tiny) - 1).astype(noise.dtype)

@@ -30,6 +30,7 @@ from moe_jax.spectra.label_model import (
     BROADENING_NODES,
     GRID_WIDTH,
     LIGHT_SPEED,
+    MAX_VELOCITY,
     NORMALISE_TERMS,
     REBIN,
     VELOCITY_STEP,
@@ -48,6 +49,7 @@ _UNITS = np.array([*LABEL_UNITS.values(), 1.0, 0.1], np.float32)  # of the label
 _SEPARATION = 150.0  # km/s, least distance of a second velocity
 _N_PARTS = 64  # of a flattened spectrum; those of the grid have means from -0.32 to 0.10
 _FAINTEST, _BRIGHTEST = -0.4, 0.25
+_LEAST_PIXELS = 50  # of a star that is fitted
 _BLOCK = 32  # stars that are fitted together
 _COARSE_STEPS, _FINE_STEPS = 6, 8  # at most, before and after masking
 _COARSE_TOLERANCE, _TOLERANCE = 1e-3, 5e-5  # expected relative decrease of chi2 at which a fit has converged
@@ -100,6 +102,9 @@ def fit_labels(
         additive: whether a constant may be added to the flux, as by a sky that was subtracted wrongly; log g then is less certain.
         model: result of ``label_model``; by default that of the grid that ships with the package.
 
+    Returns:
+        The fits. A star with fewer than 50 usable pixels, or without light, has NaN in all numbers and has not converged.
+
     Raises:
         InputError: for shapes that disagree, or pixels other than those of the grid.
     """
@@ -123,7 +128,22 @@ def fit_labels(
         rows = np.minimum(np.arange(start, start + _BLOCK * len(devices)), len(flux) - 1)
         blocks = tuple(array[rows].reshape(len(devices), _BLOCK, *array.shape[1:]) for array in (flux, error, good, known))
         fits.append(_fit_blocks(on_all(blocks, devices), arrays, model.axes, free, n_continuum, additive, devices))
-    return LabelFit(*(np.concatenate(leaves).reshape(-1, *leaves[0].shape[2:])[: len(flux)] for leaves in zip(*fits, strict=True)))
+    leaves = (np.concatenate(parts).reshape(-1, *parts[0].shape[2:])[: len(flux)] for parts in zip(*fits, strict=True))
+    return _without_unknown(LabelFit(*leaves), np.asarray(flux), np.asarray(error), np.asarray(good))
+
+
+def _without_unknown(fit: LabelFit, flux: np.ndarray, error: np.ndarray, good: np.ndarray) -> LabelFit:
+    """The fits, with NaN for stars of which nothing is known."""
+    light = good & np.isfinite(flux) & np.isfinite(error) & (error > 0) & (flux != 0)
+    known = (light.sum(axis=1) >= _LEAST_PIXELS) & np.isfinite(fit.chi2) & np.isfinite(fit.labels).all(axis=1)
+
+    def keep(leaf: np.ndarray) -> np.ndarray:
+        rows = known.reshape(-1, *[1] * (leaf.ndim - 1))
+        return leaf & rows if leaf.dtype == bool else np.where(rows, leaf, np.nan).astype(leaf.dtype)
+
+    converged = fit.converged & (np.abs(fit.velocity) <= 1.1 * MAX_VELOCITY)
+    numbers = {name: keep(np.asarray(leaf)) for name, leaf in fit._asdict().items() if np.asarray(leaf).dtype.kind in "bf"}
+    return fit._replace(**numbers | {"converged": converged & known})
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "free", "n_continuum", "additive", "devices"))
@@ -532,7 +552,11 @@ def fitted_flux(fit: LabelFit, model: LabelModel | None = None) -> Float[np.ndar
     model = default_model() if model is None else model
     rest = np.asarray(_rest_flux(fit, tuple(model[1:]), model.axes))
     wave = WAVE[None, :] / (1.0 + fit.velocity[:, None].astype(np.float64) / LIGHT_SPEED)
-    return np.stack([scipy.interpolate.CubicSpline(WAVE, flux)(at) for flux, at in zip(rest, wave, strict=True)]).astype(np.float32)
+    known = np.isfinite(rest).all(axis=1) & np.isfinite(wave).all(axis=1)
+    observed = np.full(rest.shape, np.nan, np.float32)
+    for i in np.flatnonzero(known):
+        observed[i] = scipy.interpolate.CubicSpline(WAVE, rest[i])(wave[i])
+    return observed
 
 
 @functools.partial(jax.jit, static_argnames="axes")

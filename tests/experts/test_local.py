@@ -125,3 +125,17 @@ def test_bad_input_is_named(change, message):
     arguments = arrays | {"labels": np.ones((30, 2), np.float32), "y": np.ones(30, np.float32), "n_cells": 2} | change
     with pytest.raises(InputError, match=message):
         fit_local(**arguments)
+
+
+def test_input_that_would_teach_nothing_is_refused():
+    rng = np.random.default_rng(0)
+    flux, error, labels = rng.normal(size=(40, 64)), np.full((40, 64), 0.1), rng.normal(size=(40, 2))
+    for change, message in (
+        ({"flux": np.where(np.eye(40, 64) > 0, np.nan, flux)}, "flux holds numbers that are not finite"),
+        ({"error": np.where(np.arange(64) == 3, 0.0, error)}, "error holds 0, expected positive numbers"),
+        ({"flux": 1e-17 * flux, "error": 1e-17 * error}, "divide flux and error by a constant"),
+        ({"n_components": ()}, "expected at least 1"),
+    ):
+        given = {"flux": flux, "error": error, "labels": labels, "y": labels[:, 0], "n_cells": 4, "degree": 1} | change
+        with pytest.raises(InputError, match=message):
+            fit_local(**given)

@@ -152,3 +152,16 @@ def test_bad_input():
         fit_labels(flux, flux[:1])
     with pytest.raises(InputError, match=r"velocity has shape \(3,\), expected \(2,\)"):
         fit_labels(flux, flux, velocity=np.zeros(3))
+
+
+def test_a_star_of_which_nothing_is_known_has_no_labels(stars):
+    flux, error = (np.array(array[:3]) for array in stars[1:])
+    error[0], flux[1] = 0.0, np.nan
+    fit = fit_labels(flux, error)
+    assert np.isnan(fit.labels[:2]).all()
+    assert np.isnan(fit.chi2[:2]).all()
+    assert not fit.converged[:2].any()
+    assert np.isfinite(fit.labels[2]).all()
+    observed = fitted_flux(fit)
+    assert np.isnan(observed[:2]).all()
+    assert np.isfinite(observed[2]).all()
