@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError
@@ -112,7 +111,7 @@ def _assemble(path: Path, gate: Gate, leaves: dict[str, np.ndarray], provenance:
     for name, array in leaves.items():
         if not name.startswith("global/") and name != "uncertainty/flux_median" and not np.isfinite(array).all():
             raise InputError(f"{path}: {name} holds numbers that are not finite, expected a trained model")
-    experts, global_ridge, features, gate_params, classification_params, uncertainty = jax.tree.map(jnp.asarray, trees)
+    experts, global_ridge, features, gate_params, classification_params, uncertainty = jax.device_put(trees)
     return Model(wave, experts, global_ridge, features, gate, gate_params, classification_params, provenance, uncertainty)
 
 

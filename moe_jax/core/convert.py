@@ -79,8 +79,7 @@ def _convert(name: str, value: Any, kind: str | None, dimensions: str | None) ->
 
 def _is_finite(array: jax.Array | np.ndarray) -> bool:
     """Whether all numbers are finite, or not known yet."""
-    with jax.ensure_compile_time_eval():  # also while another function is traced
-        return isinstance(array, jax.core.Tracer) or bool(jnp.isfinite(array).all())
+    return isinstance(array, jax.core.Tracer) or bool(np.isfinite(np.asarray(array)).all())
 
 
 def _array(name: str, value: Any) -> np.ndarray:

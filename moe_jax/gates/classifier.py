@@ -52,9 +52,10 @@ def fit_classifier(
     from sklearn.model_selection import StratifiedKFold
 
     require_same_length(features=features, cell=cell)
-    if np.min(cell) < 0:
-        raise InputError(f"cell holds {np.min(cell)}, expected 0 to K - 1")
-    counts = np.bincount(np.asarray(cell))
+    counted = np.asarray(cell)
+    if counted.min() < 0:
+        raise InputError(f"cell holds {counted.min()}, expected 0 to K - 1")
+    counts = np.bincount(counted)
     if counts.min() < n_folds:
         k = int(counts.argmin())
         raise InputError(f"cell: found {counts[k]} stars in cell {k}, expected at least {n_folds} to cross-validate")

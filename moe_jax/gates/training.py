@@ -205,8 +205,9 @@ def fit_gate(
         validation_objective=MixtureObjective(gate),
         weight_decay=numbers.weight_decay,
     )
-    if not isinstance(fit.train_loss, jax.core.Tracer) and not np.isfinite(fit.train_loss[fit.best_epoch]):
-        raise InputError(f"the loss is {fit.train_loss[fit.best_epoch]}, expected numbers whose squares do not overflow")
+    traced = isinstance(fit.train_loss, jax.core.Tracer)
+    if not traced and not np.isfinite(loss := np.asarray(fit.train_loss)[int(fit.best_epoch)]):
+        raise InputError(f"the loss is {loss}, expected numbers whose squares do not overflow")
     return fit
 
 
