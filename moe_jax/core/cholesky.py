@@ -23,31 +23,29 @@ from moe_jax.core.arrays import AnyArray
 JITTER_GROWTH = (1, 32, 32**2, 32**3)  # while the factorisation fails
 
 
-def inverse_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike) -> Float[AnyArray, "M M"]:
-    """Inverse W of the Cholesky factor of matrix + shift I, so that (matrix + shift I)^-1 = W' W.
+def inverse_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike, jitter: ArrayLike | None = None) -> Float[AnyArray, "M M"]:
+    """Inverse W of the Cholesky factor of matrix + (shift + jitter) I, so that its inverse is W' W.
 
     Args:
         matrix: symmetric.
         shift: added to the diagonal.
+        jitter: see ``shifted_cholesky``.
 
     Returns:
         W, a lower triangle. It holds NaN where the matrix is not positive definite.
     """
     if isinstance(matrix, np.ndarray):
-        factor = _factorize(matrix, shift)
+        factor = _factorize(matrix, shift, jitter)
         trtri = _lapack("trtri", factor)
         return np.asarray(trtri(factor, lower=1, overwrite_c=1)[0])
-    on_device = shifted_cholesky(matrix, shift)
+    on_device = shifted_cholesky(matrix, shift, jitter)
     return lax.linalg.triangular_solve(on_device, jnp.eye(len(matrix), dtype=matrix.dtype), left_side=True, lower=True)
 
 
 def cholesky_solver(matrix: Float[AnyArray, "M M"], shift: ArrayLike, jitter: ArrayLike) -> Callable[[Any], Any]:
     """The function that multiplies columns by (matrix + (shift + jitter) I)^-1; for the jitter see ``shifted_cholesky``."""
     if isinstance(matrix, np.ndarray):
-        for growth in JITTER_GROWTH:
-            factor = _factorize(matrix, np.asarray(shift) + growth * np.asarray(jitter))
-            if np.isfinite(factor[0, 0]):
-                break
+        factor = _factorize(matrix, shift, jitter)
         potrs = _lapack("potrs", factor)
         return lambda b: potrs(factor, b, lower=1)[0]
     on_device = shifted_cholesky(matrix, shift, jitter)
@@ -60,15 +58,16 @@ def _lapack(name: str, matrix: np.ndarray) -> Callable[..., tuple[np.ndarray, in
     return routine
 
 
-def _factorize(matrix: np.ndarray, shift: ArrayLike) -> np.ndarray:
-    """The lower Cholesky factor of matrix + shift I by LAPACK, column by column in memory; NaN where there is none."""
-    work = np.array(matrix.T, order="F")
-    np.fill_diagonal(work, work.diagonal() + np.asarray(shift))
-    potrf = _lapack("potrf", work)
-    factor, failed = potrf(work, lower=1, overwrite_a=1, clean=1)
-    if failed:
-        np.fill_diagonal(factor, np.nan)
-    return np.asarray(factor)
+def _factorize(matrix: np.ndarray, shift: ArrayLike, jitter: ArrayLike | None) -> np.ndarray:
+    """``shifted_cholesky`` by LAPACK, column by column in memory; the diagonal is NaN where there is no factor."""
+    for growth in JITTER_GROWTH if jitter is not None else (0,):
+        work = np.array(matrix.T, order="F")
+        np.fill_diagonal(work, work.diagonal() + (np.asarray(shift) + growth * np.asarray(jitter or 0)))
+        factor, failed = _lapack("potrf", work)(work, lower=1, overwrite_a=1, clean=1)
+        if not failed:
+            return factor
+    np.fill_diagonal(factor, np.nan)
+    return factor
 
 
 def shifted_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike, jitter: ArrayLike | None = None) -> Float[jax.Array, "M M"]:

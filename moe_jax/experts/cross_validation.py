@@ -33,7 +33,7 @@ from moe_jax.core.arrays import (
     to_device,
     to_host,
 )
-from moe_jax.core.cholesky import JITTER_GROWTH, inverse_cholesky
+from moe_jax.core.cholesky import inverse_cholesky
 from moe_jax.core.convert import convert_arguments
 from moe_jax.experts import ridge
 from moe_jax.experts.alphas import require_positive, search_alphas
@@ -177,13 +177,9 @@ class _Solver:
     def inverse_factor(self, alpha: Any) -> AnyArray:
         """W with (matrix + alpha I)^-1 = W' W, computed once for each alpha."""
         if isinstance(alpha, jax.core.Tracer):  # under jit
-            return _inverse_factor(self.matrix, alpha + self.jitter)
+            return _inverse_factor(self.matrix, alpha, self.jitter)
         if float(alpha) not in self._factors:
-            for growth in JITTER_GROWTH:
-                factor = _inverse_factor(self.matrix, alpha + growth * self.jitter)
-                if np.isfinite(factor[0, 0]):
-                    break
-            self._factors[float(alpha)] = factor
+            self._factors[float(alpha)] = _inverse_factor(self.matrix, alpha, self.jitter)
         return self._factors[float(alpha)]
 
     def residuals(self, alpha: Any) -> Float[AnyArray, " N"]:
