@@ -37,10 +37,10 @@ from experiments.runner.stages import Stages
 from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.core.pca import fit_pca
 from moe_jax.experts.fit import predict_experts
-from moe_jax.experts.local import fit_local, median_error, predict_local
+from moe_jax.experts.local import error_template, fit_local, median_error, predict_local
 from moe_jax.experts.ridge import Ridge, fit_weighted_ridge, predict_ridge
 from moe_jax.gates.controls import fit_mlp_regressor, predict_mlp_regressor
-from moe_jax.gates.features import raw_features, scale_features
+from moe_jax.gates.features import compute_features
 from moe_jax.gates.networks import LinearGate, MLPGate
 from moe_jax.gates.routing import route_soft
 from moe_jax.gates.training import GateConfig, fit_gate
@@ -150,7 +150,7 @@ def fit_bases(config: CompareConfig, train: Spectra) -> Bases:
     key, number = draw_keys(config.data.seed).pca, max(config.n_components)
     plain = fit_pca(key, train.flux, number)
     noise = median_error(train.error)
-    template = jnp.sqrt(jnp.mean((train.error / noise[:, None]) ** 2, axis=0))
+    template = error_template(train.error, noise)
     weight = 1 / noise
     mean = jnp.sum(train.flux * (weight**2)[:, None], axis=0) / jnp.sum(weight**2)
     scaled = (train.flux - mean[None, :]) * (weight[:, None] / template[None, :])
@@ -259,7 +259,7 @@ def prepared_methods(config: CompareConfig, prepared: Prepared, stages: Stages) 
     before = seconds["experts, cross-validated"] + seconds["features"]
 
     def features(flux: AnyArray) -> AnyArray:
-        return scale_features(prepared.model, raw_features(flux, prepared.wave, prepared.model.pca))
+        return compute_features(prepared.model, flux, prepared.wave)
 
     def mixture(gate: LinearGate | MLPGate, params: Any) -> Predict:
         return lambda flux, _: route_soft(gate.apply(params, features(flux)), predict_experts(prepared.experts, flux))
@@ -291,7 +291,7 @@ def explanations(config: CompareConfig, prepared: Prepared, bases: Bases, train:
     wide = min(config.n_gate_components, plain.shape[1])
 
     def features(flux: AnyArray) -> AnyArray:
-        return scale_features(prepared.model, raw_features(flux, prepared.wave, prepared.model.pca))
+        return compute_features(prepared.model, flux, prepared.wave)
 
     def on_components(basis: Predict, x: AnyArray, gate_inputs: Predict) -> Predict:
         """Nine ridges on components, with a gate on other inputs."""

@@ -247,7 +247,7 @@ def fit_local(
     low, high = labels.min(axis=0), labels.max(axis=0)
     scaled = (2 * (labels - low) / np.maximum(high - low, np.finfo(np.float32).tiny) - 1).astype(noise.dtype)
     terms = polynomial_terms(scaled, degree)
-    template = _template(error, noise)
+    template = error_template(error, noise)
     cell = KMeans(n_cells, n_init=1, max_iter=30, random_state=seed).fit(scaled).labels_
     rank = labels.shape[1]
     held = np.arange(n) % 5 == 0
@@ -267,6 +267,6 @@ def fit_local(
 
 
 @jax.jit
-def _template(error: jax.Array, noise: jax.Array) -> jax.Array:
+def error_template(error: Float[AnyArray, "N P"], noise: Float[AnyArray, " N"]) -> Float[jax.Array, " P"]:
     """Root mean square error of each pixel, in units of the stars' noise levels."""
     return jnp.sqrt(jnp.mean((jnp.asarray(error) / noise[:, None]) ** 2, axis=0))
