@@ -274,7 +274,7 @@ def time_large_bootstrap(config: BenchmarkConfig) -> Iterator[Row]:
         theirs = functools.partial(peers.scipy_bootstrap, y, prediction, baseline, cell, in_pair, batch=batch)
         name = f"bootstrap: {in_pair:,} resamples of {n_stars:,} stars, 9 cells"
         row = compare(Row(name, "scipy.stats.bootstrap, vectorised, a call for each cell"), ours, theirs, 1)
-        whole = json.loads(run_python("-c", LARGE, str(n_stars), str(n_resamples)).splitlines()[-1])
+        whole = json.loads(run_python("-c", LARGE, str(n_stars), str(n_resamples)).stdout.splitlines()[-1])
         row.note = (
             f"{n_resamples:,} resamples: {whole['seconds']:.1f} s, peak {whole['peak_gib']:.2f} GiB of the whole process, of which "
             f"{whole['before_gib']:.2f} GiB were there before"
@@ -282,18 +282,18 @@ def time_large_bootstrap(config: BenchmarkConfig) -> Iterator[Row]:
         yield row
 
 
-def run_python(*arguments: str, **environment: str) -> str:
-    """What a Python command prints.
+def run_python(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a Python command and keeps what it prints.
 
     Raises:
         InputError: where it fails.
     """
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=os.environ | environment, check=False)
+    command, variables = [sys.executable, *arguments], os.environ | environment
+    done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise InputError(
-            f"{' '.join(arguments)[:60]}: found exit code {done.returncode} ({done.stderr.strip()[-200:]}), expected 0"
-        )
-    return done.stdout
+        what = " ".join(arguments)[:60] if cwd is None else f"{cwd}: python {' '.join(arguments)}"
+        raise InputError(f"{what}: found exit code {done.returncode} ({done.stderr.strip()[-200:]}), expected 0")
+    return done
 
 
 def time_pipeline(config: BenchmarkConfig) -> Iterator[Row]:
@@ -306,17 +306,17 @@ def time_pipeline(config: BenchmarkConfig) -> Iterator[Row]:
         files = [str(folder / "train.h5"), str(folder / "test.h5")]
         command = ["-m", "experiments.regress_gate", "--train-file", files[0], "--test-file", files[1], "--no-use-cache"]
         command += ["--n-train", str(config.n_train), "--output-dir", str(folder / "out")]
-        compiled = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+        compiled = str(folder / "compiled")
 
         def ours() -> tuple[float, dict[str, Any]]:
             start = time.perf_counter()
-            run_python(*command, **compiled)
+            run_python(*command, JAX_COMPILATION_CACHE_DIR=compiled)
             seconds = time.perf_counter() - start
             return seconds, json.loads((folder / "out" / "run.json").read_text())
 
         cold, cold_run = ours()
         start = time.perf_counter()
-        peer = json.loads(run_python("-m", "experiments.timing.peers", *files).splitlines()[-1])
+        peer = json.loads(run_python("-m", "experiments.timing.peers", *files).stdout.splitlines()[-1])
         theirs = time.perf_counter() - start
         warm, warm_run = ours()
         imported = seconds_of(lambda: run_python("-c", "import experiments.regress_gate"))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.runner.stages import Stages
+from experiments.timing.rows import run_python
 from moe_jax.core.arrays import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,16 +50,9 @@ class Checkout:
         return times | ({"default run: programs compiled": float(log.count("Finished XLA compilation of"))} if first else {})
 
     def _run(self, arguments: tuple[str, ...], environment: dict[str, str]) -> tuple[float, str]:
-        variables = os.environ | {"PYTHONPATH": str(self.root)} | environment
         start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, *arguments], cwd=self.root, env=variables, capture_output=True, text=True, check=False
-        )
-        seconds = time.perf_counter() - start
-        if done.returncode:
-            what = f"{self.root}: python {' '.join(arguments)}"
-            raise InputError(f"{what}: found exit code {done.returncode} ({done.stderr.strip()[-200:]}), expected 0")
-        return seconds, done.stderr
+        done = run_python(*arguments, cwd=self.root, PYTHONPATH=str(self.root), **environment)
+        return time.perf_counter() - start, done.stderr
 
 
 @contextmanager

@@ -52,14 +52,14 @@ def fit_classifier(
     from sklearn.model_selection import StratifiedKFold
 
     require_same_length(features=features, cell=cell)
-    counted = np.asarray(cell)
-    if counted.min() < 0:
-        raise InputError(f"cell holds {counted.min()}, expected 0 to K - 1")
-    counts = np.bincount(counted)
+    cell = np.asarray(cell)
+    if cell.min() < 0:
+        raise InputError(f"cell holds {cell.min()}, expected 0 to K - 1")
+    counts = np.bincount(cell)
     if counts.min() < n_folds:
         k = int(counts.argmin())
         raise InputError(f"cell: found {counts[k]} stars in cell {k}, expected at least {n_folds} to cross-validate")
-    x, cell, C_grid = np.asarray(features, np.float64), np.asarray(cell), tuple(sorted(C_grid))
+    x, C_grid = np.asarray(features, np.float64), tuple(sorted(C_grid))
     # Newton steps on the exact Hessian need a dozen iterations where L-BFGS needs hundreds at large C. Each fit starts from that
     # of the next smaller C.
     model = LogisticRegression(solver="newton-cholesky", max_iter=200, warm_start=True)
