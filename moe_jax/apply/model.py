@@ -90,8 +90,11 @@ def predict_model(
     for name, array in (("error", error), ("good", good)):
         if array is not None and array.shape != flux.shape:
             raise InputError(f"{name} has shape {array.shape}, expected {flux.shape} like flux")
-    if good is not None and model.uncertainty is None:
-        raise InputError("good was given for a model without uncertainties, expected one that knows how to fill masked pixels")
+    if good is not None:
+        if model.uncertainty is None:
+            raise InputError("good was given for a model without uncertainties, expected one that knows how to fill masked pixels")
+        # Not a part of _predict: with the loop over stars inside, XLA's CPU runtime stands still after some calls (jaxlib 0.10.2).
+        flux = fill_masked(flux, good, model.uncertainty.center, model.uncertainty.leverage.basis)
     pixels = tuple(line_pixels(model.wave).values())
     arrays = model._replace(gate=cast(Any, None), provenance={})  # what a compiled program can take
     prediction: MixturePrediction = _predict(model.gate, arrays, pixels, flux, error, good, scale_error)
@@ -110,9 +113,6 @@ def _predict(
 ) -> MixturePrediction:
     """``predict_model`` in one program."""
     uncertainty = model.uncertainty
-    if good is not None:
-        assert uncertainty is not None
-        flux = fill_masked(flux, good, uncertainty.center, uncertainty.leverage.basis)
     (log_g, gradient), (weights, features, predictions) = _mix(
         gate, model.gate_params, model.experts, model.features, pixels, flux, uncertainty is not None
     )

@@ -6,15 +6,14 @@ weighted by the widths of their overlaps with it. So the integral over wavelengt
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy
 from jaxtyping import Bool, Float
 
-from moe_jax.core.arrays import AnyArray, InputError, matmul
+from moe_jax.core.arrays import AnyArray, InputError, by_numpy, map_rows, matmul, namespace
 
 LEAST_OVERLAP = 0.5  # part of a new pixel that good pixels must cover; otherwise it is masked
 _FILL_SHRINKAGE = 1e-6
@@ -91,10 +90,10 @@ def resample(
     return MaskedSpectra(np.where(enough, new, 0.0).astype(dtype), np.where(enough, np.sqrt(variance), 0.0).astype(dtype), enough)
 
 
-@jax.jit
+@by_numpy
 def fill_masked(
     flux: Float[AnyArray, "N P"], good: Bool[AnyArray, "N P"], center: Float[AnyArray, " P"], basis: Float[AnyArray, "R P"]
-) -> Float[jax.Array, "N P"]:
+) -> Float[AnyArray, "N P"]:
     """Replaces masked pixels by the least-squares fit of the basis to the good pixels of the same star.
 
     Args:
@@ -103,14 +102,20 @@ def fill_masked(
         center: mean flux of the training stars.
         basis: R orthonormal directions in which the training stars vary.
     """
-    weight = jnp.asarray(good).astype(basis.dtype)
-    x = jnp.where(good, flux - center[None, :], 0.0)
+    xp = namespace(flux)
 
-    def one(star: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x, weight = star
-        normal = matmul(basis * weight[None, :], basis.T) + _FILL_SHRINKAGE * jnp.eye(len(basis), dtype=basis.dtype)
-        fitted = jnp.linalg.solve(normal, matmul(basis, x[:, None]))
-        return jnp.asarray(center) + matmul(fitted.T, basis)[0]
+    def fit(star: tuple[AnyArray, AnyArray]) -> Any:
+        flux, good = star
+        weight = good.astype(basis.dtype)
+        normal = matmul(basis * weight[None, :], basis.T) + _FILL_SHRINKAGE * xp.eye(len(basis), dtype=basis.dtype)
+        x = xp.where(good, flux - center, xp.zeros_like(center))
+        fitted = xp.linalg.solve(normal, matmul(basis, x[:, None]))
+        return xp.where(good, flux, center + matmul(fitted.T, basis)[0])
 
-    fitted: jax.Array = jax.lax.map(one, (x, weight), batch_size=64)
-    return jnp.where(good, flux, fitted)
+    if xp is jnp:
+        return map_rows(fit, (flux, good), batch_size=64)
+    masked = np.flatnonzero(~good.all(axis=1))
+    filled = flux.copy()
+    if len(masked):
+        filled[masked] = map_rows(fit, (flux[masked], good[masked]))
+    return filled

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import threading
 
 import h5py
 import numpy as np
@@ -45,6 +46,17 @@ def table(application, spectra):
 def predict(trained, spectra, output, answer="mixture", **options):
     main(PredictConfig(trained / "model", (spectra,), output, answer=answer, **options))
     return output
+
+
+def test_calls_with_masked_pixels_end(model):
+    """With the filling of masked pixels inside the compiled prediction, XLA's CPU runtime stood still after some calls."""
+    rng = np.random.default_rng(7)
+    flux = rng.normal(1.0, 0.1, (500, len(model.wave))).astype("f4")
+    good = rng.uniform(size=flux.shape) > 0.01
+    calls = threading.Thread(target=lambda: [np.asarray(predict_model(model, flux, good=good).log_g) for _ in range(30)], daemon=True)
+    calls.start()
+    calls.join(timeout=120)
+    assert not calls.is_alive()
 
 
 def test_what_the_run_predicted(trained, tmp_path, capsys):
