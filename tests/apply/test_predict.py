@@ -53,7 +53,12 @@ def test_calls_with_masked_pixels_end(model):
     rng = np.random.default_rng(7)
     flux = rng.normal(1.0, 0.1, (500, len(model.wave))).astype("f4")
     good = rng.uniform(size=flux.shape) > 0.01
-    calls = threading.Thread(target=lambda: [np.asarray(predict_model(model, flux, good=good).log_g) for _ in range(30)], daemon=True)
+
+    def predict_often():
+        for _ in range(30):
+            np.asarray(predict_model(model, flux, good=good).log_g)
+
+    calls = threading.Thread(target=predict_often, daemon=True)
     calls.start()
     calls.join(timeout=120)
     assert not calls.is_alive()
