@@ -37,7 +37,9 @@ from moe_jax.gates.training import GateConfig
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-METHODS = ("global", "oracle", "hard", "soft", "MLP", "linear")
+METHODS = ("global", "oracle", "hard", "soft", "MLP", "linear", "linear, stopped")
+GATES = METHODS[4:]
+STOPPED = GateConfig(optimizer="lbfgs", init="logistic", validation_fraction=0.2)  # where a fifth of the stars, held out, says so
 STYLES = {
     "global": (GREY, "v"),
     "oracle": (GREEN, "^"),
@@ -45,6 +47,7 @@ STYLES = {
     "soft": (BLACK, "D"),
     "MLP": (BLUE, "o"),
     "linear": (ORANGE, "s"),
+    "linear, stopped": ("#E69F00", "P"),
 }
 
 
@@ -63,8 +66,7 @@ class ScaleConfig:
     gate: GateConfig = group(GateConfig(), prefix=True)
     mlp: MLPGate = group(MLPGate())
     data: DataConfig = group(
-        # The grids of penalties are not extended, so that all sizes choose from the same penalties.
-        DataConfig(experts=ExpertOptions((0.01, 0.1, 1.0, 10.0, 100.0), (1.0, 10.0, 100.0, 1000.0), extend_decades=0)),
+        DataConfig(experts=ExpertOptions((0.01, 0.1, 1.0, 10.0, 100.0), (1.0, 10.0, 100.0, 1000.0))),
         without=("n_train", "noise_level", "noise", "train_file", "test_file", "columns"),
     )
     bootstrap: BootstrapOptions = group(BootstrapOptions(), without=("interval_method",))
@@ -91,7 +93,9 @@ PRESETS = {
 def score(config: ScaleConfig, data: DataConfig, prepared: Prepared) -> list[dict[str, float | str]]:
     """R2 of each method, rho and Delta R2 against the soft classification gate, with bootstrap bands; one row each."""
     mlp = run_gates(data, prepared, GateRun(config.mlp, config.gate, n_seeds=config.n_seeds), config.output.cache)
-    linear = run_gates(data, prepared, CONVERGED_LINEAR, config.output.cache)
+    linear = [
+        run_gates(data, prepared, run, config.output.cache) for run in (CONVERGED_LINEAR, GateRun(LinearGate(), STOPPED, n_seeds=1))
+    ]
     test = prepared.test.covered()
     weights = LinearGate().apply(prepared.classifier.params, test.features)
     predictions = jnp.stack(
@@ -101,15 +105,15 @@ def score(config: ScaleConfig, data: DataConfig, prepared: Prepared) -> list[dic
             route_hard(weights, test.predictions),
             route_soft(weights, test.predictions),
             *map(jnp.asarray, mlp.predictions),
-            jnp.asarray(linear.predictions[0]),
+            *(jnp.asarray(sweep.predictions[0]) for sweep in linear),
         ],
         axis=1,
     )
 
     def statistics(y: jax.Array, predictions: jax.Array) -> jax.Array:
-        """R2 of the six methods, then rho and Delta R2 of each; (3, 6)."""
+        """R2 of the M methods, then rho and Delta R2 of each; (3, M)."""
         each = jax.vmap(r2_score, in_axes=(None, 1))(y, predictions)
-        r2 = jnp.concatenate([each[:4], jnp.mean(each[4:-1], keepdims=True), each[-1:]])
+        r2 = jnp.concatenate([each[:4], jnp.mean(each[4:-2], keepdims=True), each[-2:]])
         return jnp.stack([r2, (r2 - r2[0]) / (r2[1] - r2[0]), r2 - r2[3]])
 
     y = jnp.asarray(test.log_g)
@@ -117,12 +121,14 @@ def score(config: ScaleConfig, data: DataConfig, prepared: Prepared) -> list[dic
     samples = _bootstrap(draw_keys(data.seed).bootstrap, statistics, (y, predictions), config.bootstrap.n_resamples)
     tail = 0.5 * (1 - config.bootstrap.confidence_level)
     low, high = np.quantile(samples, [tail, 1 - tail], axis=0)
+    train_mse = dict(zip(GATES, (float(np.mean(sweep.loss)) for sweep in (mlp, *linear)), strict=True))
     rows: list[dict[str, float | str]] = []
     for j, method in enumerate(METHODS):
         row: dict[str, float | str] = {"n_train": data.n_train, "noise_level": data.noise_level, "method": method}
         for i, name in enumerate(("r2", "rho", "delta_r2")):
             row |= {name: float(estimate[i, j]), f"{name}_low": low[i, j], f"{name}_high": high[i, j]}
-        rows.append(row)
+        test_mse = (1 - row["r2"]) * float(jnp.var(y))
+        rows.append(row | {"train_mse": train_mse.get(method, np.nan), "test_mse": test_mse})
     return rows
 
 
@@ -138,7 +144,7 @@ def draw_figures(table: pd.DataFrame, noise_levels: tuple[float, ...]) -> dict[s
     """R2 and Delta R2 against the number of training stars, one panel for each noise level."""
     drawn = {}
     for name, label in (("r2", "$R^2$ of log g"), ("delta_r2", r"$\Delta R^2$ against the classification gate (soft)")):
-        shown = METHODS if name == "r2" else ("hard", "MLP", "linear")
+        shown = METHODS if name == "r2" else ("hard", *GATES)
         fig, axes = new_figure(
             1, len(noise_levels), figsize=(2.6 * len(noise_levels) + 0.6, 3.8), squeeze=False, sharey=name != "r2"
         )
@@ -157,7 +163,7 @@ def draw_figures(table: pd.DataFrame, noise_levels: tuple[float, ...]) -> dict[s
             ax.set_title(f"noise {noise:g}", fontsize=10)
             ax.set_xlabel("training stars")
         axes[0, 0].set_ylabel(label)
-        fig.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, ncols=6, loc="outside upper center")
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, ncols=len(shown), loc="outside upper center")
         drawn[name] = fig
     return drawn
 
@@ -165,18 +171,21 @@ def draw_figures(table: pd.DataFrame, noise_levels: tuple[float, ...]) -> dict[s
 def sections_of(config: ScaleConfig, table: pd.DataFrame, choices: pd.DataFrame) -> list[str]:
     """The paragraphs of report.md."""
     r2 = table.pivot(index=["noise_level", "n_train"], columns="method", values="r2")[list(METHODS)]
-    rho = table.pivot(index=["noise_level", "n_train"], columns="method", values="rho")[["soft", "MLP", "linear"]]
-    delta = table[table["method"].isin(("MLP", "linear"))].copy()
+    rho = table.pivot(index=["noise_level", "n_train"], columns="method", values="rho")[["soft", *GATES]]
+    delta = table[table["method"].isin(GATES)].copy()
     delta["delta R2 against soft"] = [
         interval(row["delta_r2"], row["delta_r2_low"], row["delta_r2_high"]) for row in delta.to_dict("records")
     ]
-    delta = delta.pivot(index=["noise_level", "n_train"], columns="method", values="delta R2 against soft")
+    delta = delta.pivot(index=["noise_level", "n_train"], columns="method", values="delta R2 against soft")[list(GATES)]
+    linear = table[table["method"].isin(GATES[1:])].rename(columns={"train_mse": "train", "test_mse": "test"})
+    fitted = linear[["noise_level", "n_train", "method", "train", "test"]].sort_values(["noise_level", "n_train"])
     plain = {"noise_level": "g"}
     published = load_published()
     large, million = published["n_train_100000"]["r2"], published["n_train_1000000_noise_1"]
     return [
         f"Cross-fitted gates: MLP (Adam, {config.gate.epochs} epochs, {config.n_seeds} seed{'s' * (config.n_seeds > 1)}), "
-        f"linear (converged). The test stars are the same {config.data.n_test:,} for all, those that the cells cover; they are "
+        "linear (converged), and linear, stopped (from the classification gate on, while it helps a held-out fifth of the stars). "
+        f"The test stars are the same {config.data.n_test:,} for all, those that the cells cover; they are "
         "observed at the noise of the training stars. Bands: "
         f"{100 * config.bootstrap.confidence_level:g} % percentile bootstrap over test stars.",
         "## R2",
@@ -185,6 +194,9 @@ def sections_of(config: ScaleConfig, table: pd.DataFrame, choices: pd.DataFrame)
         "## Delta R2 against the classification gate (soft)",
         table_markdown(delta.reset_index(), plain),
         "![Delta R2](delta_r2.png)",
+        "## Is the linear gate fitted too closely?",
+        table_markdown(fitted, plain),
+        "Mean squared error on the gate's training stars, with out-of-fold predictions of the experts, and on the test stars.",
         "## Oracle-gain retention rho",
         table_markdown(rho.reset_index(), plain),
         f"The report at 100,000 training spectra and noise 0.2: soft {large['classify']:.4f}, MLP {large['regress_mlp']:.4f}, "
