@@ -47,7 +47,7 @@ STYLES = {
     "soft": (BLACK, "D"),
     "MLP": (BLUE, "o"),
     "linear": (ORANGE, "s"),
-    "linear, stopped": ("#E69F00", "P"),
+    "linear, stopped": ("#56B4E9", "P"),
 }
 
 
@@ -117,6 +117,7 @@ def score(config: ScaleConfig, data: DataConfig, prepared: Prepared) -> list[dic
         return jnp.stack([r2, (r2 - r2[0]) / (r2[1] - r2[0]), r2 - r2[3]])
 
     y = jnp.asarray(test.log_g)
+    variance = float(jnp.var(y))
     estimate = jax.jit(statistics)(y, predictions)
     samples = _bootstrap(draw_keys(data.seed).bootstrap, statistics, (y, predictions), config.bootstrap.n_resamples)
     tail = 0.5 * (1 - config.bootstrap.confidence_level)
@@ -127,8 +128,8 @@ def score(config: ScaleConfig, data: DataConfig, prepared: Prepared) -> list[dic
         row: dict[str, float | str] = {"n_train": data.n_train, "noise_level": data.noise_level, "method": method}
         for i, name in enumerate(("r2", "rho", "delta_r2")):
             row |= {name: float(estimate[i, j]), f"{name}_low": low[i, j], f"{name}_high": high[i, j]}
-        test_mse = (1 - row["r2"]) * float(jnp.var(y))
-        rows.append(row | {"train_mse": train_mse.get(method, np.nan), "test_mse": test_mse})
+        row |= {"train_mse": train_mse.get(method, np.nan), "test_mse": (1 - float(estimate[0, j])) * variance}
+        rows.append(row)
     return rows
 
 
