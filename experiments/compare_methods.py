@@ -246,7 +246,7 @@ def pixel_methods(config: CompareConfig, train: Spectra) -> dict[str, Callable[[
         mixture = fit_local(
             train.flux, train.error, labels, y, n_cells=min(n_cells, len(y) // 4), degree=config.degree, seed=config.data.seed
         )
-        return lambda flux, error: predict_local(mixture, flux, median_error(error))
+        return lambda flux, error: predict_local(mixture, flux, median_error(error)).y
 
     methods: dict[str, Callable[[], Predict]] = {"partial least squares": lambda: choose([10, 20, 30, 45, 60], pls, train)}
     names = {n: f"{n:,} local linear experts" for n in config.n_cells[:-1]} | {config.n_cells[-1]: LOCAL}

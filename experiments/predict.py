@@ -70,9 +70,9 @@ class PredictConfig:
     """Table to write: .csv, .parquet or .fits."""
     scale: Literal["auto", "always", "never"] = "auto"
     """Scale each spectrum to the median of the training spectra; auto: if the spectra of the file lie on another scale."""
-    answer: Literal["auto", "fit", "mixture"] = "auto"
-    """Whose log g is given: that of the fit of the model grid, or that of the mixture, which is fast; auto: the fit's if the model
-    was trained on simulated spectra."""
+    answer: Literal["auto", "fit", "mixture", "local"] = "auto"
+    """Whose log g is given: that of the fit of the model grid, that of the mixture, or that of the local linear experts, which are
+    as fast as the mixture; auto: the fit's if the model was trained on simulated spectra."""
     air: bool = False
     """The wavelengths of the files are in air."""
     chunk_stars: int = 2_048

@@ -27,6 +27,7 @@ from rich.table import Table
 from experiments.pipeline.calibration import CalibrationConfig, add_uncertainty, keep_calibration_stars, model_of
 from experiments.pipeline.config import SURVEYS, BootstrapOptions, DataConfig, OutputOptions, draw_keys
 from experiments.pipeline.gates import training_stars
+from experiments.pipeline.local import LocalConfig, add_local, judge_local
 from experiments.pipeline.methods import (
     CLASSIFY,
     FALLBACK,
@@ -73,6 +74,7 @@ class RegressGateConfig:
     data: DataConfig = group(SURVEYS["default"])
     bootstrap: BootstrapOptions = group(BootstrapOptions())
     calibration: CalibrationConfig = group(CalibrationConfig(), prefix=True)
+    local: LocalConfig = group(LocalConfig(), prefix=True)
     cluster: Cluster = group(Cluster(), prefix=True)
     output: OutputOptions = group(OutputOptions())
 
@@ -279,7 +281,7 @@ def print_table(results: Outcome) -> None:
 
 
 def compute(config: RegressGateConfig, stages: Stages) -> Results:
-    """Runs the experiment, and adds uncertainties to the model of the chosen gate."""
+    """Runs the experiment, and adds uncertainties and local linear experts to the model of the chosen gate."""
     config.cluster.start()
     config = dataclasses.replace(config, data=keep_calibration_stars(config.data, config.calibration, stages))
     results = run(config, stages)
@@ -288,6 +290,14 @@ def compute(config: RegressGateConfig, stages: Stages) -> Results:
     mixture = model_of(results.prepared, regression_gates(config)[CHOSEN.name], results.fits[CHOSEN].params)
     model, notes = add_uncertainty(config.data, config.calibration, results.prepared, mixture, stages)
     print_table(results)
+    model, local, more_notes = add_local(config.data, config.local, config.calibration, model, stages)
+    local_tables: dict[str, pd.DataFrame] = {}
+    local_sections: list[str] = []
+    if local is not None:
+        bootstrap, nine = config.bootstrap, results.predictions[CHOSEN]
+        local_tables, local_sections = judge_local(config.data, local, nine, bootstrap.n_resamples, bootstrap.confidence_level)
+        console.print(local_sections[1], highlight=False)
+    notes += more_notes
     for note in [*warnings_of(results), *notes]:
         console.print(f"warning: {note}", highlight=False)
     tables = {
@@ -295,13 +305,13 @@ def compute(config: RegressGateConfig, stages: Stages) -> Results:
         "per_bin": results.bins,
         "bootstrap": results.bootstrap,
         "predictions": prediction_table(results),
-    }
+    } | local_tables
 
     def write_model(folder: Path, run_json: dict[str, Any]) -> None:
         save_model(folder / "model", model._replace(provenance=provenance_of(results, run_json)))
 
     title = "Regression gates against the classification gate"
-    return Results(title, sections_of(config, results), tables, drawn, describe_choices(results), write_model)
+    return Results(title, sections_of(config, results) + local_sections, tables, drawn, describe_choices(results), write_model)
 
 
 main = Study("regress_gate", PRESETS, compute)

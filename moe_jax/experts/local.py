@@ -13,6 +13,8 @@ of each axis with y. So an expert is linear in z, and the gate is the probabilit
     p(k | z) ~ n_k N(z; m_k, V_k diag(v_k) V_k' + s^2 I).
 
 Both depend on the noise of the star. A faint star is drawn to the mean of its cell, and its weights spread over more cells.
+The variance of y given z is that of a mixture of normal distributions: the mean variance of the experts' answers, with
+Var[y | z, k] = w_k - sum_r c_kr^2 / (v_kr + s^2) and w_k the variance of y in the cell, plus the variance between them.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from moe_jax.core.convert import convert_arguments
 
 PENALTY = 1e-3  # of the polynomial's coefficients, per unit of weight: for the rounding of float32 more than for the fit
 N_COMPONENTS = (10, 14, 20, 28)
+_LEAST_VARIANCE = 1e-6  # of an expert's answer, in units of the variance between experts: a cell of few stars may have none
 _BATCH = 256  # stars that are predicted at a time
 
 
@@ -54,8 +57,16 @@ class LocalExperts(NamedTuple):
     axes: Float[jax.Array, "K R C"]  #: unit vectors
     variance: Float[jax.Array, "K R"]  #: of the clean spectra along the axes
     y: Float[jax.Array, " K"]
+    y_variance: Float[jax.Array, " K"]
     covariance: Float[jax.Array, "K R"]  #: of the clean spectra along the axes with y
     log_count: Float[jax.Array, " K"]  #: of the training stars
+
+
+class LocalPrediction(NamedTuple):
+    """What a mixture of local linear experts says of N stars."""
+
+    y: Float[jax.Array, " N"]
+    sigma: Float[jax.Array, " N"]  #: standard deviation of y given the spectrum; it knows of noise and cells, not of misfit
 
 
 class LocalMixture(NamedTuple):
@@ -151,7 +162,8 @@ def fit_local_experts(
     variance, axes = jnp.linalg.eigh(mean(h_centred[:, :, None] * h_centred[:, None, :]))
     axes = jnp.swapaxes(axes, 1, 2)[:, ::-1][:, :rank]
     covariance = jnp.einsum("krc,kc->kr", axes, mean(h_centred * y_centred[:, None]), precision=lax.Precision.HIGHEST)
-    return LocalExperts(h_mean, axes, jnp.maximum(variance[:, ::-1][:, :rank], 0), y_mean, covariance, jnp.log(count))
+    variance = jnp.maximum(variance[:, ::-1][:, :rank], 0)
+    return LocalExperts(h_mean, axes, variance, y_mean, mean(y_centred**2), covariance, jnp.log(count))
 
 
 def project_flux(model: FluxModel, flux: Float[AnyArray, "N P"]) -> Float[jax.Array, "N C"]:
@@ -161,31 +173,36 @@ def project_flux(model: FluxModel, flux: Float[AnyArray, "N P"]) -> Float[jax.Ar
 
 
 @jax.jit
-def predict_local_experts(experts: LocalExperts, z: Float[AnyArray, "N C"], noise: Float[AnyArray, " N"]) -> Float[jax.Array, " N"]:
+def predict_local_experts(experts: LocalExperts, z: Float[AnyArray, "N C"], noise: Float[AnyArray, " N"]) -> LocalPrediction:
     """Predictions of the mixture from components."""
     k, r, c = experts.axes.shape
     axes = experts.axes.reshape(k * r, c)
     shift = jnp.sum(experts.axes * experts.mean[:, None, :], axis=2)
     square = jnp.sum(experts.mean**2, axis=1)
+    least = _LEAST_VARIANCE * jnp.var(experts.y)
 
-    def predict(batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def predict(batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         z, s2 = batch[0], batch[1][:, None] ** 2
         u = matmul(z, axes.T).reshape(-1, k, r) - shift[None]
         total = experts.variance[None] + s2[:, :, None]
         # |z|^2 is the same for all cells.
         distance = (square[None, :] - 2 * matmul(z, experts.mean.T) - jnp.sum(u**2 * (experts.variance[None] / total), axis=2)) / s2
         weights = jax.nn.softmax(experts.log_count[None, :] - 0.5 * (distance + jnp.sum(jnp.log(total), axis=2)), axis=1)
-        return jnp.sum(weights * (experts.y[None, :] + jnp.sum(experts.covariance[None] * u / total, axis=2)), axis=1)
+        answer = experts.y[None, :] + jnp.sum(experts.covariance[None] * u / total, axis=2)
+        y = jnp.sum(weights * answer, axis=1)
+        within = jnp.maximum(experts.y_variance[None, :] - jnp.sum(experts.covariance[None] ** 2 / total, axis=2), least)
+        return y, jnp.sqrt(jnp.sum(weights * (within + (answer - y[:, None]) ** 2), axis=1))
 
     n = len(z)
     n_batches = -(-n // _BATCH)
     pad = n_batches * _BATCH - n
     z, noise = jnp.pad(jnp.asarray(z), ((0, pad), (0, 0))), jnp.pad(jnp.asarray(noise), (0, pad), constant_values=1.0)
-    return lax.map(predict, (z.reshape(n_batches, _BATCH, c), noise.reshape(n_batches, _BATCH))).reshape(-1)[:n]
+    y, sigma = lax.map(predict, (z.reshape(n_batches, _BATCH, c), noise.reshape(n_batches, _BATCH)))
+    return LocalPrediction(y.reshape(-1)[:n], sigma.reshape(-1)[:n])
 
 
 @convert_arguments()
-def predict_local(mixture: LocalMixture, flux: Float[AnyArray, "N P"], noise: Float[AnyArray, " N"]) -> Float[jax.Array, " N"]:
+def predict_local(mixture: LocalMixture, flux: Float[AnyArray, "N P"], noise: Float[AnyArray, " N"]) -> LocalPrediction:
     """Predictions for noisy spectra with their noise levels.
 
     Raises:
@@ -259,11 +276,13 @@ def fit_local(
     tried = []
     for number in n_components:
         experts = fit_local_experts(clean[:, :number], y, jnp.asarray(inner), int(occupied.max()) + 1, min(rank, number))
-        tried.append(float(jnp.mean((predict_local_experts(experts, z[:, :number], noise[held]) - y[held]) ** 2)))
+        tried.append(float(jnp.mean((predict_local_experts(experts, z[:, :number], noise[held]).y - y[held]) ** 2)))
     number = n_components[int(np.argmin(tried))]
     model = fit_flux_model(terms, flux, noise, template, number)
     clean = matmul(terms - model.term_mean[None, :], model.coef)
-    return LocalMixture(model, fit_local_experts(clean, y, jnp.asarray(cell), n_cells, min(rank, number)), np.array(tried))
+    return LocalMixture(
+        model, fit_local_experts(clean, y, jnp.asarray(cell), n_cells, min(rank, number)), np.array(tried, noise.dtype)
+    )
 
 
 @jax.jit

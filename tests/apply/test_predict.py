@@ -48,6 +48,20 @@ def predict(trained, spectra, output, answer="mixture", **options):
     return output
 
 
+def test_the_answer_of_the_local_experts(trained, spectra, model, table):
+    local = apply_model(prepare_application(model, model.wave, answer="local"), spectra)
+    np.testing.assert_array_equal(local["mixture_log_g"], table["log_g"])
+    log_g = pd.read_csv(trained / "predictions.csv").set_index("star")["log_g"]
+    ours, mixtures = (np.sqrt(np.mean((answer.loc[log_g.index, "log_g"] - log_g) ** 2)) for answer in (local, table))
+    assert ours < mixtures
+    masked = spectra._replace(good=spectra.good.copy(), error=spectra.error.copy())
+    masked.good[:, 100:130], masked.error[:, 100:130] = False, 0.0
+    again = apply_model(prepare_application(model, model.wave, answer="local"), masked)
+    assert np.median(np.abs(again["log_g"] - local["log_g"])) < 0.1 * np.median(local["uncertainty"])
+    with pytest.raises(InputError, match="the model has no local linear experts"):
+        prepare_application(model._replace(local=None), model.wave, answer="local")
+
+
 def test_calls_with_masked_pixels_end(model):
     """With the filling of masked pixels inside the compiled prediction, XLA's CPU runtime stood still after some calls."""
     rng = np.random.default_rng(7)
