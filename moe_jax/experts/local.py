@@ -30,7 +30,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float, Int
 
-from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_length
+from moe_jax.core.arrays import AnyArray, InputError, map_blocks, matmul, require_same_length, to_device
 from moe_jax.core.cholesky import shifted_cholesky
 from moe_jax.core.convert import convert_arguments
 
@@ -141,7 +141,7 @@ def fit_flux_model(
 def fit_local_experts(
     h: Float[AnyArray, "N C"], y: Float[AnyArray, " N"], cell: Int[AnyArray, " N"], n_cells: int, rank: int
 ) -> LocalExperts:
-    """The moments of clean spectra and target by cell; every cell needs a star.
+    """The moments of clean spectra and target by cell; a cell without stars has no weight.
 
     Args:
         h: clean spectra in components.
@@ -156,14 +156,15 @@ def fit_local_experts(
     def mean(values: jax.Array) -> jax.Array:
         return jax.ops.segment_sum(values, cell, n_cells) / count.reshape(-1, *[1] * (values.ndim - 1))
 
-    count = jax.ops.segment_sum(jnp.ones_like(y), cell, n_cells)
+    n_stars = jax.ops.segment_sum(jnp.ones_like(y), cell, n_cells)
+    count = jnp.maximum(n_stars, 1)
     h_mean, y_mean = mean(h), mean(y)
     h_centred, y_centred = h - h_mean[cell], y - y_mean[cell]
     variance, axes = jnp.linalg.eigh(mean(h_centred[:, :, None] * h_centred[:, None, :]))
     axes = jnp.swapaxes(axes, 1, 2)[:, ::-1][:, :rank]
     covariance = jnp.einsum("krc,kc->kr", axes, mean(h_centred * y_centred[:, None]), precision=lax.Precision.HIGHEST)
     variance = jnp.maximum(variance[:, ::-1][:, :rank], 0)
-    return LocalExperts(h_mean, axes, variance, y_mean, mean(y_centred**2), covariance, jnp.log(count))
+    return LocalExperts(h_mean, axes, variance, y_mean, mean(y_centred**2), covariance, jnp.log(n_stars))
 
 
 def project_flux(model: FluxModel, flux: Float[AnyArray, "N P"]) -> Float[jax.Array, "N C"]:
@@ -172,33 +173,32 @@ def project_flux(model: FluxModel, flux: Float[AnyArray, "N P"]) -> Float[jax.Ar
     return matmul(flux, projection) - matmul(model.mean[None, :], projection)
 
 
-@jax.jit
 def predict_local_experts(experts: LocalExperts, z: Float[AnyArray, "N C"], noise: Float[AnyArray, " N"]) -> LocalPrediction:
     """Predictions of the mixture from components."""
+    predict = functools.partial(_predict_block, experts)
+    prediction: LocalPrediction = map_blocks(predict, (z, noise), 0, len(z), _BATCH)
+    return prediction
+
+
+@jax.jit
+def _predict_block(experts: LocalExperts, stars: tuple[jax.Array, jax.Array]) -> LocalPrediction:
+    """``predict_local_experts`` of some stars. The experts are the last dimension, along which a CPU works on several at once."""
+    z, s2 = stars[0], stars[1][:, None] ** 2
     k, r, c = experts.axes.shape
-    axes = experts.axes.reshape(k * r, c)
-    shift = jnp.sum(experts.axes * experts.mean[:, None, :], axis=2)
-    square = jnp.sum(experts.mean**2, axis=1)
-    least = _LEAST_VARIANCE * jnp.var(experts.y)
-
-    def predict(batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        z, s2 = batch[0], batch[1][:, None] ** 2
-        u = matmul(z, axes.T).reshape(-1, k, r) - shift[None]
-        total = experts.variance[None] + s2[:, :, None]
-        # |z|^2 is the same for all cells.
-        distance = (square[None, :] - 2 * matmul(z, experts.mean.T) - jnp.sum(u**2 * (experts.variance[None] / total), axis=2)) / s2
-        weights = jax.nn.softmax(experts.log_count[None, :] - 0.5 * (distance + jnp.sum(jnp.log(total), axis=2)), axis=1)
-        answer = experts.y[None, :] + jnp.sum(experts.covariance[None] * u / total, axis=2)
-        y = jnp.sum(weights * answer, axis=1)
-        within = jnp.maximum(experts.y_variance[None, :] - jnp.sum(experts.covariance[None] ** 2 / total, axis=2), least)
-        return y, jnp.sqrt(jnp.sum(weights * (within + (answer - y[:, None]) ** 2), axis=1))
-
-    n = len(z)
-    n_batches = -(-n // _BATCH)
-    pad = n_batches * _BATCH - n
-    z, noise = jnp.pad(jnp.asarray(z), ((0, pad), (0, 0))), jnp.pad(jnp.asarray(noise), (0, pad), constant_values=1.0)
-    y, sigma = lax.map(predict, (z.reshape(n_batches, _BATCH, c), noise.reshape(n_batches, _BATCH)))
-    return LocalPrediction(y.reshape(-1)[:n], sigma.reshape(-1)[:n])
+    axes = jnp.swapaxes(experts.axes, 0, 1)
+    u = matmul(z, axes.reshape(r * k, c).T).reshape(-1, r, k) - jnp.sum(axes * experts.mean[None], axis=2)[None]
+    total = 1 + experts.variance.T[None] / s2[:, :, None]  # in units of s^2
+    inverse = 1 / total
+    # |z|^2 and log s^2 are the same for all cells.
+    square = jnp.sum(experts.mean**2, axis=1)[None, :] - 2 * matmul(z, experts.mean.T)
+    distance = (square - jnp.sum(u**2 * (1 - inverse), axis=1)) / s2 + jnp.sum(jnp.log(total), axis=1)
+    weights = jax.nn.softmax(experts.log_count[None, :] - 0.5 * distance, axis=1)
+    slope = experts.covariance.T[None] * inverse
+    answer = experts.y[None, :] + jnp.sum(slope * u, axis=1) / s2
+    y = jnp.sum(weights * answer, axis=1)
+    within = experts.y_variance[None, :] - jnp.sum(slope * experts.covariance.T[None], axis=1) / s2
+    within = jnp.maximum(within, _LEAST_VARIANCE * jnp.var(experts.y))
+    return LocalPrediction(y, jnp.sqrt(jnp.sum(weights * (within + (answer - y[:, None]) ** 2), axis=1)))
 
 
 @convert_arguments()
@@ -260,29 +260,34 @@ def fit_local(
         )
     if n_cells < 1 or degree < 1 or not n_components or min(n_components) < 1:
         raise InputError(f"n_cells, degree and n_components are {n_cells}, {degree} and {n_components}, expected at least 1")
-    y, labels = jnp.asarray(y), np.asarray(labels)
+    flux, y, labels, noise_level = map(np.asarray, (flux, y, labels, noise))
     low, high = labels.min(axis=0), labels.max(axis=0)
-    scaled = (2 * (labels - low) / np.maximum(high - low, np.finfo(np.float32).tiny) - 1).astype(noise.dtype)
-    terms = polynomial_terms(scaled, degree)
-    template = error_template(error, noise)
+    scaled = (2 * (labels - low) / np.maximum(high - low, np.finfo(np.float32).tiny) - 1).astype(noise_level.dtype)
+    terms = np.asarray(polynomial_terms(scaled, degree))
+    template = np.asarray(error_template(error, noise_level))
     cell = KMeans(n_cells, n_init=1, max_iter=30, random_state=seed).fit(scaled).labels_
-    rank = labels.shape[1]
+    most = max(n_components)
+    rank = min(labels.shape[1], most)
     held = np.arange(n) % 5 == 0
-    model = fit_flux_model(terms, flux, noise, template, max(n_components), jnp.asarray(~held, noise.dtype))
-    clean, z = matmul(terms - model.term_mean[None, :], model.coef), project_flux(model, jnp.asarray(flux)[held])
-    inner = np.where(held, -1, cell)
-    occupied = np.unique(inner[~held], return_inverse=True)[1]
-    inner[~held] = occupied
+
+    def fit(used: np.ndarray) -> tuple[FluxModel, np.ndarray]:
+        """The flux model of some stars with the most components, and the clean spectra of all."""
+        model = jax.tree.map(np.asarray, fit_flux_model(terms, flux, noise_level, template, most, used.astype(noise_level.dtype)))
+        return model, matmul(terms - model.term_mean[None, :], model.coef)
+
+    model, clean = fit(~held)
+    z = np.asarray(project_flux(model, flux[held]))
     tried = []
     for number in n_components:
-        experts = fit_local_experts(clean[:, :number], y, jnp.asarray(inner), int(occupied.max()) + 1, min(rank, number))
-        tried.append(float(jnp.mean((predict_local_experts(experts, z[:, :number], noise[held]).y - y[held]) ** 2)))
+        few = np.arange(most) < number  # the others are set to zero, so that all numbers share one program
+        experts = fit_local_experts(clean * few, y, np.where(held, -1, cell), n_cells, rank)
+        tried.append(np.mean((np.asarray(predict_local_experts(experts, z * few, noise_level[held]).y) - y[held]) ** 2))
     number = n_components[int(np.argmin(tried))]
-    model = fit_flux_model(terms, flux, noise, template, number)
-    clean = matmul(terms - model.term_mean[None, :], model.coef)
-    return LocalMixture(
-        model, fit_local_experts(clean, y, jnp.asarray(cell), n_cells, min(rank, number)), np.array(tried, noise.dtype)
-    )
+    model, clean = fit(np.ones(n, bool))
+    experts = fit_local_experts(clean * (np.arange(most) < number), y, cell, n_cells, rank)
+    model = model._replace(components=model.components[:number], coef=model.coef[:, :number])
+    experts = experts._replace(mean=experts.mean[:, :number], axes=experts.axes[:, :, :number])
+    return LocalMixture(to_device(model), to_device(jax.tree.map(np.asarray, experts)), np.array(tried, noise_level.dtype))
 
 
 @jax.jit
