@@ -112,7 +112,7 @@ def test_paired_bootstrap_of_another_statistic(stars, x64):
     np.testing.assert_allclose(np.std(samples), theirs.standard_error, rtol=0.15)
 
 
-@pytest.mark.parametrize("n_resamples", [1, 7, 64, 65, 300, 1_000])
+@pytest.mark.parametrize("n_resamples", [1, 65, 1_000])
 def test_a_resample_does_not_depend_on_how_many_are_drawn(stars, n_resamples, dtype):
     """To the last bit, although they are computed in tiles of 64."""
     y, prediction, baseline, groups = cast(stars, dtype)
