@@ -37,7 +37,7 @@ def surveys(common, once):
 
     folder = common / "pixels_512"
     once(folder, make)
-    return {"train_file": folder / "train.h5", "test_file": folder / "test.h5", "chunk_stars": 200, "alphas": (1.0, 10.0)}
+    return {"train_file": folder / "train.h5", "test_file": folder / "test.h5", "chunk_stars": 200, "alphas": (3.0, 30.0)}
 
 
 def run(options, folder):
