@@ -47,7 +47,7 @@ MUTATIONS = [
     ("moe_jax/experts/cross_validation.py", " - xp.outer(column, column) / total", ""),
     ("moe_jax/experts/cross_validation.py", " - ones**2 / total)", ")"),
     ("moe_jax/experts/cross_validation.py", "_gather(data.x, rows) - train.x_mean[None, :]", "_gather(data.x, rows)"),
-    ("moe_jax/experts/cross_validation.py", "(data.mask * solution[:, 0]).sum() / total", "0"),
+    ("moe_jax/experts/cross_validation.py", "total = (data.mask * ones).sum()", "total = 1.0"),
     ("moe_jax/experts/streaming.py", "fold.n * intercept**2", "intercept**2"),
     ("moe_jax/experts/streaming.py", "- 2.0 * (coef * fold.xy).sum()", "- (coef * fold.xy).sum()"),
     ("moe_jax/experts/streaming.py", "fit.intercept + y_offset - shift", "fit.intercept + y_offset"),
