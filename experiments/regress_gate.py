@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from rich.table import Table
@@ -217,7 +216,7 @@ def describe_choices(results: Outcome) -> dict[str, Any]:
 
 def test_accuracy(results: Outcome) -> float:
     """Fraction of the covered test stars whose cell the classification gate finds."""
-    return float(jnp.mean(jnp.argmax(results.weights[CLASSIFY], axis=1) == results.test.cell))
+    return float(np.mean(np.argmax(results.weights[CLASSIFY], axis=1) == np.asarray(results.test.cell)))
 
 
 def warnings_of(results: Outcome) -> list[str]:
