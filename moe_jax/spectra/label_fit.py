@@ -229,7 +229,7 @@ def _continuum(flux: jax.Array, weight: jax.Array) -> jax.Array:
     robust = weight
     for _ in range(3):
         normal = matmul(robust, products.T).reshape(len(flux), len(terms), len(terms))
-        coef = jnp.linalg.solve(normal, matmul(robust * flux, terms.T)[..., None])[..., 0]
+        coef = _solve_small(normal, matmul(robust * flux, terms.T)[..., None])[..., 0]
         smooth = matmul(coef, terms)
         deviation = jnp.abs(flux - smooth)
         typical = jnp.sum(robust * deviation, axis=1) / jnp.sum(robust, axis=1)
@@ -376,6 +376,21 @@ class _State(NamedTuple):
     damping: jax.Array  # (n,)
 
 
+def _solve_small(normal: jax.Array, right: jax.Array) -> jax.Array:
+    """Solves small positive definite systems (n, k, k) for right sides (n, k, m), by Gauss-Jordan elimination.
+
+    LAPACK's batches wait for threads of XLA's pool, and stand still where several devices share it.
+    """
+    k = normal.shape[1]
+    scale = 1.0 / jnp.sqrt(jnp.maximum(jnp.einsum("nii->ni", normal), 1e-30))
+    system = jnp.concatenate([normal * scale[:, None, :] * scale[:, :, None], right * scale[:, :, None]], axis=2)
+    for i in range(k):
+        row = system[:, i] / system[:, i, i][:, None]
+        system = system - system[:, :, i][:, :, None] * row[:, None]
+        system = system.at[:, i].set(row)
+    return system[:, :, k:] * scale[:, :, None]
+
+
 def _evaluate(problem: _Problem, x: jax.Array, data: _Data) -> _State:
     """The state at x."""
     spectrum, derivatives = _spectra(x, data, problem.model, problem.pixels)
@@ -395,7 +410,7 @@ def _evaluate(problem: _Problem, x: jax.Array, data: _Data) -> _State:
     normal = normal + 1e-6 * jnp.einsum("nii->n", normal)[:, None, None] * jnp.eye(len(order) + 1, dtype=normal.dtype)[None]
     total = data.additive * jnp.sum(data.weight * data.flux, axis=1)
     right = jnp.concatenate([matmul(weighted * data.flux, terms.T), total[:, None]], axis=1)
-    coef = jnp.linalg.solve(normal, right[..., None])[..., 0]
+    coef = _solve_small(normal, right[..., None])[..., 0]
     coef, constant = coef[:, :-1], coef[:, -1]
     polynomial = matmul(coef, terms)
     flux = polynomial * spectrum + constant[:, None]
@@ -406,7 +421,7 @@ def _evaluate(problem: _Problem, x: jax.Array, data: _Data) -> _State:
     cross = jnp.concatenate([cross, data.additive[:, None, None] * jnp.sum(jacobian, axis=2, keepdims=True)], axis=2)
     cross = jnp.swapaxes(cross, 1, 2)
     own = jnp.einsum("nip,njp->nij", jacobian, derivatives)
-    reduced = own - jnp.einsum("nki,nkj->nij", cross, jnp.linalg.solve(normal, cross))
+    reduced = own - jnp.einsum("nki,nkj->nij", cross, _solve_small(normal, cross))
     gradient = jnp.einsum("nip,np->ni", jacobian, residual)
     chi2 = jnp.sum(data.weight * jnp.square(residual), axis=1)
     return _State(x, chi2, reduced, gradient, coef, constant, flux, jnp.full(n, _DAMPING, x.dtype))
@@ -428,7 +443,7 @@ def _step(problem: _Problem, state: _State) -> tuple[jax.Array, jax.Array]:
     diagonal = jnp.where(move, (1.0 + state.damping[:, None]) * jnp.einsum("nii->ni", normal) + 1e-12, 1.0)
     normal = normal * (1.0 - eye) + diagonal[:, :, None] * eye
     gradient = jnp.where(move, state.gradient, 0.0)
-    moved = jnp.linalg.solve(normal, gradient[..., None])[..., 0]
+    moved = _solve_small(normal, gradient[..., None])[..., 0]
     trial = jnp.clip(here + moved * units[None, :], low, high)
     return state.x.at[:, chosen].set(trial), jnp.sum(moved * gradient, axis=1)
 
@@ -533,7 +548,8 @@ def _report(
     n_pixels = data.flux.shape[1]
     used = data.weight > 0
     units = jnp.asarray(_UNITS, state.x.dtype)[np.array(free)]
-    covariance = jnp.linalg.inv(state.normal + 1e-12 * jnp.eye(len(free))[None]) * units[None, :, None] * units[None, None, :]
+    eye = jnp.broadcast_to(jnp.eye(len(free), dtype=units.dtype), state.normal.shape)
+    covariance = _solve_small(state.normal + 1e-12 * eye, eye) * units[None, :, None] * units[None, None, :]
     low, high = (jnp.array([axis[i] for axis in axes], state.x.dtype) for i in (0, -1))
     # A last step, which is too small to be tried.
     last, gain = _step(problem, state)
@@ -591,7 +607,7 @@ def _suspect(problem: _Problem, state: _State, data: _Data, smooth: jax.Array) -
     score = jnp.einsum("nip,np->ni", columns, weight * (data.flux - state.flux))
     normal, cross = products[:, :n_fitted, :n_fitted], products[:, :n_fitted, n_fitted:]
     normal = normal + 1e-6 * jnp.einsum("nii->ni", normal)[:, :, None] * jnp.eye(n_fitted, dtype=normal.dtype)[None]
-    solved = jnp.linalg.solve(normal, cross)
+    solved = _solve_small(normal, cross)
     information = jnp.einsum("nkk->nk", products[:, n_fitted:, n_fitted:]) - jnp.einsum("nik,nik->nk", cross, solved)
     rare_error = 1.0 / jnp.sqrt(jnp.maximum(information, 1e-30))
     rare = (score[:, n_fitted:] - jnp.einsum("nik,ni->nk", solved, score[:, :n_fitted])) * jnp.square(rare_error)
@@ -611,7 +627,7 @@ def _suspect(problem: _Problem, state: _State, data: _Data, smooth: jax.Array) -
     overlap = jnp.einsum("nip,ntp->nit", coarse, second)
     normal = jnp.einsum("nip,njp->nij", coarse * mean[:, None], coarse)
     normal = normal + 1e-6 * jnp.einsum("nii->ni", normal)[:, :, None] * jnp.eye(n_fitted, dtype=normal.dtype)[None]
-    solved = jnp.linalg.solve(normal, overlap)
+    solved = _solve_small(normal, overlap)
     residual = rebin(data.flux - state.flux)
     apart = jnp.einsum("np,ntp->nt", residual, second) - jnp.einsum(
         "nit,ni->nt", solved, jnp.einsum("nip,np->ni", coarse, residual * mean)
