@@ -50,7 +50,7 @@ _LEAST_PIXELS = 50  # of a star that is fitted
 _BLOCK = 32  # stars that are fitted together
 _COARSE_STEPS, _FINE_STEPS = 6, 8  # at most, before and after masking
 _COARSE_TOLERANCE, _TOLERANCE = 1e-3, 5e-5  # expected relative decrease of chi2 at which a fit has converged
-_DAMPING = 0.1  # of the first step
+_DAMPING = 1e-2  # of the first step
 _ROUNDING = 3e-7  # relative, of chi2
 _OUTLIER = 5.5  # residual, in standard deviations, at which a pixel is masked
 _N_BLOCKS = 256  # of pixels, whose sums are looked at too
@@ -155,7 +155,8 @@ def _without_unknown(fit: LabelFit, flux: np.ndarray, error: np.ndarray, good: n
 def _fit_blocks(blocks: Any, arrays: Any, axes: Any, free: tuple[int, ...], n_continuum: int, devices: Any) -> LabelFit:
     def fit(block: Any, arrays: Any) -> LabelFit:
         model = LabelModel(axes, *arrays)
-        return _fit_block(*block, _Problem(model, model.coarse, free, n_continuum))
+        flux, error, good, known, additive = block
+        return _fit_block(flux, error, good, known, additive, _Problem(model, model.coarse, free, n_continuum))
 
     return map_devices(fit, blocks, arrays, devices)
 
@@ -588,11 +589,8 @@ def _suspect(problem: _Problem, state: _State, data: _Data, smooth: jax.Array) -
     A second star is a template of the search for the velocity in place of a part of the first star, on coarse pixels. Whatever the
     parameters of the fit can imitate does not count.
 
-    Args:
-        smooth: continuum of the spectra on coarse pixels.
-
-    Returns:
-        ``rare``, ``rare_error``, ``rare_slope`` and ``blend_gain`` of ``LabelFit``.
+    ``smooth`` is the continuum of the spectra on coarse pixels. The results are ``rare``, ``rare_error``, ``rare_slope`` and
+    ``blend_gain`` of ``LabelFit``.
     """
     n_terms, n_pixels = problem.n_continuum, data.flux.shape[1]
     spectrum, derivatives = _spectra(state.x, data, problem.model, problem.pixels)

@@ -7,7 +7,6 @@ from scipy.optimize import least_squares
 
 import moe_jax
 from moe_jax import InputError, fit_labels, interpolate_grid, load_grid
-from moe_jax.spectra.label_fit import fitted_flux
 from moe_jax.spectra.label_model import LIGHT_SPEED
 from moe_jax.spectra.pixels import WAVE
 
@@ -140,7 +139,7 @@ def test_pixels_without_an_error_are_not_used(stars):
 
 def test_the_model_of_the_flux_follows_the_spectrum(stars, fit):
     _, flux, error = stars
-    residual = (flux - fitted_flux(fit)) / error
+    residual = (flux - fit.flux) / error
     np.testing.assert_allclose((np.where(fit.good, residual, 0) ** 2).sum(axis=1) / fit.good.sum(axis=1), fit.chi2, rtol=5e-3)
 
 
@@ -162,6 +161,6 @@ def test_a_star_of_which_nothing_is_known_has_no_labels(stars):
     assert np.isnan(fit.chi2[:2]).all()
     assert not fit.converged[:2].any()
     assert np.isfinite(fit.labels[2]).all()
-    observed = fitted_flux(fit)
+    observed = fit.flux
     assert np.isnan(observed[:2]).all()
     assert np.isfinite(observed[2]).all()
