@@ -19,13 +19,18 @@ OUT has one row for each star, with these columns (NaN where nothing is predicte
     velocity           km/s, as observed (not barycentric); positive: the star recedes
     T_eff, M_H, a_M    effective temperature (K), metallicity, alpha enhancement; these and velocity with NAME_error (1 sigma)
     chi2               of the fit, per degree of freedom; the uncertainties are scaled to it
+    cool               1 below 4,250 K, where molecules matter that the grid does not have; else 0
+    outside_cells      probability that the star lies outside the mixture's nine cells of T_eff and [M/H]
     mixture_log_g      log g of the mixture of experts, which trusts velocity, continuum and resolution of the spectrum
     mixture_uncertainty  half-width of its 68 % interval
     weight_0 to 8      weight of each expert in the mixture; they sum to 1
     distance           distance from the training stars in feature space, in units of the limit for unlike_training
     n_masked           masked pixels, in the file or since they stand out
     flags              names of what is unusual, joined by |:
-      poor_fit           a misfit that leaves log g uncertain by more than 0.5, or drove a label to the edge of the grid
+      poor_fit           a misfit that leaves log g uncertain by more than 0.5, or drove a label to the edge of the grid,
+                         or chi2 above 100
+      blended            a second star in the spectrum describes the residuals; log g is wrong
+      outside_cells      it is sure (99.9 %) that the star lies outside the mixture's cells; log g is that of the fit
       emission_lines     three or more lines in emission; they were masked
       velocity_uncertain another velocity fits almost as well
       not_a_star         no spectrum of the grid is seen
