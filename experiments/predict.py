@@ -48,16 +48,20 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import pandas as pd
 import tyro
 
+from experiments.report.figures import plot_fit
 from experiments.runner.command_line import require_at_least, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.apply.application import Application, apply_model, needs_scaling, prepare_application
 from moe_jax.apply.catalogue import open_catalogue, require_suffix
 from moe_jax.apply.model import Model
 from moe_jax.apply.model_file import load_model
+from moe_jax.apply.robust import fit_robustly
 from moe_jax.core.arrays import InputError
-from moe_jax.spectra.resample import air_to_vacuum
+from moe_jax.spectra.pixels import WAVE
+from moe_jax.spectra.resample import MaskedSpectra, air_to_vacuum
 from moe_jax.spectra.spectrum_files import Source, open_spectra
 
 SCALE_SAMPLE = 512  # stars, from the first on, by which --scale auto decides
@@ -80,11 +84,21 @@ class PredictConfig:
     was trained on simulated spectra."""
     air: bool = False
     """The wavelengths of the files are in air."""
+    plots: str = ""
+    """Stars of each file whose fit is drawn, in the folder OUT_plots: 5 for the first five, or their numbers, as in 3,17 or 3,."""
     chunk_stars: int = 2_048
     """Stars in memory at a time."""
 
     def __post_init__(self) -> None:
         require_at_least(self, chunk_stars=1)
+        if self.plots and not all(part.strip().isdigit() for part in self.plots.removesuffix(",").split(",")):
+            raise InputError(f"plots: found {self.plots!r}, expected a number of stars, or their numbers, as in 3,17 or 3,")
+
+    def drawn(self, start: int, stop: int) -> list[int]:
+        """Which of the stars ``start`` to ``stop - 1`` of a file are drawn."""
+        if "," in self.plots:
+            return [star for star in map(int, self.plots.removesuffix(",").split(",")) if start <= star < stop]
+        return list(range(start, min(stop, int(self.plots or 0))))
 
 
 def main(config: PredictConfig) -> None:
@@ -110,7 +124,9 @@ def main(config: PredictConfig) -> None:
                 with stages.chunks(f"{path.name}", source.n_stars) as advance:
                     for start in range(0, source.n_stars, chunk):
                         stop = min(start + chunk, source.n_stars)
-                        part = apply_model(application, source.read(start, stop), star + start, chunk)
+                        spectra = source.read(start, stop)
+                        part = apply_model(application, spectra, star + start, chunk)
+                        _draw(config, application, spectra, part, path.stem)
                         part.insert(0, "file", path.name)
                         catalogue.write(part)
                         flags.update(flag for row in part["flags"] for flag in row.split("|") if flag)
@@ -121,6 +137,27 @@ def main(config: PredictConfig) -> None:
     console.print(f"{config.output}: {n_stars:,} stars, {masked:,} masked pixels", highlight=False)
     for flag, count in flags.items():
         console.print(f"{flag}: {count:,} stars", highlight=False)
+
+
+def _draw(config: PredictConfig, application: Application, spectra: MaskedSpectra, table: pd.DataFrame, name: str) -> None:
+    """Writes the figures of the stars that are asked for, among those of a table."""
+    first = int(table["star"].iloc[0])
+    wanted = config.drawn(first, first + len(table))
+    if not wanted:
+        return
+    folder = config.output.with_name(f"{config.output.stem}_plots")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = np.array(wanted) - first
+    fit = fit_robustly(MaskedSpectra(*(array[rows] for array in spectra)), application.wave)
+    for i, (star, row) in enumerate(zip(wanted, rows, strict=True)):
+        if fit.fitted[i]:
+            star_table = table.iloc[row]
+            title = (
+                f"{name}, star {star}: log g {star_table['log_g']:.2f} +- {star_table['uncertainty']:.2f}  {star_table['flags']}"
+            )
+            figure = plot_fit(WAVE, fit.flux[i], fit.flux_error[i], fit.model[i], fit.used[i], title)
+            figure.savefig(folder / f"{name}_{star}.png", dpi=100)
+    console.print(f"{folder}: {int(fit.fitted.sum())} figures of {name}", highlight=False)
 
 
 def files_of(given: Path) -> list[Path]:

@@ -195,7 +195,7 @@ def apply_model(application: Application, spectra: MaskedSpectra, first_star: in
 
 
 def fit_columns(fit: RobustFit) -> pd.DataFrame:
-    """log_g and its intervals, velocity (km/s), T_eff (K), M_H and a_M, each with NAME_error; chi2, cool (0 or 1), outside_cells."""
+    """log_g and its intervals, velocity (km/s), T_eff (K), M_H, a_M, each with NAME_error; chi2, cool (0 or 1), outside_cells."""
     columns = {"log_g": fit.labels[:, 1], "uncertainty": QUANTILES[0] * fit.error[:, 1]}
     columns |= {
         f"half_width_{100 * level:.0f}": quantile * fit.error[:, 1]

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from moe_jax.core.arrays import AnyArray
 from moe_jax.experts.cells import M_H_EDGES, T_EFF_EDGES
@@ -57,6 +57,7 @@ class RobustFit(NamedTuple):
 
     labels: Float[np.ndarray, "N 4"]  #: T_eff (K), log g, [M/H], [alpha/M]
     error: Float[np.ndarray, "N 4"]  #: standard deviations, widened by the misfit
+    plain_error: Float[np.ndarray, " N"]  #: of log g, if there is neither a constant nor a stretch
     velocity: Float[np.ndarray, " N"]  #: km/s, as observed: not barycentric
     velocity_error: Float[np.ndarray, " N"]  #: km/s
     chi2: Float[np.ndarray, " N"]  #: per degree of freedom, of single pixels
@@ -68,6 +69,10 @@ class RobustFit(NamedTuple):
     outside: Float[np.ndarray, " N"]  #: probability that the star lies outside the cells of the mixture
     at_edge: Bool[np.ndarray, " N"]  #: whether a label lies at the edge of the grid
     fitted: Bool[np.ndarray, " N"]
+    flux: Float[np.ndarray, "N P"]  #: on the pixels of the grid, scaled to a median of 0.5
+    flux_error: Float[np.ndarray, "N P"]
+    model: Float[np.ndarray, "N P"]  #: the fit
+    used: Int[np.ndarray, "N P"]  #: 1 where a pixel was used, 0 where it stands out, -1 where the file masks it
 
     def flags(self) -> dict[str, Bool[np.ndarray, " N"]]:
         """Which stars have which flag.
@@ -76,7 +81,7 @@ class RobustFit(NamedTuple):
         """
         misfit = self.fitted & (self.scale_chi2 > LIMITS).any(axis=1)
         return {
-            POOR_FIT: (misfit & (self.at_edge | (self.error[:, 1] > TOO_UNCERTAIN))) | (self.fitted & (self.chi2 > ABSURD)),
+            POOR_FIT: (misfit & (self.at_edge | (self.plain_error > TOO_UNCERTAIN))) | (self.fitted & (self.chi2 > ABSURD)),
             BLENDED: self.fitted & (self.blend_gain > SECOND_STAR),
             OUTSIDE_CELLS: self.fitted & (self.outside > SURELY),
             EMISSION_LINES: self.fitted & (self.n_emission >= EMISSIONS),
@@ -125,6 +130,7 @@ def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], n_continuu
     bright = scipy.ndimage.binary_opening(good & ~fit.good & stands_out, np.ones((1, _RUN), bool))
     n_emission = (np.diff(bright.astype(int), axis=1) > 0).sum(axis=1)
     widening = fit.chi2 * np.maximum(ratio, 1.0).max(axis=1) * expected[-1]
+    _, plain = add_prior(fit.labels, fit.covariance * widening[:, None, None])
     labels, covariance = allow_rare(fit, widening, np.array(RARE) * [0.5, 1.0])
     labels, covariance = add_prior(labels, covariance)
     variance = np.diagonal(covariance, axis1=1, axis2=2)
@@ -135,6 +141,7 @@ def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], n_continuu
     return RobustFit(
         labels=known(labels),
         error=known(np.sqrt(variance)),
+        plain_error=known(np.sqrt(plain[:, 1, 1])),
         velocity=known(fit.velocity),
         velocity_error=known(fit.velocity_error * np.sqrt(widening)),
         chi2=known(fit.chi2),
@@ -146,6 +153,10 @@ def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], n_continuu
         outside=known(outside_cells(labels, np.sqrt(variance))),
         at_edge=np.any(fit.at_edge, axis=1, keepdims=False).reshape(len(flux)),
         fitted=fitted,
+        flux=flux,
+        flux_error=error,
+        model=np.asarray(fit.flux),
+        used=np.where(good, fit.good.astype(np.int8), np.int8(-1)),
     )
 
 

@@ -223,7 +223,7 @@ def _read_text(path: Path) -> list[_Field]:
     rows = [_split(line) for line in lines if line.strip() and line.lstrip()[0] not in "#%"]
     comments = [_split(line.lstrip(" #%")) for line in lines if line.lstrip().startswith(("#", "%"))]
     header = rows.pop(0) if rows and not _is_number(rows[0][0]) else None
-    if not any(_is_number(row[0]) for row in rows):
+    if not any(_is_number(cell) for row in rows for cell in row):
         raise InputError(f"{path}: found a file that is not HDF5, FITS or columns of numbers, expected one with spectra")
     if odd := next((row for row in rows if len(row) != len(rows[0])), None):
         raise InputError(f"{path}: found {len(odd)} cells in the line {odd[:3]}, expected {len(rows[0])} like the first")
