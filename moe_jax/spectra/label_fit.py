@@ -597,7 +597,7 @@ def _suspect(problem: _Problem, state: _State, data: _Data, smooth: jax.Array) -
     terms = jnp.asarray(chebyshev_terms(n_pixels, n_terms), spectrum.dtype)
     derivatives = derivatives * matmul(state.continuum, terms)[:, None]
     one, weight = jnp.ones_like(spectrum), data.weight
-    stretch = derivatives[:, 4] * jnp.linspace(-1.0, 1.0, n_pixels, dtype=spectrum.dtype)
+    stretch = derivatives[:, 4] * jnp.linspace(-1.0, 1.0, n_pixels, dtype=spectrum.dtype)[None]
     fitted = derivatives[:, np.array(problem.free)]
     columns = jnp.concatenate([fitted, spectrum[:, None] * terms[None], jnp.stack([one, stretch], axis=1)], axis=1)
     n_fitted = columns.shape[1] - 2
@@ -610,7 +610,7 @@ def _suspect(problem: _Problem, state: _State, data: _Data, smooth: jax.Array) -
     rare_error = 1.0 / jnp.sqrt(jnp.maximum(information, 1e-30))
     rare = (score[:, n_fitted:] - jnp.einsum("nik,ni->nk", solved, score[:, :n_fitted])) * jnp.square(rare_error)
     rare = rare * jnp.stack([1.0 - data.additive, jnp.ones_like(data.additive)], axis=1)  # that of a constant was fitted
-    slope = -jnp.swapaxes(solved[:, :4], 1, 2) * jnp.asarray(_UNITS[:4], rare.dtype)
+    slope = -jnp.swapaxes(solved[:, :4], 1, 2) * jnp.asarray(_UNITS[:4], rare.dtype)[None, None]
 
     total = jnp.sum(weight.reshape(len(weight), -1, REBIN), axis=2)
 
