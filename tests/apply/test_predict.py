@@ -300,3 +300,18 @@ def test_several_files_and_patterns(trained, spectra, tmp_path, table):
     np.testing.assert_allclose(found["log_g"][300:], table["log_g"][:2], atol=2e-4)
     with pytest.raises(InputError, match="found no file of such a name"):
         main(PredictConfig(trained / "model", (tmp_path / "nothing-*.csv",), output))
+
+
+def test_figures_of_the_stars_that_are_asked_for(trained, tmp_path):
+    for name, plots, expected in (("a.csv", "2", [0, 1]), ("b.csv", "7,3", [3, 7]), ("c.csv", "5,", [5])):
+        predict(trained, trained.parent / "observed.h5", tmp_path / name, plots=plots, chunk_stars=150)
+        folder = tmp_path / f"{name[0]}_plots"
+        assert sorted(path.name for path in folder.iterdir()) == [f"observed_{star}.png" for star in expected]
+    with pytest.raises(InputError, match="plots: found 'two', expected a number of stars, or their numbers"):
+        PredictConfig(trained / "model", (tmp_path / "in.h5",), tmp_path / "out.csv", plots="two")
+
+
+def test_a_table_below_a_file(trained, tmp_path):
+    (tmp_path / "plain").write_text("")
+    with pytest.raises(InputError, match=r"plain/deep/out\.csv: found that .*plain is a file, expected a folder"):
+        predict(trained, trained.parent / "observed.h5", tmp_path / "plain" / "deep" / "out.csv")
