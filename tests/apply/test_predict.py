@@ -16,6 +16,7 @@ from experiments.pipeline.spoilings import Exposure, shift, slope
 from experiments.predict import PredictConfig, main
 from moe_jax import InputError, load_model, predict_model
 from moe_jax.apply.application import MANY_MASKED, NOT_PREDICTED, UNLIKE_TRAINING, apply_model, needs_scaling, prepare_application
+from moe_jax.experts.cells import assign_cells
 from moe_jax.spectra.resample import MaskedSpectra, overlaps, resample
 from moe_jax.spectra.survey_file import ERROR_FIELD, FLUX_FIELD, WAVE_FIELD
 from moe_jax.spectra.telescope_file import IVAR_FIELD, TelescopeFile
@@ -200,8 +201,11 @@ def test_the_answer_of_the_fit(model, small_survey):
     application = prepare_application(model, model.wave)
     assert application.answer == "fit"  # the model was trained on spectra of the grid
     found, true = apply_model(application, spectra, first_star=7), small_survey.labels
-    kept = (found["flags"] == "").to_numpy()
+    kept = found["flags"].isin(["", "outside_cells"]).to_numpy()  # the fit's log g holds there too
     assert kept.mean() > 0.95
+    outside = np.asarray(assign_cells(true.T_eff, true.M_H))[:60] < 0
+    assert not (found["flags"] == "outside_cells")[~outside].any()
+    assert (found["flags"] == "outside_cells")[outside].any()
     residual = (found["log_g"] - np.asarray(true.log_g)[:60])[kept]
     assert np.sqrt(np.mean(residual**2)) < 0.4
     assert np.sqrt(np.mean((found["mixture_log_g"] - np.asarray(true.log_g)[:60]) ** 2)) > 0.6
