@@ -10,23 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.pipeline.config import SMALL, BootstrapOptions, DataConfig, OutputOptions
+from experiments.pipeline.config import QUICK, GateStudyConfig
 from experiments.pipeline.gates import CONVERGED_LINEAR, GateRun, gate_keys, mix_by_class, run_gates, train_gates
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
 from experiments.report.results import Results, Study
 from experiments.report.variants import compare_by, variants_results
-from experiments.runner.command_line import group, run_command
+from experiments.runner.command_line import run_command
 from experiments.runner.stages import Stages
 from moe_jax.core.arrays import AnyArray
 from moe_jax.gates.features import FEATURE_NAMES
 from moe_jax.gates.networks import MLPGate
-from moe_jax.gates.training import GateConfig, Hyper
+from moe_jax.gates.training import Hyper
 
 CA_LINES = ("depth_8498", "EW_8498", "depth_8542", "EW_8542", "depth_8662", "EW_8662", "EW_CaT")
 SODIUM = ("depth_Na", "EW_Na")
@@ -55,14 +54,9 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class AblateConfig:
+class AblateConfig(GateStudyConfig):
     """The baseline, and what is changed."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
-    n_seeds: int = 4
-    """Gates of each variant."""
-    gate: GateConfig = group(GateConfig(), prefix=True)
     widths: tuple[int, ...] = (8, 16, 32, 128, 256)
     """Numbers of hidden units."""
     weight_decays: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2)
@@ -73,16 +67,9 @@ class AblateConfig:
     """Temperatures at which the weights of the trained baseline are used."""
     fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5)
     """Fractions of the covered training stars that the gate is trained on."""
-    mlp: MLPGate = group(MLPGate())
-    data: DataConfig = group(DataConfig())
-    bootstrap: BootstrapOptions = group(BootstrapOptions())
-    output: OutputOptions = group(OutputOptions())
 
 
-PRESETS = {
-    "default": AblateConfig(),
-    "smoke": AblateConfig(preset="smoke", data=SMALL, n_seeds=2, gate=GateConfig(epochs=5), widths=(8,), fractions=(0.5,)),
-}
+PRESETS = {"default": AblateConfig(), "smoke": AblateConfig(**QUICK, widths=(8,), fractions=(0.5,))}
 
 
 def train_variants(config: AblateConfig, prepared: Prepared) -> dict[Variant, np.ndarray]:
