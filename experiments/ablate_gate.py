@@ -74,36 +74,31 @@ PRESETS = {"default": AblateConfig(), "smoke": AblateConfig(**QUICK, widths=(8,)
 
 def train_variants(config: AblateConfig, prepared: Prepared) -> dict[Variant, np.ndarray]:
     """Predictions by seed of all variants whose arrays have the baseline's shapes: one vectorised call."""
-    stars, test = prepared.gate_stars(), prepared.test.covered()
-    n_features, n_seeds = len(FEATURE_NAMES), config.n_seeds
-    baseline = Hyper.of(config.gate)
-    variants: list[tuple[Variant, Hyper, np.ndarray, float]] = []
-    everything = np.ones(n_features, np.float32)
+    n_seeds, baseline, everything = config.n_seeds, Hyper.of(config.gate), np.ones(len(FEATURE_NAMES), np.float32)
+    variants: dict[Variant, tuple[Hyper, np.ndarray, float]] = {}  # with the factors on the features, and the temperature
     for name, kept in FEATURE_GROUPS.items():
-        mask = np.isin(FEATURE_NAMES, kept).astype(np.float32)
-        variants.append(((f"features: {name}", "features", name), baseline, mask, 1.0))
+        variants[f"features: {name}", "features", name] = baseline, np.isin(FEATURE_NAMES, kept).astype(np.float32), 1.0
     for value in config.weight_decays:
-        variant = (f"weight decay {value:g}", "weight decay", f"{value:g}")
-        variants.append((variant, baseline._replace(weight_decay=value), everything, 1.0))
+        hyper = baseline._replace(weight_decay=value)
+        variants[f"weight decay {value:g}", "weight decay", f"{value:g}"] = hyper, everything, 1.0
     for value in config.entropy_penalties:
-        variant = (f"entropy penalty {value:g}", "entropy penalty", f"{value:g}")
-        variants.append((variant, baseline._replace(entropy_penalty=value), everything, 1.0))
+        hyper = baseline._replace(entropy_penalty=value)
+        variants[f"entropy penalty {value:g}", "entropy penalty", f"{value:g}"] = hyper, everything, 1.0
     for value in config.temperatures:
-        variants.append(((f"temperature {value:g} after training", "temperature", f"{value:g}"), baseline, everything, value))
-    hyper = Hyper(*(jnp.repeat(jnp.array(column), n_seeds) for column in zip(*(v[1] for v in variants), strict=True)))
+        variants[f"temperature {value:g} after training", "temperature", f"{value:g}"] = baseline, everything, value
+    hypers, masks, temperatures = zip(*variants.values(), strict=True)
     sweep = train_gates(
         jnp.tile(gate_keys(config.data, n_seeds), len(variants)),
         prepared.classifier.params,
-        stars,
-        test,
+        prepared.gate_stars(),
+        prepared.test.covered(),
         config.mlp,
         config.gate,
-        hyper=hyper,
-        mask=np.repeat(np.stack([v[2] for v in variants]), n_seeds, axis=0),
-        temperature=np.repeat(np.array([v[3] for v in variants], np.float32), n_seeds),
+        hyper=Hyper(*(jnp.repeat(jnp.array(column), n_seeds) for column in zip(*hypers, strict=True))),
+        mask=np.repeat(np.stack(masks), n_seeds, axis=0),
+        temperature=np.repeat(np.array(temperatures, np.float32), n_seeds),
     )
-    by_variant = np.asarray(sweep.predictions).reshape(len(variants), n_seeds, -1)
-    return {variant: predictions for (variant, *_), predictions in zip(variants, by_variant, strict=True)}
+    return dict(zip(variants, np.asarray(sweep.predictions).reshape(len(variants), n_seeds, -1), strict=True))
 
 
 def compute(config: AblateConfig, stages: Stages) -> Results:
