@@ -90,9 +90,7 @@ def compute(config: TabularConfig, stages: Stages) -> Results:
             y,
             variants,
             variants[BASELINE],
-            n_resamples=config.bootstrap.n_resamples,
-            confidence_level=config.bootstrap.confidence_level,
-            method=config.bootstrap.interval_method,
+            **config.bootstrap.arguments,
         )
     return variants_results(
         "A mixture of ridge experts on other data",

@@ -7,6 +7,7 @@ of at least ``level``, whatever the distributions (Vovk, Gammerman & Shafer 2005
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -78,8 +79,8 @@ def coverage_table(
     residual: Float[AnyArray, " N"],
     half_width: Float[AnyArray, "N L"],
     levels: Float[AnyArray, " L"],
-    groups: dict[str, Int[AnyArray, " N"] | None],
-    names: dict[str, list[str]],
+    groups: Mapping[str, Int[AnyArray, " N"]],
+    names: Mapping[str, Sequence[str]],
 ) -> pd.DataFrame:
     """Actual coverage and mean half-width at each level, for all stars and for each group.
 
