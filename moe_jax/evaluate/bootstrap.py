@@ -18,7 +18,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, PRNGKeyArray, UInt32
 
-from moe_jax.core.arrays import AnyArray, InputError, by_numpy, namespace, require_same_length, require_vectors
+from moe_jax.core.arrays import AnyArray, InputError, by_numpy, namespace, require_same_length, require_vectors, without_offset
 from moe_jax.core.convert import convert_arguments
 from moe_jax.evaluate.intervals import IntervalMethod, Resampled, confidence_interval, require_interval, simultaneous_interval
 
@@ -152,6 +152,7 @@ def bootstrap_delta_r2(
     """
     require_vectors(y=y, prediction=prediction, baseline=baseline)
     _require_finite(y=y, prediction=prediction, baseline=baseline)
+    y, prediction, baseline = without_offset(y, prediction, baseline)
     return bootstrap_gain(key, y, squared_error_gain(y, prediction, baseline), **options)
 
 
@@ -165,7 +166,7 @@ def squared_error_gain(
 
 @by_numpy
 def _squared_error_gain(y: AnyArray, prediction: AnyArray, baseline: AnyArray) -> AnyArray:
-    return (prediction - baseline) * (2.0 * y - baseline - prediction)
+    return (prediction - baseline) * ((y - baseline) + (y - prediction))  # small differences, also where y has a large offset
 
 
 @convert_arguments()
@@ -209,7 +210,7 @@ def bootstrap_gain(
             raise InputError("n_groups is None, expected a number where groups is traced")
         n_groups = int(np.max(np.asarray(groups))) + 1
     _require_finite(y=y, gain=gain)
-    y, gain, groups = map(jnp.asarray, (y, gain, groups))
+    y, gain, groups = map(jnp.asarray, (*without_offset(y), gain, groups))
     return summarize(resample_gain(key, y, gain, groups, n_resamples, n_groups), confidence_level, method)
 
 
@@ -262,9 +263,10 @@ def _columns(y: jax.Array, gain: jax.Array, groups: jax.Array, n_groups: int) ->
     # One row for all stars, then one for each group; (1 + G, N).
     member = jnp.concatenate([jnp.ones((1, n), bool), groups[None, :] == jnp.arange(n_groups)[:, None]])
     size = jnp.maximum(jnp.sum(member, axis=1), 1)
-    mean = jnp.sum(jnp.where(member, y[None, :], 0.0), axis=1) / size
-    # Centred by group: the sum of squares is then not the difference of two large numbers.
-    d = jnp.where(member, y[None, :] - mean[:, None], 0.0)
+    # Centred by group: the sum of squares is then not the difference of two large numbers. Twice, as the first mean is rounded.
+    d = jnp.broadcast_to(y, member.shape)
+    for _ in range(2):
+        d = jnp.where(member, d - (jnp.sum(jnp.where(member, d, 0.0), axis=1) / size)[:, None], 0.0)
     g = jnp.where(member, gain[None, :], 0.0)
     columns = jnp.stack([member.astype(y.dtype), d, d**2, d**3, d**4, g, g * d, g * d**2, g**2])
     sums = jnp.sum(columns, axis=2)[:, None, :]

@@ -36,6 +36,36 @@ def test_counts_agree_with_gathering_resample_by_resample(stars, dtype):
     np.testing.assert_allclose(counted.groups.samples, group_samples, atol=atol)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e7, -1e9])
+def test_an_offset_of_the_target_changes_nothing(stars, offset):
+    """NumPy's float64 keeps its digits, although the sums are float32."""
+    y, prediction, baseline, groups = stars
+    key = jax.random.key(0)
+    options = {"n_resamples": 100, "groups": groups}
+    shifted = [array + offset for array in (y, prediction, baseline)]
+    ours, at_zero = (bootstrap_delta_r2(key, *arrays, **options) for arrays in (shifted, (y, prediction, baseline)))
+    expected = r2_score(y, prediction) - r2_score(y, baseline)
+    assert float(ours.overall.estimate) == pytest.approx(expected, abs=1e-6)
+    for part, reference in zip(jax.tree.leaves(ours), jax.tree.leaves(at_zero), strict=True):
+        np.testing.assert_allclose(part, reference, rtol=1e-4, atol=3e-6)
+    assert float(moe_jax.r2_score(*shifted[:2])) == pytest.approx(r2_score(y, prediction), abs=1e-6)
+    assert float(moe_jax.rmse(*shifted[:2])) == pytest.approx(np.sqrt(np.mean((y - prediction) ** 2)), rel=1e-5)
+
+
+def test_float32_with_an_offset_is_summed_as_it_is(stars):
+    """Values that float32 holds only to the nearest whole number: their differences are exact, so R2 is that of these values."""
+    y, prediction, baseline = (np.float32(1e7 + 20 * array) for array in stars[:3])
+    groups = stars[3]
+    result = bootstrap_delta_r2(jax.random.key(0), y, prediction, baseline, n_resamples=10, groups=groups)
+    y, prediction, baseline = (array.astype(float) for array in (y, prediction, baseline))
+    expected = r2_score(y, prediction) - r2_score(y, baseline)
+    assert float(result.overall.estimate) == pytest.approx(expected, abs=1e-6)
+    assert float(moe_jax.r2_score(np.float32(y), np.float32(prediction))) == pytest.approx(r2_score(y, prediction), abs=1e-6)
+    third = groups == 3
+    expected = r2_score(y[third], prediction[third]) - r2_score(y[third], baseline[third])
+    assert float(result.groups.estimate[3]) == pytest.approx(expected, abs=1e-6)
+
+
 def test_each_resample_against_scikit_learn(stars, x64):
     y, prediction, baseline, groups = stars
     key = jax.random.key(5)
