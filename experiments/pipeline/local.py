@@ -1,33 +1,25 @@
-"""The mixture of local linear experts that a run fits beside its nine ridges: trained, calibrated and judged on the same stars."""
+"""The mixture of local linear experts that a run fits beside its nine ridges, trained and calibrated on the same stars."""
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import jax
 import numpy as np
-import pandas as pd
 
 from experiments.pipeline.calibration import CalibrationConfig, LabelledPrediction, observe_calibration_stars, predict_labelled
-from experiments.pipeline.config import DataConfig, draw_keys
+from experiments.pipeline.config import DataConfig
 from experiments.pipeline.observation import Observation, observe_surveys
-from experiments.report.markdown import interval, table_markdown
 from experiments.runner.command_line import require_at_least
 from experiments.runner.stages import Stages
-from moe_jax.apply.conformal import Calibration, calibrate, coverage_table
+from moe_jax.apply.conformal import Calibration, calibrate
 from moe_jax.apply.model import LocalModel, Model
-from moe_jax.core.arrays import AnyArray
-from moe_jax.evaluate.bootstrap import bootstrap_delta_r2
-from moe_jax.evaluate.metrics import r2_score
-from moe_jax.experts.cells import CELL_NAMES
 from moe_jax.experts.local import LocalMixture, fit_local
 
 LABELS = ("T_eff", "log_g", "M_H", "a_M")  # what shapes the spectra
 CELL_STARS = 4  # at least so many stars in a local cell, on average
 HIGH_DEGREE, LOW_DEGREE, MANY_STARS = 7, 4, 8_000  # of the polynomial: with so many stars, and with fewer
 LEAST_STARS = 200  # with fewer there are more terms than half the stars
-MAGNITUDES = np.arange(20.5, 22.6, 0.5)
 
 
 @dataclass(frozen=True)
@@ -93,53 +85,3 @@ def add_local(
         predicted = predict_labelled(model, test, local=True)
     notes = ["the local linear experts are not calibrated: no stars were left to calibrate on"] * (held is None)
     return model, predicted.select(predicted.cell >= 0), notes
-
-
-def judge_local(
-    config: DataConfig, stars: LabelledPrediction, mixture: AnyArray, n_resamples: int, confidence_level: float
-) -> tuple[dict[str, pd.DataFrame], list[str]]:
-    """Tables and paragraphs: R2 against the mixture of nine ridges on the covered test stars, and coverage.
-
-    Args:
-        config: of the run.
-        stars: what the local linear experts predict for the covered test stars.
-        mixture: what the mixture of nine ridges predicts for them.
-        n_resamples: of the bootstrap.
-        confidence_level: of the interval of the difference.
-    """
-    difference = bootstrap_delta_r2(
-        draw_keys(config.seed).bootstrap,
-        stars.log_g,
-        stars.prediction,
-        mixture,
-        n_resamples=n_resamples,
-        confidence_level=confidence_level,
-    ).overall
-    residuals = {"nine ridges, MLP gate": stars.log_g - np.asarray(mixture), "local linear experts": stars.residual}
-    scores = pd.DataFrame(
-        [
-            (name, float(r2_score(stars.log_g, stars.log_g - residual)), float(np.sqrt(np.mean(residual**2))))
-            for name, residual in residuals.items()
-        ],
-        columns=["method", "r2", "rmse"],
-    )
-    gain, low, high = (float(value) for value in (difference.estimate, difference.low, difference.high))
-    tables = {"local": scores.assign(delta_r2=[np.nan, gain], low=[np.nan, low], high=[np.nan, high])}
-    sections = [
-        "## Beside the report: local linear experts",
-        f"Many local linear experts, in closed form too, fitted to the same stars. On the covered test stars: R2 "
-        f"{scores['r2'][1]:.4f}, {interval(gain, low, high)} from the mixture of nine ridges with the "
-        f"cross-fitted MLP gate (R2 {scores['r2'][0]:.4f}). They are in the model: `predict --answer local`.",
-    ]
-    if stars.half_width.shape[1]:
-        magnitude = np.digitize(stars.mag, MAGNITUDES) - 1
-        names = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(MAGNITUDES)]
-        groups, all_names = {"cell": stars.cell, "mag": magnitude}, {"cell": list(CELL_NAMES), "mag": names}
-        levels = np.asarray([0.68, 0.90, 0.95])
-        tables["local_coverage"] = coverage_table(stars.residual, stars.half_width, levels, groups, all_names)
-        of_level = tables["local_coverage"]["level"] == levels[0]
-        sections += [
-            "Coverage of their 68 % intervals, with 95 % intervals of the coverage (Clopper-Pearson):",
-            table_markdown(tables["local_coverage"][of_level].drop(columns="level"), {}),
-        ]
-    return tables, sections

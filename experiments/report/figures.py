@@ -190,7 +190,7 @@ def loss_curves(fits: Mapping[Method, GateFit]) -> Figure:
             epochs = np.arange(1, len(fit.train_loss) + 1)
             ax.plot(epochs, fit.train_loss, color=COLORS[name], ls=":", lw=1.4, label=f"{TITLES[name]}: training")
             ax.plot(epochs, fit.validation_loss, color=COLORS[name], lw=1.4, label=f"{TITLES[name]}: validation")
-            ax.plot(best + 1, fit.validation_loss[best], marker, color=COLORS[name])
+            ax.plot(best + 1, np.asarray(fit.validation_loss)[best], marker, color=COLORS[name])
         ax.set_title(f"gates trained {protocol}", loc="left")
         ax.set_xlabel("epoch (marker: best)")
         ax.set_yscale("log")
