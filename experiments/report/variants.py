@@ -34,16 +34,7 @@ class VariantsConfig(Protocol):
 
 def compare_by(config: VariantsConfig, y: AnyArray, variants: Mapping[str, AnyArray], baseline: AnyArray) -> pd.DataFrame:
     """``compare_variants`` with the resamples, level and method of a configuration."""
-    options = config.bootstrap
-    return compare_variants(
-        draw_keys(config.data.seed).bootstrap,
-        y,
-        variants,
-        baseline,
-        n_resamples=options.n_resamples,
-        confidence_level=options.confidence_level,
-        method=options.interval_method,
-    )
+    return compare_variants(draw_keys(config.data.seed).bootstrap, y, variants, baseline, **config.bootstrap.arguments)
 
 
 def variants_results(
