@@ -238,7 +238,7 @@ def pixel_methods(config: CompareConfig, train: Spectra) -> dict[str, Callable[[
         mixture = fit_local(
             train.flux, train.error, labels, y, n_cells=min(n_cells, len(y) // 4), degree=config.degree, seed=config.data.seed
         )
-        return lambda stars: predict_local(mixture, stars.flux, median_error(stars.error))
+        return lambda stars: predict_local(mixture, stars.flux, median_error(stars.error)).y
 
     names = {n: f"{n:,} local linear experts" for n in config.n_cells[:-1]} | {config.n_cells[-1]: LOCAL}
     return {

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from rich.table import Table
@@ -27,6 +26,7 @@ from rich.table import Table
 from experiments.pipeline.calibration import CalibrationConfig, add_uncertainty, keep_calibration_stars, model_of
 from experiments.pipeline.config import SURVEYS, BootstrapOptions, DataConfig, OutputOptions, draw_keys
 from experiments.pipeline.gates import training_stars
+from experiments.pipeline.local import LocalConfig, add_local
 from experiments.pipeline.methods import (
     CLASSIFY,
     FALLBACK,
@@ -43,6 +43,7 @@ from experiments.pipeline.methods import (
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared, Stars
 from experiments.report import figures
+from experiments.report.local import judge_local
 from experiments.report.markdown import interval, load_published, report_sections, warnings
 from experiments.report.results import Results, Study
 from experiments.report.tables import bin_table, bootstrap_table, compare, overall_table
@@ -73,6 +74,7 @@ class RegressGateConfig:
     data: DataConfig = group(SURVEYS["default"])
     bootstrap: BootstrapOptions = group(BootstrapOptions())
     calibration: CalibrationConfig = group(CalibrationConfig(), prefix=True)
+    local: LocalConfig = group(LocalConfig(), prefix=True)
     cluster: Cluster = group(Cluster(), prefix=True)
     output: OutputOptions = group(OutputOptions())
 
@@ -186,8 +188,8 @@ def describe_choices(results: Outcome) -> dict[str, Any]:
         "n_covered_train": results.prepared.n_covered,
         "n_covered_test": len(results.star),
         "alpha": {
-            "cells": [float(alpha) for alpha in experts.alpha],
-            "cells_at_edge": [bool(edge) for edge in experts.at_edge],
+            "cells": np.asarray(experts.alpha).tolist(),
+            "cells_at_edge": np.asarray(experts.at_edge).tolist(),
             "global": float(global_ridge.alpha),
             "global_at_edge": bool(global_ridge.at_edge),
         },
@@ -208,7 +210,7 @@ def describe_choices(results: Outcome) -> dict[str, Any]:
 
 def test_accuracy(results: Outcome) -> float:
     """Fraction of the covered test stars whose cell the classification gate finds."""
-    return float(jnp.mean(jnp.argmax(results.weights[CLASSIFY], axis=1) == results.test.cell))
+    return float(np.mean(np.argmax(results.weights[CLASSIFY], axis=1) == np.asarray(results.test.cell)))
 
 
 def warnings_of(results: Outcome) -> list[str]:
@@ -216,7 +218,7 @@ def warnings_of(results: Outcome) -> list[str]:
     at_edge = [f"alpha of cell {k}" for k in np.flatnonzero(results.prepared.experts.at_edge)]
     at_edge += ["alpha of the global ridge"] * bool(results.prepared.global_ridge.at_edge)
     at_edge += ["C of the classification gate"] * results.prepared.classifier.at_edge
-    undefined = sum(int(bootstrap.groups.n_undefined.sum()) for bootstrap in results.comparisons.values())
+    undefined = sum(int(np.sum(np.asarray(bootstrap.groups.n_undefined))) for bootstrap in results.comparisons.values())
     unconverged = ["The logistic regression of the classification gate did not converge."]
     return warnings(results.fits, at_edge, undefined) + unconverged * (not results.prepared.classifier.converged)
 
@@ -225,7 +227,7 @@ def sections_of(config: RegressGateConfig, results: Outcome) -> list[str]:
     """The paragraphs of report.md."""
     prepared, options = results.prepared, config.data
     data = f"{options.train_file} and {options.test_file}" if options.train_file else "simulated from the LTE grid"
-    alphas = ", ".join(f"{float(alpha):g}" for alpha in prepared.experts.alpha)
+    alphas = ", ".join(f"{float(alpha):g}" for alpha in np.asarray(prepared.experts.alpha))
     setup = (
         f"Data: {data}. Covered stars: {prepared.n_covered:,} to train, {len(results.star):,} to test. "
         f"{options.described_noise}, seed {options.seed}. {config.bootstrap.n_resamples:,} resamples of the test stars, "
@@ -272,7 +274,7 @@ def print_table(results: Outcome) -> None:
 
 
 def compute(config: RegressGateConfig, stages: Stages) -> Results:
-    """Runs the experiment, and adds uncertainties to the model of the chosen gate."""
+    """Runs the experiment, and adds uncertainties and local linear experts to the model of the chosen gate."""
     config.cluster.start()
     config = dataclasses.replace(config, data=keep_calibration_stars(config.data, config.calibration, stages))
     results = run(config, stages)
@@ -281,6 +283,14 @@ def compute(config: RegressGateConfig, stages: Stages) -> Results:
     mixture = model_of(results.prepared, regression_gates(config)[CHOSEN.name], results.fits[CHOSEN].params)
     model, notes = add_uncertainty(config.data, config.calibration, results.prepared, mixture, stages)
     print_table(results)
+    model, local, more_notes = add_local(config.data, config.local, config.calibration, model, stages)
+    local_tables: dict[str, pd.DataFrame] = {}
+    local_sections: list[str] = []
+    if local is not None:
+        bootstrap, nine = config.bootstrap, results.predictions[CHOSEN]
+        local_tables, local_sections = judge_local(config.data, local, nine, bootstrap.n_resamples, bootstrap.confidence_level)
+        console.print(local_sections[1], highlight=False)
+    notes += more_notes
     for note in [*warnings_of(results), *notes]:
         console.print(f"warning: {note}", highlight=False)
     tables = {
@@ -288,13 +298,13 @@ def compute(config: RegressGateConfig, stages: Stages) -> Results:
         "per_bin": results.bins,
         "bootstrap": results.bootstrap,
         "predictions": prediction_table(results),
-    }
+    } | local_tables
 
     def write_model(folder: Path, run_json: dict[str, Any]) -> None:
         save_model(folder / "model", model._replace(provenance=provenance_of(results, run_json)))
 
     title = "Regression gates against the classification gate"
-    return Results(title, sections_of(config, results), tables, drawn, describe_choices(results), write_model)
+    return Results(title, sections_of(config, results) + local_sections, tables, drawn, describe_choices(results), write_model)
 
 
 main = Study("regress_gate", PRESETS, compute)

@@ -201,8 +201,10 @@ def predict_out_of_fold(config: DataConfig, prepared: Prepared, model: Model, n_
     return stars.select(stars.cell >= 0)._replace(prediction=np.asarray(mixed))
 
 
-def predict_labelled(model: Model, stars: Observation, start: int = 0, stop: int | None = None) -> LabelledPrediction:
-    """Applies a model to the stars ``start`` to ``stop - 1`` of a survey, by default to all."""
+def predict_labelled(
+    model: Model, stars: Observation, start: int = 0, stop: int | None = None, *, local: bool = False
+) -> LabelledPrediction:
+    """Applies a model, or its local linear experts, to the stars ``start`` to ``stop - 1`` of a survey, by default to all."""
     log_g, mag, cell = (np.asarray(array)[start:stop] for array in (stars.labels.log_g, stars.labels.mag, stars.cell))
     predictions = []
     for _, flux, error in stars.slices(start, stop):
@@ -211,7 +213,8 @@ def predict_labelled(model: Model, stars: Observation, start: int = 0, stop: int
         of_slice = predict_model(model, *(np.pad(array, padding, mode="edge") for array in (flux, error)))
         assert of_slice.variance is not None
         parts = np.stack(list(of_slice.variance), axis=1)
-        columns = (of_slice.log_g, of_slice.sigma, of_slice.half_width, of_slice.cell, of_slice.distance, parts)
+        answer: Any = of_slice.local if local else (of_slice.log_g, of_slice.sigma, of_slice.half_width)
+        columns = (*answer, of_slice.cell, of_slice.distance, parts)
         predictions.append([np.asarray(column)[: len(flux)] for column in columns])
     prediction, sigma, half_width, group, distance, variances = (
         np.concatenate(column) for column in zip(*predictions, strict=True)

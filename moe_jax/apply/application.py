@@ -12,7 +12,7 @@ is therefore part of a scaled star's uncertainty. Spectra that are on the scale 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 
 from moe_jax.apply.conformal import LEVELS
 from moe_jax.apply.model import Model, Uncertainty, predict_model, with_variance
-from moe_jax.apply.robust import QUANTILES, RobustFit, fit_robustly
+from moe_jax.apply.robust import COOL, QUANTILES, RobustFit, fit_robustly
 from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.gates.features import LINE_WINDOWS, SIDEBAND
 from moe_jax.spectra.resample import LEAST_OVERLAP, MaskedSpectra, overlaps, pixel_edges, resample
@@ -36,7 +36,7 @@ SCALE_SCATTER = 0.1  # ... the medians of more than half of them differ by less 
 MEDIAN_ERROR = 1.2533  # standard deviation of a median in units of that of the mean, for normal errors: sqrt(pi / 2)
 
 
-Answer = Literal["fit", "mixture"]
+Answer = Literal["fit", "mixture", "local"]
 
 
 class Application(NamedTuple):
@@ -59,8 +59,8 @@ def prepare_application(
         model: a model with uncertainties.
         wave: increasing vacuum wavelengths of the spectra, Angstrom.
         source: name of the file or argument in error messages.
-        answer: whether log g is that of the fit of the model grid or that of the mixture. By default it is the fit's if the
-            model was trained on simulated spectra, which are made from this grid.
+        answer: whether log g is that of the fit of the model grid, that of the mixture, or that of the model's local linear
+            experts. By default it is the fit's if the model was trained on simulated spectra, which are made from this grid.
 
     Raises:
         InputError: for a model without uncertainties, or wavelengths that cover less than half of the model's pixels or no
@@ -68,6 +68,8 @@ def prepare_application(
     """
     if model.uncertainty is None:
         raise InputError("the model has no uncertainties, expected one that a present version of regress_gate has written")
+    if answer == "local" and model.local is None:
+        raise InputError("the model has no local linear experts, expected one that a present version of regress_gate has written")
     wave, target = np.asarray(wave, np.float64), np.asarray(model.wave, np.float64)
     data = model.provenance.get("config", {}).get("data", {"train_file": "unknown"})
     answer = answer or ("mixture" if data["train_file"] else "fit")
@@ -163,9 +165,10 @@ def apply_model(application: Application, spectra: MaskedSpectra, first_star: in
 
     Returns:
         Columns star, log_g, uncertainty (half-width of the 68 % interval; of a mixture that is not calibrated, the standard
-        deviation), half_width_LEVEL for the higher levels, those of ``fit_columns``, mixture_log_g and mixture_uncertainty if the
-        answer is that of the fit, weight_CELL for each expert, distance (in feature space, in units of the limit),
-        n_masked (number of masked pixels) and flags (names joined by |). NaN for a star that is not predicted.
+        deviation), half_width_LEVEL for the higher levels, those of ``fit_columns`` if the answer is that of the fit,
+        mixture_log_g and mixture_uncertainty if it is not the mixture's, weight_CELL for each expert, distance (in feature space,
+        in units of the limit), n_masked (number of masked pixels) and flags (names joined by |). NaN for a star that is not
+        predicted.
     """
     n_stars = len(spectra.flux)
     pad = ((0, max(0, pad_to - n_stars)), (0, 0))
@@ -195,7 +198,7 @@ def apply_model(application: Application, spectra: MaskedSpectra, first_star: in
 
 
 def fit_columns(fit: RobustFit) -> pd.DataFrame:
-    """log_g and its intervals, velocity (km/s), T_eff (K), M_H and a_M, each with NAME_error, and chi2 per degree of freedom."""
+    """log_g and its intervals, velocity (km/s), T_eff (K), M_H, a_M, each with NAME_error; chi2, cool (0 or 1), outside_cells."""
     columns = {"log_g": fit.labels[:, 1], "uncertainty": QUANTILES[0] * fit.error[:, 1]}
     columns |= {
         f"half_width_{100 * level:.0f}": quantile * fit.error[:, 1]
@@ -204,7 +207,15 @@ def fit_columns(fit: RobustFit) -> pd.DataFrame:
     columns |= {"velocity": fit.velocity, "velocity_error": fit.velocity_error}
     for name, i in (("T_eff", 0), ("M_H", 2), ("a_M", 3)):
         columns |= {name: fit.labels[:, i], f"{name}_error": fit.error[:, i]}
-    return pd.DataFrame(columns | {"chi2": fit.chi2})
+    cool = np.where(fit.fitted, fit.labels[:, 0] < COOL, np.nan)
+    return pd.DataFrame(columns | {"chi2": fit.chi2, "cool": cool, "outside_cells": fit.outside})
+
+
+def _interval_columns(log_g: AnyArray, sigma: AnyArray | None, half_width: AnyArray, levels: AnyArray) -> dict[str, Any]:
+    """Columns log_g, uncertainty and half_width_LEVEL of an answer."""
+    half_width = np.asarray(half_width)
+    columns = {"log_g": log_g, "uncertainty": half_width[:, 0] if half_width.shape[1] else sigma}
+    return columns | {f"half_width_{100 * level:.0f}": half_width[:, i] for i, level in enumerate(np.asarray(levels)) if i}
 
 
 def _apply_mixture(
@@ -223,10 +234,14 @@ def _apply_mixture(
         correlated = _correlated_noise(application.overlap, spectra, on_model, prediction.gradient)
         noise = jnp.maximum(prediction.variance.noise + jnp.asarray(correlated, flux.dtype), 0.0)
         prediction = with_variance(model, prediction, prediction.variance._replace(noise=noise))
-    half_width, weights = np.asarray(prediction.half_width), np.asarray(prediction.weights)
-    levels = np.asarray(uncertainty.calibration.levels)
-    columns = {"log_g": prediction.log_g, "uncertainty": half_width[:, 0] if len(levels) else prediction.sigma}
-    columns |= {f"half_width_{100 * level:.0f}": half_width[:, i] for i, level in enumerate(levels) if i}
+    weights, levels = np.asarray(prediction.weights), uncertainty.calibration.levels
+    assert prediction.half_width is not None
+    columns = _interval_columns(prediction.log_g, prediction.sigma, prediction.half_width, levels)
+    if application.answer == "local":
+        assert model.local is not None
+        assert prediction.local is not None
+        columns = {f"mixture_{name}": columns[name] for name in ("log_g", "uncertainty")}
+        columns = _interval_columns(*prediction.local, model.local.calibration.levels) | columns
     columns |= {f"weight_{k}": weights[:, k] for k in range(weights.shape[1])}
     table = pd.DataFrame({name: np.asarray(values) for name, values in (columns | {"distance": prediction.distance}).items()})
     return table, usable, ~good

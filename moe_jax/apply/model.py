@@ -7,12 +7,14 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from moe_jax.apply.conformal import Calibration, half_widths
 from moe_jax.apply.novelty import FeatureRange, feature_distance
 from moe_jax.apply.uncertainty import Leverage, PredictiveVariance, approximate_leverage, predictive_variance
 from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.experts.local import LocalMixture, median_error, predict_local
 from moe_jax.experts.ridge import Ridge, predict_ridge
 from moe_jax.gates.features import FeatureModel, LinePixels, features_of_pixels, line_pixels
 from moe_jax.gates.networks import Gate, LinearGate
@@ -36,6 +38,13 @@ class Uncertainty(NamedTuple):
     calibration: Calibration  #: has no levels where there were no stars to calibrate on
 
 
+class LocalModel(NamedTuple):
+    """The mixture of local linear experts that was trained on the same stars."""
+
+    mixture: LocalMixture
+    calibration: Calibration  #: by the likeliest cell, as that of the other mixture
+
+
 class Model(NamedTuple):
     """A mixture of ridge experts with its gate."""
 
@@ -48,10 +57,19 @@ class Model(NamedTuple):
     classification_params: Params  #: of the classification gate, a ``LinearGate``
     provenance: dict[str, Any]  #: how the model was made; anything that JSON can hold
     uncertainty: Uncertainty | None = None
+    local: LocalModel | None = None
+
+
+class LocalAnswer(NamedTuple):
+    """What the local linear experts of a model predict for N stars."""
+
+    log_g: Float[jax.Array, " N"]
+    sigma: Float[jax.Array, " N"]  #: standard deviation before calibration
+    half_width: Float[jax.Array, "N L"]  #: half-width of the calibrated interval at each level
 
 
 class MixturePrediction(NamedTuple):
-    """Predictions of a model for N stars; the last five fields are None for a model without uncertainties."""
+    """Predictions of a model for N stars; fields are None for a model without uncertainties, or local experts."""
 
     log_g: Float[jax.Array, " N"]
     weights: Float[jax.Array, "N K"]
@@ -64,6 +82,7 @@ class MixturePrediction(NamedTuple):
     half_width: Float[jax.Array, "N L"] | None = None  #: half-width of the calibrated interval at each level
     distance: Float[jax.Array, " N"] | None = None  #: in feature space; above 1 a star is unlike the training stars
     gradient: Float[jax.Array, "N P"] | None = None  #: derivative of log_g in the flux
+    local: LocalAnswer | None = None  #: of a model that has local linear experts
 
 
 def predict_model(
@@ -96,9 +115,25 @@ def predict_model(
         # Not a part of _predict: with the loop over stars inside, XLA's CPU runtime stands still after some calls (jaxlib 0.10.2).
         flux = fill_masked(flux, good, model.uncertainty.center, model.uncertainty.leverage.basis)
     pixels = tuple(line_pixels(model.wave).values())
-    arrays = model._replace(gate=cast(Any, None), provenance={})  # what a compiled program can take
+    arrays = model._replace(gate=cast(Any, None), provenance={}, local=None)  # what a compiled program can take
     prediction: MixturePrediction = _predict(model.gate, arrays, pixels, flux, error, good, scale_error)
-    return prediction
+    if model.local is None:
+        return prediction
+    y, sigma = predict_local(model.local.mixture, flux, _noise_level(model, flux, error, good))
+    return prediction._replace(local=LocalAnswer(y, sigma, half_widths(model.local.calibration, sigma, prediction.cell)))
+
+
+def _noise_level(model: Model, flux: AnyArray, error: AnyArray | None, good: AnyArray | None) -> AnyArray:
+    """(N,) median error of each star's good pixels; that of the training stars where errors are not known."""
+    if error is None:
+        error = (
+            jnp.sqrt(model.uncertainty.noise_variance)[None, :] if model.uncertainty is not None else jnp.ones((1, flux.shape[1]))
+        )
+        return jnp.broadcast_to(median_error(error), flux.shape[:1])
+    if good is None or np.asarray(good).all():
+        return median_error(error)
+    known = np.ma.masked_array(np.asarray(error), ~np.asarray(good))  # a star without good pixels has no answer anyway
+    return np.ma.filled(np.ma.median(known, axis=1), 1.0).astype(known.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="gate")

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from moe_jax.apply.model import Model, Uncertainty
+from moe_jax.apply.model import LocalModel, Model, Uncertainty
 from moe_jax.core.arrays import InputError
 from moe_jax.core.files import atomic_path
 from moe_jax.core.trees import build_tree, name_leaves
@@ -42,6 +42,7 @@ _KINDS: dict[str, Any] = {
     "gate": Params,
     "classification": Params,
     "uncertainty": Uncertainty | None,
+    "local": LocalModel | None,
 }
 #: Arrays whose name in the file is not their path in the tree.
 _NAME_IN_TREE = {"features/pca_mean": "features/pca/mean", "features/pca_components": "features/pca/components"}
@@ -57,7 +58,7 @@ def save_model(folder: Path | str, model: Model) -> None:
     """
     folder = Path(folder)
     trees = (model.wave, model.experts, model.global_ridge, model.features, model.gate_params, model.classification_params)
-    leaves = name_leaves(dict(zip(_KINDS, (*trees, model.uncertainty), strict=True)))
+    leaves = name_leaves(dict(zip(_KINDS, (*trees, model.uncertainty, model.local), strict=True)))
     gate = _describe_gate(model.gate)
     _assemble(folder / ARRAYS, model.gate, leaves, model.provenance)
     data = save({_NAME_IN_FILE.get(path, path): array for path, array in leaves.items()})
@@ -107,12 +108,13 @@ def load_model(folder: Path | str) -> Model:
 def _assemble(path: Path, gate: Gate, leaves: dict[str, np.ndarray], provenance: dict[str, Any]) -> Model:
     """The model of its arrays; raises an ``InputError`` where one has another shape or type, or is not finite."""
     sizes = _require_layers(path, gate, leaves)
-    wave, *trees = (build_tree(str(path), kind, leaves, name, sizes) for name, kind in _KINDS.items())
+    # There are as many local experts as it pleases them.
+    wave, *trees = (build_tree(str(path), kind, leaves, name, {} if name == "local" else sizes) for name, kind in _KINDS.items())
     for name, array in leaves.items():
         if not name.startswith("global/") and name != "uncertainty/flux_median" and not np.isfinite(array).all():
             raise InputError(f"{path}: {name} holds numbers that are not finite, expected a trained model")
-    experts, global_ridge, features, gate_params, classification_params, uncertainty = jax.device_put(trees)
-    return Model(wave, experts, global_ridge, features, gate, gate_params, classification_params, provenance, uncertainty)
+    experts, global_ridge, features, gate_params, classification_params, *optional = jax.device_put(trees)
+    return Model(wave, experts, global_ridge, features, gate, gate_params, classification_params, provenance, *optional)
 
 
 def _require_layers(path: Path, gate: Gate, leaves: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:

@@ -13,6 +13,8 @@ of each axis with y. So an expert is linear in z, and the gate is the probabilit
     p(k | z) ~ n_k N(z; m_k, V_k diag(v_k) V_k' + s^2 I).
 
 Both depend on the noise of the star. A faint star is drawn to the mean of its cell, and its weights spread over more cells.
+The variance of y given z is that of a mixture of normal distributions: the mean variance of the experts' answers, with
+Var[y | z, k] = w_k - sum_r c_kr^2 / (v_kr + s^2) and w_k the variance of y in the cell, plus the variance between them.
 """
 
 from __future__ import annotations
@@ -28,12 +30,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float, Int
 
-from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_length
+from moe_jax.core.arrays import AnyArray, InputError, by_numpy, map_blocks, matmul, require_same_length, to_device
 from moe_jax.core.cholesky import shifted_cholesky
 from moe_jax.core.convert import convert_arguments
 
 PENALTY = 1e-3  # of the polynomial's coefficients, per unit of weight: for the rounding of float32 more than for the fit
 N_COMPONENTS = (10, 14, 20, 28)
+_LEAST_VARIANCE = 1e-6  # of an expert's answer, in units of the variance between experts: a cell of few stars may have none
 _BATCH = 256  # stars that are predicted at a time
 
 
@@ -54,8 +57,16 @@ class LocalExperts(NamedTuple):
     axes: Float[jax.Array, "K R C"]  #: unit vectors
     variance: Float[jax.Array, "K R"]  #: of the clean spectra along the axes
     y: Float[jax.Array, " K"]
+    y_variance: Float[jax.Array, " K"]
     covariance: Float[jax.Array, "K R"]  #: of the clean spectra along the axes with y
     log_count: Float[jax.Array, " K"]  #: of the training stars
+
+
+class LocalPrediction(NamedTuple):
+    """What a mixture of local linear experts says of N stars."""
+
+    y: Float[jax.Array, " N"]
+    sigma: Float[jax.Array, " N"]  #: standard deviation of y given the spectrum; it knows of noise and cells, not of misfit
 
 
 class LocalMixture(NamedTuple):
@@ -73,7 +84,7 @@ def median_error(error: Float[AnyArray, "N P"]) -> Float[jax.Array, " N"]:
     One number for a star: its brightness. The errors of single pixels would give its lines away, since its own photon noise
     imprints them.
     """
-    return jnp.asarray(np.median(np.asarray(error)[:, ::16], axis=1))  # NumPy selects where XLA sorts
+    return jax.device_put(np.median(np.asarray(error)[:, ::16], axis=1))  # NumPy selects where XLA sorts
 
 
 @functools.partial(jax.jit, static_argnames="degree")
@@ -130,7 +141,7 @@ def fit_flux_model(
 def fit_local_experts(
     h: Float[AnyArray, "N C"], y: Float[AnyArray, " N"], cell: Int[AnyArray, " N"], n_cells: int, rank: int
 ) -> LocalExperts:
-    """The moments of clean spectra and target by cell; every cell needs a star.
+    """The moments of clean spectra and target by cell; a cell without stars has no weight.
 
     Args:
         h: clean spectra in components.
@@ -145,47 +156,54 @@ def fit_local_experts(
     def mean(values: jax.Array) -> jax.Array:
         return jax.ops.segment_sum(values, cell, n_cells) / count.reshape(-1, *[1] * (values.ndim - 1))
 
-    count = jax.ops.segment_sum(jnp.ones_like(y), cell, n_cells)
+    n_stars = jax.ops.segment_sum(jnp.ones_like(y), cell, n_cells)
+    count = jnp.maximum(n_stars, 1)
     h_mean, y_mean = mean(h), mean(y)
     h_centred, y_centred = h - h_mean[cell], y - y_mean[cell]
     variance, axes = jnp.linalg.eigh(mean(h_centred[:, :, None] * h_centred[:, None, :]))
     axes = jnp.swapaxes(axes, 1, 2)[:, ::-1][:, :rank]
     covariance = jnp.einsum("krc,kc->kr", axes, mean(h_centred * y_centred[:, None]), precision=lax.Precision.HIGHEST)
-    return LocalExperts(h_mean, axes, jnp.maximum(variance[:, ::-1][:, :rank], 0), y_mean, covariance, jnp.log(count))
+    variance = jnp.maximum(variance[:, ::-1][:, :rank], 0)
+    return LocalExperts(h_mean, axes, variance, y_mean, mean(y_centred**2), covariance, jnp.log(n_stars))
 
 
+@by_numpy
 def project_flux(model: FluxModel, flux: Float[AnyArray, "N P"]) -> Float[jax.Array, "N C"]:
     """Components z of noisy spectra; where the errors follow the template, their noise is that of the star's level in each."""
     projection = (model.components / model.template[None, :]).T
     return matmul(flux, projection) - matmul(model.mean[None, :], projection)
 
 
-@jax.jit
-def predict_local_experts(experts: LocalExperts, z: Float[AnyArray, "N C"], noise: Float[AnyArray, " N"]) -> Float[jax.Array, " N"]:
+def predict_local_experts(experts: LocalExperts, z: Float[AnyArray, "N C"], noise: Float[AnyArray, " N"]) -> LocalPrediction:
     """Predictions of the mixture from components."""
+    predict = functools.partial(_predict_block, experts)
+    prediction: LocalPrediction = map_blocks(predict, (z, noise), 0, len(z), _BATCH)
+    return prediction
+
+
+@jax.jit
+def _predict_block(experts: LocalExperts, stars: tuple[jax.Array, jax.Array]) -> LocalPrediction:
+    """``predict_local_experts`` of some stars. The experts are the last dimension, along which a CPU works on several at once."""
+    z, s2 = stars[0], stars[1][:, None] ** 2
     k, r, c = experts.axes.shape
-    axes = experts.axes.reshape(k * r, c)
-    shift = jnp.sum(experts.axes * experts.mean[:, None, :], axis=2)
-    square = jnp.sum(experts.mean**2, axis=1)
-
-    def predict(batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-        z, s2 = batch[0], batch[1][:, None] ** 2
-        u = matmul(z, axes.T).reshape(-1, k, r) - shift[None]
-        total = experts.variance[None] + s2[:, :, None]
-        # |z|^2 is the same for all cells.
-        distance = (square[None, :] - 2 * matmul(z, experts.mean.T) - jnp.sum(u**2 * (experts.variance[None] / total), axis=2)) / s2
-        weights = jax.nn.softmax(experts.log_count[None, :] - 0.5 * (distance + jnp.sum(jnp.log(total), axis=2)), axis=1)
-        return jnp.sum(weights * (experts.y[None, :] + jnp.sum(experts.covariance[None] * u / total, axis=2)), axis=1)
-
-    n = len(z)
-    n_batches = -(-n // _BATCH)
-    pad = n_batches * _BATCH - n
-    z, noise = jnp.pad(jnp.asarray(z), ((0, pad), (0, 0))), jnp.pad(jnp.asarray(noise), (0, pad), constant_values=1.0)
-    return lax.map(predict, (z.reshape(n_batches, _BATCH, c), noise.reshape(n_batches, _BATCH))).reshape(-1)[:n]
+    axes = jnp.swapaxes(experts.axes, 0, 1)
+    u = matmul(z, axes.reshape(r * k, c).T).reshape(-1, r, k) - jnp.sum(axes * experts.mean[None], axis=2)[None]
+    total = 1 + experts.variance.T[None] / s2[:, :, None]  # in units of s^2
+    inverse = 1 / total
+    # |z|^2 and log s^2 are the same for all cells.
+    square = jnp.sum(experts.mean**2, axis=1)[None, :] - 2 * matmul(z, experts.mean.T)
+    distance = (square - jnp.sum(u**2 * (1 - inverse), axis=1)) / s2 + jnp.sum(jnp.log(total), axis=1)
+    weights = jax.nn.softmax(experts.log_count[None, :] - 0.5 * distance, axis=1)
+    slope = experts.covariance.T[None] * inverse
+    answer = experts.y[None, :] + jnp.sum(slope * u, axis=1) / s2
+    y = jnp.sum(weights * answer, axis=1)
+    within = experts.y_variance[None, :] - jnp.sum(slope * experts.covariance.T[None], axis=1) / s2
+    within = jnp.maximum(within, _LEAST_VARIANCE * jnp.var(experts.y))
+    return LocalPrediction(y, jnp.sqrt(jnp.sum(weights * (within + (answer - y[:, None]) ** 2), axis=1)))
 
 
 @convert_arguments()
-def predict_local(mixture: LocalMixture, flux: Float[AnyArray, "N P"], noise: Float[AnyArray, " N"]) -> Float[jax.Array, " N"]:
+def predict_local(mixture: LocalMixture, flux: Float[AnyArray, "N P"], noise: Float[AnyArray, " N"]) -> LocalPrediction:
     """Predictions for noisy spectra with their noise levels.
 
     Raises:
@@ -234,39 +252,45 @@ def fit_local(
         raise InputError(f"error and labels have shapes {error.shape} and {labels.shape}, expected {flux.shape} and ({n}, L)")
     if n < 2 * n_cells:
         raise InputError(f"found {n} stars for {n_cells} cells, expected at least 2 in each on average")
-    noise = median_error(error)
-    if not bool(jnp.min(error) > 0):
-        raise InputError(f"error holds {float(jnp.min(error)):g}, expected positive numbers")
-    if not 1e-8 < float(jnp.median(noise)) < 1e8:
+    flux, error, y, labels, noise_level = map(np.asarray, (flux, error, y, labels, median_error(error)))
+    if not error.min() > 0:
+        raise InputError(f"error holds {error.min():g}, expected positive numbers")
+    if not 1e-8 < np.median(noise_level) < 1e8:
         raise InputError(
-            f"error is {float(jnp.median(noise)):g} in the median, expected 1e-8 to 1e8: divide flux and error by a constant"
+            f"error is {np.median(noise_level):g} in the median, expected 1e-8 to 1e8: divide flux and error by a constant"
         )
     if n_cells < 1 or degree < 1 or not n_components or min(n_components) < 1:
         raise InputError(f"n_cells, degree and n_components are {n_cells}, {degree} and {n_components}, expected at least 1")
-    y, labels = jnp.asarray(y), np.asarray(labels)
     low, high = labels.min(axis=0), labels.max(axis=0)
-    scaled = (2 * (labels - low) / np.maximum(high - low, np.finfo(np.float32).tiny) - 1).astype(noise.dtype)
-    terms = polynomial_terms(scaled, degree)
-    template = error_template(error, noise)
+    scaled = (2 * (labels - low) / np.maximum(high - low, np.finfo(np.float32).tiny) - 1).astype(noise_level.dtype)
+    terms = np.asarray(polynomial_terms(scaled, degree))
+    template = np.asarray(error_template(error, noise_level))
     cell = KMeans(n_cells, n_init=1, max_iter=30, random_state=seed).fit(scaled).labels_
-    rank = labels.shape[1]
+    most = max(n_components)
+    rank = min(labels.shape[1], most)
     held = np.arange(n) % 5 == 0
-    model = fit_flux_model(terms, flux, noise, template, max(n_components), jnp.asarray(~held, noise.dtype))
-    clean, z = matmul(terms - model.term_mean[None, :], model.coef), project_flux(model, jnp.asarray(flux)[held])
-    inner = np.where(held, -1, cell)
-    occupied = np.unique(inner[~held], return_inverse=True)[1]
-    inner[~held] = occupied
+
+    def fit(used: np.ndarray) -> tuple[FluxModel, np.ndarray]:
+        """The flux model of some stars with the most components, and the clean spectra of all."""
+        model = jax.tree.map(np.asarray, fit_flux_model(terms, flux, noise_level, template, most, used.astype(noise_level.dtype)))
+        return model, matmul(terms - model.term_mean[None, :], model.coef)
+
+    model, clean = fit(~held)
+    z = np.asarray(project_flux(model, flux[held]))
     tried = []
     for number in n_components:
-        experts = fit_local_experts(clean[:, :number], y, jnp.asarray(inner), int(occupied.max()) + 1, min(rank, number))
-        tried.append(float(jnp.mean((predict_local_experts(experts, z[:, :number], noise[held]) - y[held]) ** 2)))
+        few = np.arange(most) < number  # the others are set to zero, so that all numbers share one program
+        experts = fit_local_experts(clean * few, y, np.where(held, -1, cell), n_cells, rank)
+        tried.append(np.mean((np.asarray(predict_local_experts(experts, z * few, noise_level[held]).y) - y[held]) ** 2))
     number = n_components[int(np.argmin(tried))]
-    model = fit_flux_model(terms, flux, noise, template, number)
-    clean = matmul(terms - model.term_mean[None, :], model.coef)
-    return LocalMixture(model, fit_local_experts(clean, y, jnp.asarray(cell), n_cells, min(rank, number)), np.array(tried))
+    model, clean = fit(np.ones(n, bool))
+    experts = jax.tree.map(np.asarray, fit_local_experts(clean * (np.arange(most) < number), y, cell, n_cells, rank))
+    model = model._replace(components=model.components[:number], coef=model.coef[:, :number])
+    experts = experts._replace(mean=experts.mean[:, :number], axes=experts.axes[:, :, :number])
+    return LocalMixture(to_device(model), to_device(experts), np.array(tried, noise_level.dtype))
 
 
-@jax.jit
-def error_template(error: Float[AnyArray, "N P"], noise: Float[AnyArray, " N"]) -> Float[jax.Array, " P"]:
+@by_numpy
+def error_template(error: Float[AnyArray, "N P"], noise: Float[AnyArray, " N"]) -> Float[AnyArray, " P"]:
     """Root mean square error of each pixel, in units of the stars' noise levels."""
-    return jnp.sqrt(jnp.mean((jnp.asarray(error) / noise[:, None]) ** 2, axis=0))
+    return ((error / noise[:, None]) ** 2).mean(axis=0) ** 0.5

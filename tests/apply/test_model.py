@@ -6,7 +6,8 @@ import pytest
 
 import moe_jax
 from moe_jax import InputError, LinearGate, MLPGate, load_model, predict_model, save_model
-from moe_jax.apply.model import Model
+from moe_jax.apply.conformal import Calibration
+from moe_jax.apply.model import LocalModel, Model
 from moe_jax.apply.model_file import ARRAYS, MEANING
 
 
@@ -49,6 +50,26 @@ def test_predictions_are_those_of_the_pieces(model, noisy_flux, survey, tmp_path
     np.testing.assert_allclose(ours.global_log_g, moe_jax.predict_ridge(model.global_ridge, flux), rtol=1e-6)
     with pytest.raises(InputError, match=r"flux has shape \(40, 100\), expected \(N, 4096\)"):
         predict_model(model, flux[:, :100])
+
+
+def test_local_experts_are_written_read_and_asked(model, noisy_flux, survey, tmp_path):
+    rows = slice(0, 300)
+    error = np.asarray(survey.error)[rows]
+    labels = np.stack([np.asarray(survey.labels.T_eff), np.asarray(survey.labels.log_g)], axis=1)[rows]
+    mixture = moe_jax.fit_local(noisy_flux[rows], error, labels, labels[:, 1], n_cells=20, degree=2, n_components=(3,))
+    quantiles = np.arange(9 * 3, dtype=np.float32).reshape(9, 3)
+    calibration = Calibration(np.array([0.68, 0.9, 0.95], np.float32), quantiles, np.ones(9, np.float32))
+    save_model(tmp_path / "model", model._replace(local=LocalModel(mixture, calibration)))
+    loaded = load_model(tmp_path / "model")
+    jax.tree.map(np.testing.assert_array_equal, loaded.local, LocalModel(mixture, calibration))
+    flux, error = noisy_flux[300:340], np.asarray(survey.error)[300:340]
+    predicted = predict_model(loaded, flux, error)
+    expected = moe_jax.predict_local(mixture, flux, moe_jax.median_error(error))
+    np.testing.assert_array_equal(predicted.local.log_g, expected.y)
+    np.testing.assert_allclose(
+        predicted.local.half_width, quantiles[predicted.cell] * np.asarray(expected.sigma)[:, None], rtol=1e-6
+    )
+    assert predict_model(model, flux, error).local is None
 
 
 def spoil_json(**changes):

@@ -74,6 +74,7 @@ def test_the_experts_are_the_moments_of_their_cells(survey):
         np.testing.assert_allclose(axes.T @ np.diag(experts.variance[k]) @ axes, joint[:3, :3], atol=1e-5)
         np.testing.assert_allclose(axes.T @ experts.covariance[k], joint[:3, 3], atol=1e-5)
         np.testing.assert_allclose(experts.y[k], y[cell == k].mean(), atol=1e-5)
+        np.testing.assert_allclose(experts.y_variance[k], joint[3, 3], rtol=1e-4)
         np.testing.assert_allclose(np.exp(experts.log_count[k]), (cell == k).sum(), rtol=1e-5)
 
 
@@ -85,31 +86,37 @@ def test_predictions_are_bayes_theorem_in_full_covariances(dtype):
     axes = np.linalg.qr(rng.normal(size=(k, c, r)))[0].transpose(0, 2, 1)
     mean, variance = 3 * rng.normal(size=(k, c)), rng.uniform(0.1, 1.0, (k, r))
     y, covariance, count = rng.normal(size=k), rng.normal(size=(k, r)), rng.integers(5, 50, k)
+    y_variance = np.sum(covariance**2 / variance, axis=1) + rng.uniform(0.1, 1.0, k)
     chosen, noise = rng.integers(0, k, n), np.geomspace(0.05, 3.0, n)
     z = mean[chosen] + noise[:, None] * rng.normal(size=(n, c))
-    expected = []
+    expected, variances = [], []
     for star, s in zip(z, noise, strict=True):
         totals = [axes[i].T @ np.diag(variance[i]) @ axes[i] + s**2 * np.eye(c) for i in range(k)]
         log_weight = np.array([multivariate_normal.logpdf(star, mean[i], totals[i]) + np.log(count[i]) for i in range(k)])
         weight = np.exp(log_weight - log_weight.max())
         by_expert = [y[i] + axes[i].T @ covariance[i] @ np.linalg.solve(totals[i], star - mean[i]) for i in range(k)]
         expected.append(np.sum(weight * by_expert) / weight.sum())
+        full = [axes[i].T @ covariance[i] for i in range(k)]
+        within = [y_variance[i] - full[i] @ np.linalg.solve(totals[i], full[i]) for i in range(k)]
+        variances.append(np.sum(weight * (within + (np.array(by_expert) - expected[-1]) ** 2)) / weight.sum())
     with jax.enable_x64(dtype == "float64"):
-        arrays = [jnp.asarray(a, dtype) for a in (mean, axes, variance, y, covariance, np.log(count), z, noise)]
-        predicted = predict_local_experts(LocalExperts(*arrays[:6]), *arrays[6:])
-        assert predicted.dtype == dtype
-    np.testing.assert_allclose(predicted, expected, atol={"float32": 5e-3, "float64": 1e-9}[dtype])
+        arrays = [jnp.asarray(a, dtype) for a in (mean, axes, variance, y, y_variance, covariance, np.log(count), z, noise)]
+        predicted = predict_local_experts(LocalExperts(*arrays[:7]), *arrays[7:])
+        assert predicted.y.dtype == predicted.sigma.dtype == dtype
+    np.testing.assert_allclose(predicted.y, expected, atol={"float32": 5e-3, "float64": 1e-9}[dtype])
+    np.testing.assert_allclose(predicted.sigma, np.sqrt(variances), atol={"float32": 5e-3, "float64": 1e-9}[dtype])
 
 
 def test_a_fit_recovers_the_label_of_new_stars(survey):
     labels, flux, error, *_ = (np.asarray(a, np.float32) for a in survey)
     train, new = slice(0, 1_600), slice(1_600, 2_000)
     mixture = fit_local(flux[train], error[train], labels[train], labels[train, 1], n_cells=64, degree=4, n_components=(1, 3))
-    predicted = np.asarray(predict_local(mixture, flux[new], median_error(error[new])))
+    predicted, sigma = map(np.asarray, predict_local(mixture, flux[new], median_error(error[new])))
     linear = Ridge(1.0).fit(flux[train], labels[train, 1]).predict(flux[new])
     mse, linear_mse = np.mean((predicted - labels[new, 1]) ** 2), np.mean((linear - labels[new, 1]) ** 2)
     assert mixture.model.coef.shape[1] == 3  # one component cannot hold two labels
     assert mse < 0.8 * linear_mse
+    assert 0.6 < np.mean(np.abs(predicted - labels[new, 1]) < sigma) < 0.76
 
 
 @pytest.mark.parametrize(

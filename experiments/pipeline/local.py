@@ -1,0 +1,87 @@
+"""The mixture of local linear experts that a run fits beside its nine ridges, trained and calibrated on the same stars."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from experiments.pipeline.calibration import CalibrationConfig, LabelledPrediction, observe_calibration_stars, predict_labelled
+from experiments.pipeline.config import DataConfig
+from experiments.pipeline.observation import Observation, observe_surveys
+from experiments.runner.command_line import require_at_least
+from experiments.runner.stages import Stages
+from moe_jax.apply.conformal import Calibration, calibrate
+from moe_jax.apply.model import LocalModel, Model
+from moe_jax.experts.local import LocalMixture, fit_local
+
+LABELS = ("T_eff", "log_g", "M_H", "a_M")  # what shapes the spectra
+CELL_STARS = 4  # at least so many stars in a local cell, on average
+HIGH_DEGREE, LOW_DEGREE, MANY_STARS = 7, 4, 8_000  # of the polynomial: with so many stars, and with fewer
+LEAST_STARS = 200  # with fewer there are more terms than half the stars
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """The local linear experts that are fitted beside the nine ridges."""
+
+    n_training: int = 32_768
+    """Training stars to fit them to, at most; 0: none are fitted."""
+    n_cells: int = 1_024
+    """Local experts, at most; there is one for four stars or more."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, n_training=0, n_cells=1)
+
+
+def fit_local_mixture(config: DataConfig, settings: LocalConfig, train: Observation) -> LocalMixture | str:
+    """A mixture for the covered stars among the first training stars, or the reason why there is none."""
+    n_stars = min(settings.n_training, train.n_stars)
+    covered = np.asarray(train.cell)[:n_stars] >= 0
+    n_covered = int(covered.sum())
+    if n_covered < LEAST_STARS:
+        return f"found {n_covered} covered stars, expected at least {LEAST_STARS}"
+    flux, error, done = None, None, 0
+    for rows, noisy, sigma in train.slices(0, n_stars):
+        chosen = covered[rows]
+        parts = [np.asarray(array)[chosen] for array in (noisy, sigma)]
+        if flux is None or error is None:
+            flux, error = (np.empty((n_covered, part.shape[1]), part.dtype) for part in parts)
+        end = done + len(parts[0])
+        flux[done:end], error[done:end], done = *parts, end
+    assert flux is not None
+    assert error is not None
+    if not (error > 0).all():
+        return f"found errors of {error.min():g}, expected positive ones"
+    values = [np.asarray(getattr(train.labels, name))[:n_stars][covered] for name in LABELS]
+    labels = np.stack([value for value in values if np.isfinite(value).all() and np.ptp(value) > 0], axis=1)
+    degree = HIGH_DEGREE if n_covered >= MANY_STARS else LOW_DEGREE
+    n_cells = min(settings.n_cells, n_covered // CELL_STARS)
+    return fit_local(flux, error, labels, values[1], n_cells=n_cells, degree=degree, seed=config.seed)
+
+
+def add_local(
+    config: DataConfig, settings: LocalConfig, calibration: CalibrationConfig, model: Model, stages: Stages
+) -> tuple[Model, LabelledPrediction | None, list[str]]:
+    """The model with its local linear experts, what these predict for the test stars, and what there is to warn of."""
+    if settings.n_training == 0:
+        return model, None, []
+    with stages("local linear experts"):
+        train, test = observe_surveys(config)
+        mixture = fit_local_mixture(config, settings, train)
+        if isinstance(mixture, str):
+            return model, None, [f"no local linear experts were fitted: {mixture}"]
+        n_groups, dtype = config.n_experts, np.asarray(mixture.experts.y).dtype
+        none = Calibration(np.zeros(0, dtype), np.zeros((n_groups, 0), dtype), np.zeros(n_groups, dtype))
+        model = model._replace(local=LocalModel(mixture, none))
+        held = observe_calibration_stars(config, calibration)
+        if held is not None:
+            stars = predict_labelled(model, *held, local=True)
+            stars = stars.select(stars.cell >= 0)
+            found = calibrate(np.abs(stars.residual) / stars.sigma, stars.group, n_groups)
+            of_type: Calibration = jax.tree.map(lambda leaf: np.asarray(leaf, dtype), found)
+            model = model._replace(local=LocalModel(mixture, of_type))
+        predicted = predict_labelled(model, test, local=True)
+    notes = ["the local linear experts are not calibrated: no stars were left to calibrate on"] * (held is None)
+    return model, predicted.select(predicted.cell >= 0), notes
