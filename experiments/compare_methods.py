@@ -118,13 +118,9 @@ class Fitted(NamedTuple):
 
 def read_covered(observation: Observation) -> Spectra:
     """The noisy spectra and errors of the covered stars."""
-    rows = np.flatnonzero(np.asarray(observation.cell) >= 0)
-    flux, error = np.empty((2, len(rows), len(observation.wave)), np.float32)
-    for part, *arrays in observation.slices():
-        first, last = np.searchsorted(rows, (part.start, part.stop))
-        for kept, array in zip((flux, error), arrays, strict=True):
-            kept[first:last] = np.asarray(array)[rows[first:last] - part.start]
-    return Spectra(jnp.asarray(flux), jnp.asarray(error), Labels(*(np.asarray(label)[rows] for label in observation.labels)))
+    covered = np.asarray(observation.cell) >= 0
+    flux, error = map(jnp.asarray, observation.read_covered())
+    return Spectra(flux, error, Labels(*(np.asarray(label)[covered] for label in observation.labels)))
 
 
 def choose(candidates: Sequence[Any], fit: Callable[[Any, np.ndarray], Predict], train: Spectra) -> Predict:
