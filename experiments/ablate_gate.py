@@ -11,11 +11,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.pipeline.config import QUICK, GateStudyConfig
-from experiments.pipeline.gates import CONVERGED_LINEAR, GateRun, gate_keys, mix_by_class, run_gates, train_gates
+from experiments.pipeline.gates import CONVERGED_LINEAR, Changes, GateRun, gate_keys, mix_by_class, run_gates, train_gates
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
 from experiments.report.results import Results, Study
@@ -75,29 +76,22 @@ PRESETS = {"default": AblateConfig(), "smoke": AblateConfig(**QUICK, widths=(8,)
 def train_variants(config: AblateConfig, prepared: Prepared) -> dict[Variant, np.ndarray]:
     """Predictions by seed of all variants whose arrays have the baseline's shapes: one vectorised call."""
     n_seeds, baseline, everything = config.n_seeds, Hyper.of(config.gate), np.ones(len(FEATURE_NAMES), np.float32)
-    variants: dict[Variant, tuple[Hyper, np.ndarray, float]] = {}  # with the factors on the features, and the temperature
+    variants: dict[Variant, Changes] = {}
     for name, kept in FEATURE_GROUPS.items():
-        variants[f"features: {name}", "features", name] = baseline, np.isin(FEATURE_NAMES, kept).astype(np.float32), 1.0
+        mask = np.isin(FEATURE_NAMES, kept).astype(np.float32)
+        variants[f"features: {name}", "features", name] = Changes(baseline, mask, 1.0)
     for value in config.weight_decays:
         hyper = baseline._replace(weight_decay=value)
-        variants[f"weight decay {value:g}", "weight decay", f"{value:g}"] = hyper, everything, 1.0
+        variants[f"weight decay {value:g}", "weight decay", f"{value:g}"] = Changes(hyper, everything, 1.0)
     for value in config.entropy_penalties:
         hyper = baseline._replace(entropy_penalty=value)
-        variants[f"entropy penalty {value:g}", "entropy penalty", f"{value:g}"] = hyper, everything, 1.0
+        variants[f"entropy penalty {value:g}", "entropy penalty", f"{value:g}"] = Changes(hyper, everything, 1.0)
     for value in config.temperatures:
-        variants[f"temperature {value:g} after training", "temperature", f"{value:g}"] = baseline, everything, value
-    hypers, masks, temperatures = zip(*variants.values(), strict=True)
-    sweep = train_gates(
-        jnp.tile(gate_keys(config.data, n_seeds), len(variants)),
-        prepared.classifier.params,
-        prepared.gate_stars(),
-        prepared.test.covered(),
-        config.mlp,
-        config.gate,
-        hyper=Hyper(*(jnp.repeat(jnp.array(column), n_seeds) for column in zip(*hypers, strict=True))),
-        mask=np.repeat(np.stack(masks), n_seeds, axis=0),
-        temperature=np.repeat(np.array(temperatures, np.float32), n_seeds),
-    )
+        variants[f"temperature {value:g} after training", "temperature", f"{value:g}"] = Changes(baseline, everything, value)
+    keys = jnp.tile(gate_keys(config.data, n_seeds), len(variants))
+    stars, test = prepared.gate_stars(), prepared.test.covered()
+    changes = jax.tree.map(lambda *leaves: np.repeat(np.stack(leaves), n_seeds, axis=0), *variants.values())
+    sweep = train_gates(keys, prepared.classifier.params, stars, test, config.mlp, config.gate, changes)
     return dict(zip(variants, np.asarray(sweep.predictions).reshape(len(variants), n_seeds, -1), strict=True))
 
 

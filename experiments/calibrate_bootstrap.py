@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from jax import lax
 
-from experiments.pipeline.config import SMALL, BootstrapOptions, DataConfig, OutputOptions, draw_keys
+from experiments.pipeline.config import SMALL, BootstrapOptions, ComparisonConfig, DataConfig, draw_keys
 from experiments.pipeline.gates import CONVERGED, training_stars
 from experiments.pipeline.methods import PROTOCOLS
 from experiments.pipeline.prepare import prepare
@@ -53,11 +53,9 @@ _SETS = 50  # test sets between two steps of the progress
 
 
 @dataclass(frozen=True)
-class CalibrateConfig:
+class CalibrateConfig(ComparisonConfig):
     """The population and the test sets."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
     n_population: int = 100_000
     """Stars of the population; those that the cells cover are drawn from."""
     set_sizes: tuple[int, ...] = (816, 8_000)
@@ -68,7 +66,6 @@ class CalibrateConfig:
     mlp: MLPGate = group(MLPGate())
     data: DataConfig = group(DataConfig(), without=("noise", "train_file", "test_file", "columns"))
     bootstrap: BootstrapOptions = group(BootstrapOptions(), without=("confidence_level", "interval_method"))
-    output: OutputOptions = group(OutputOptions())
 
     def __post_init__(self) -> None:
         require_at_least(self, n_population=100)

@@ -10,7 +10,6 @@ on test stars that nothing was fitted, chosen or calibrated on. Results go to re
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +20,8 @@ import pandas as pd
 import scipy
 
 from experiments.pipeline.calibration import (
+    MAG_EDGES,
+    MAG_NAMES,
     CalibrationConfig,
     add_uncertainty,
     keep_calibration_stars,
@@ -46,9 +47,6 @@ from moe_jax.gates.routing import route_oracle, route_soft
 from moe_jax.gates.training import GateConfig, fit_gate
 from moe_jax.spectra.fisher import fisher_information, log_g_floor
 from moe_jax.spectra.survey import Labels
-
-MAG_EDGES = (20.5, 21.0, 21.5, 22.0, 22.5)
-MAG_NAMES = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(MAG_EDGES)]
 
 
 @dataclass(frozen=True)
@@ -194,7 +192,6 @@ def compute(config: UncertaintyConfig, stages: Stages) -> Results:
         leverage = leverage_check(prepared, model, train, test)
     with stages("Cramer-Rao floor"):
         floor = floor_table(config, prepared, model, test)
-    groups = {"cell": judged.cell, "mag": np.digitize(judged.mag, MAG_EDGES) - 1}
     scales, parts = np.asarray(model.uncertainty.part_scales), judged.parts.mean(axis=0)
     variance = {"part": PredictiveVariance._fields, "mean_variance": parts, "factor": scales}
     n_stars = np.asarray(calibration.n_stars).astype(int)
@@ -206,7 +203,7 @@ def compute(config: UncertaintyConfig, stages: Stages) -> Results:
         if len(stars.mag)
     ]
     tables = {
-        "coverage": coverage_table(judged.residual, judged.half_width, levels, groups, {"cell": CELL_NAMES, "mag": MAG_NAMES}),
+        "coverage": judged.coverage(levels),
         "outside": coverage_table(outside.residual, outside.half_width, levels, {}, {}),
         "variance": pd.DataFrame(variance | {"share": parts * scales / (parts @ scales)}),
         "quantiles": quantiles,

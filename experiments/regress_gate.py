@@ -144,15 +144,8 @@ def run(config: RegressGateConfig, stages: Stages) -> Outcome:
             HARD: route_hard(weights[CLASSIFY], test.predictions),
             FALLBACK: route_fallback(weights[CLASSIFY], test.predictions, test.global_prediction),
         } | {method: route_soft(weights[method], test.predictions) for method in fits}
-        comparisons = compare(
-            draw_keys(config.data.seed).bootstrap,
-            test.log_g,
-            predictions,
-            test.cell,
-            n_resamples=config.bootstrap.n_resamples,
-            confidence_level=config.bootstrap.confidence_level,
-            method=config.bootstrap.interval_method,
-        )
+        key = draw_keys(config.data.seed).bootstrap
+        comparisons = compare(key, test.log_g, predictions, test.cell, **config.bootstrap.arguments)
         return Outcome(
             overall=overall_table(test.log_g, predictions),
             bins=bin_table(test.log_g, predictions, test.cell, comparisons),

@@ -11,14 +11,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.config import BootstrapOptions, DataConfig, ExpertOptions, OutputOptions, draw_keys
+from experiments.pipeline.config import BootstrapOptions, DataConfig, ExpertOptions, GateStudyConfig, draw_keys
 from experiments.pipeline.gates import CONVERGED_LINEAR, GateRun, run_gates
 from experiments.pipeline.prepare import prepare_each
 from experiments.pipeline.stars import Prepared
@@ -30,7 +30,7 @@ from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import InputError
 from moe_jax.evaluate.bootstrap import paired_bootstrap
 from moe_jax.evaluate.metrics import r2_score
-from moe_jax.gates.networks import LinearGate, MLPGate
+from moe_jax.gates.networks import LinearGate
 from moe_jax.gates.routing import route_hard, route_oracle, route_soft
 from moe_jax.gates.training import GateConfig
 
@@ -52,25 +52,20 @@ STYLES = {
 
 
 @dataclass(frozen=True)
-class ScaleConfig:
+class ScaleConfig(GateStudyConfig):
     """Numbers of stars and noise levels."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
     n_trains: tuple[int, ...] = (4_000, 8_000, 16_000, 32_000, 100_000)
     """Numbers of training stars."""
     noise_levels: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0)
     """Factors on the errors of training and test spectra."""
     n_seeds: int = 2
     """MLP gates."""
-    gate: GateConfig = group(GateConfig(), prefix=True)
-    mlp: MLPGate = group(MLPGate())
     data: DataConfig = group(
         DataConfig(experts=ExpertOptions((0.01, 0.1, 1.0, 10.0, 100.0), (1.0, 10.0, 100.0, 1000.0))),
         without=("n_train", "noise_level", "noise", "train_file", "test_file", "columns"),
     )
     bootstrap: BootstrapOptions = group(BootstrapOptions(), without=("interval_method",))
-    output: OutputOptions = group(OutputOptions())
 
     def __post_init__(self) -> None:
         for name in ("n_trains", "noise_levels"):

@@ -12,14 +12,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.config import SMALL, BootstrapOptions, DataConfig, OutputOptions, draw_keys
+from experiments.pipeline.config import SMALL, ComparisonConfig, draw_keys
 from experiments.pipeline.gates import mix_by_class
 from experiments.pipeline.observation import observe_surveys
 from experiments.pipeline.prepare import prepare
@@ -40,11 +40,9 @@ from moe_jax.gates.training import GateConfig, fit_gate
 
 
 @dataclass(frozen=True)
-class JointConfig:
+class JointConfig(ComparisonConfig):
     """Alternation, and training by gradient."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
     joint_alphas: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
     """Penalties of the joint experts to choose from, in the first round."""
     n_rounds: int = 3
@@ -61,9 +59,6 @@ class JointConfig:
     gradient_rates: tuple[float, ...] = (1e-6, 1e-5)
     """Learning rates of the training by gradient to choose from."""
     mlp: MLPGate = group(MLPGate())
-    data: DataConfig = group(DataConfig())
-    bootstrap: BootstrapOptions = group(BootstrapOptions())
-    output: OutputOptions = group(OutputOptions())
 
 
 PRESETS = {

@@ -185,19 +185,25 @@ class OutputOptions:
 
 
 @dataclass(frozen=True)
-class GateStudyConfig:
-    """What the studies share that train gates of several seeds and compare them on the same test stars."""
+class ComparisonConfig:
+    """What the studies share that compare methods on the same test stars."""
 
     preset: Literal["default", "smoke"] = "default"
     """Preset from which the other options start."""
-    n_seeds: int = 4
-    """Gates of each kind."""
-    gate: GateConfig = group(GateConfig(), prefix=True)
-    mlp: MLPGate = group(MLPGate())
     data: DataConfig = group(DataConfig())
     bootstrap: BootstrapOptions = group(BootstrapOptions())
     output: OutputOptions = group(OutputOptions())
 
 
-#: What the smoke presets of these studies have in common.
+@dataclass(frozen=True)
+class GateStudyConfig(ComparisonConfig):
+    """Likewise of those that train gates of several seeds."""
+
+    n_seeds: int = 4
+    """Gates of each kind."""
+    gate: GateConfig = group(GateConfig(), prefix=True)
+    mlp: MLPGate = group(MLPGate())
+
+
+#: What the smoke presets of these have in common.
 QUICK: dict[str, Any] = {"preset": "smoke", "data": SMALL, "n_seeds": 2, "gate": GateConfig(epochs=5)}

@@ -42,16 +42,7 @@ def fit_local_mixture(config: DataConfig, settings: LocalConfig, train: Observat
     n_covered = int(covered.sum())
     if n_covered < LEAST_STARS:
         return f"found {n_covered} covered stars, expected at least {LEAST_STARS}"
-    flux, error, done = None, None, 0
-    for rows, noisy, sigma in train.slices(0, n_stars):
-        chosen = covered[rows]
-        parts = [np.asarray(array)[chosen] for array in (noisy, sigma)]
-        if flux is None or error is None:
-            flux, error = (np.empty((n_covered, part.shape[1]), part.dtype) for part in parts)
-        end = done + len(parts[0])
-        flux[done:end], error[done:end], done = *parts, end
-    assert flux is not None
-    assert error is not None
+    flux, error = train.read_covered(n_stars)
     if not (error > 0).all():
         return f"found errors of {error.min():g}, expected positive ones"
     values = [np.asarray(getattr(train.labels, name))[:n_stars][covered] for name in LABELS]

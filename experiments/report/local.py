@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pandas as pd
 
 from experiments.pipeline.calibration import LabelledPrediction
 from experiments.pipeline.config import DataConfig, draw_keys
 from experiments.report.markdown import interval, table_markdown
-from moe_jax.apply.conformal import LEVELS, coverage_table
+from moe_jax.apply.conformal import LEVELS
 from moe_jax.core.arrays import AnyArray
 from moe_jax.evaluate.bootstrap import bootstrap_delta_r2
 from moe_jax.evaluate.metrics import r2_score
-from moe_jax.experts.cells import CELL_NAMES
-
-MAGNITUDES = np.arange(20.5, 22.6, 0.5)
 
 
 def judge_local(
@@ -56,12 +51,8 @@ def judge_local(
         f"cross-fitted MLP gate (R2 {scores['r2'][0]:.4f}). They are in the model: `predict --answer local`.",
     ]
     if stars.half_width.shape[1]:
-        magnitude = np.digitize(stars.mag, MAGNITUDES) - 1
-        names = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(MAGNITUDES)]
-        groups, all_names = {"cell": stars.cell, "mag": magnitude}, {"cell": list(CELL_NAMES), "mag": names}
-        levels = np.asarray(LEVELS)
-        tables["local_coverage"] = coverage_table(stars.residual, stars.half_width, levels, groups, all_names)
-        of_level = tables["local_coverage"]["level"] == levels[0]
+        tables["local_coverage"] = stars.coverage(np.asarray(LEVELS))
+        of_level = tables["local_coverage"]["level"] == LEVELS[0]
         sections += [
             "Coverage of their 68 % intervals, with 95 % intervals of the coverage (Clopper-Pearson):",
             table_markdown(tables["local_coverage"][of_level].drop(columns="level"), {}),
