@@ -29,7 +29,7 @@ from experiments.report.markdown import interval, table_markdown
 from experiments.report.results import Results, Study
 from experiments.report.variants import compare_by, variants_results
 from experiments.runner.command_line import group, require_at_least, run_command
-from experiments.runner.stages import Stages
+from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import AnyArray, matmul
 from moe_jax.evaluate.variance import mean_over_seeds
 from moe_jax.experts.fit import assign_folds
@@ -261,18 +261,15 @@ def compute(config: JointConfig, stages: Stages) -> Results:
                 fitted = alternate(config, data, key, weights, penalty)
             errors = data.test_y - predict(config, data, fitted.experts, fitted.gate.params)
             row = {"seed": seed, "round": number, "alpha": penalty, "gates": protocol}
-            rounds.append(row | {"held_out_loss": held_out_loss(fitted.gate), "test_loss": float(jnp.mean(errors**2))})
+            losses = {"held_out_loss": held_out_loss(fitted.gate), "test_loss": float(jnp.mean(errors**2))}
+            rounds.append(row | losses)
+            console.print(", ".join(f"{name} {loss:.5f}" for name, loss in losses.items()), highlight=False)
             return fitted
 
         with stages(f"seed {seed}, gates of the frozen experts"):
             weights = weights_by_fold(config, data, key, frozen_predictions)
-        found[FROZEN].append(
-            np.asarray(
-                route_soft(
-                    config.mlp.apply(train_gate(config, data, key, frozen_predictions).params, test.features), test.predictions
-                )
-            )
-        )
+        frozen = config.mlp.apply(train_gate(config, data, key, frozen_predictions).params, test.features)
+        found[FROZEN].append(np.asarray(route_soft(frozen, test.predictions)))
         if seed == 0:
             tried = {a: run_round("by fold", 1, weights, a) for a in config.joint_alphas}
             alpha = min(tried, key=lambda a: held_out_loss(tried[a].gate))
