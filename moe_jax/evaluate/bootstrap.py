@@ -20,7 +20,14 @@ from jaxtyping import Float, Int, PRNGKeyArray, UInt32
 
 from moe_jax.core.arrays import AnyArray, InputError, by_numpy, namespace, require_same_length, require_vectors, without_offset
 from moe_jax.core.convert import convert_arguments
-from moe_jax.evaluate.intervals import IntervalMethod, Resampled, confidence_interval, require_interval, simultaneous_interval
+from moe_jax.evaluate.intervals import (
+    IntervalMethod,
+    Resampled,
+    borrow_spread,
+    confidence_interval,
+    require_interval,
+    simultaneous_interval,
+)
 
 #: Of the four methods, its actual coverage comes closest to the confidence level: see results/calibrate_bootstrap.
 DEFAULT_METHOD: IntervalMethod = "basic"
@@ -144,8 +151,8 @@ def bootstrap_delta_r2(
         y: target.
         prediction: of the method.
         baseline: predictions of the method it is compared with, for the same stars.
-        options: keyword arguments of ``bootstrap_gain``: ``n_resamples``, ``confidence_level``, ``method``, ``groups``
-            and ``n_groups``.
+        options: keyword arguments of ``bootstrap_gain``: ``n_resamples``, ``confidence_level``, ``method``, ``groups``,
+            ``n_groups`` and ``n_borrowed``.
 
     Raises:
         InputError: if shapes disagree, a value is not finite, or an option is out of range.
@@ -180,6 +187,7 @@ def bootstrap_gain(
     method: IntervalMethod = DEFAULT_METHOD,
     groups: Int[AnyArray, " N"] | None = None,
     n_groups: int | None = None,
+    n_borrowed: float = 0,
 ) -> Bootstrap:
     """As ``bootstrap_delta_r2``, from the gain in squared error of each star.
 
@@ -195,6 +203,8 @@ def bootstrap_gain(
         groups: group of each star, from 0. The differences within groups come from the same resamples as the overall one. A
             star with a negative group counts in the overall difference only.
         n_groups: G; by default the highest group plus one, unless groups are traced. Under ``jit``, B and G are static.
+        n_borrowed: stars of which each group's standard error borrows the spread, see ``borrow_spread``; for the methods
+            ``"symmetric"`` and ``"studentized"``, and for the simultaneous intervals. results/calibrate_bootstrap measures it.
 
     Raises:
         InputError: as ``bootstrap_delta_r2``.
@@ -202,6 +212,8 @@ def bootstrap_gain(
     require_vectors(y=y, gain=gain)
     _require_resamples(n_resamples)
     require_interval(method, confidence_level)
+    if n_borrowed and method not in ("symmetric", "studentized"):
+        raise InputError(f"n_borrowed is {n_borrowed} with the method {method!r}, expected the method symmetric or studentized")
     if groups is None:
         groups, n_groups = jnp.zeros(len(y), jnp.int32), 0
     require_same_length(y=y, groups=groups)
@@ -211,7 +223,15 @@ def bootstrap_gain(
         n_groups = int(np.max(np.asarray(groups))) + 1
     _require_finite(y=y, gain=gain)
     y, gain, groups = map(jnp.asarray, (*without_offset(y), gain, groups))
-    return summarize(resample_gain(key, y, gain, groups, n_resamples, n_groups), confidence_level, method)
+    resampled = resample_gain(key, y, gain, groups, n_resamples, n_groups)
+    if n_borrowed:
+        resampled = borrow_spread(resampled, group_sizes(groups, n_groups), n_borrowed)
+    return summarize(resampled, confidence_level, method)
+
+
+def group_sizes(groups: Int[jax.Array, " N"], n_groups: int) -> Int[jax.Array, " C"]:
+    """Number of all stars, then of those in each of G groups; (1 + G,)."""
+    return jnp.concatenate([jnp.array([len(groups)]), jnp.sum(groups[None, :] == jnp.arange(n_groups)[:, None], axis=1)])
 
 
 @functools.partial(jax.jit, static_argnames=("method",))

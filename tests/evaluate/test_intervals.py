@@ -7,7 +7,7 @@ import scipy.stats
 from moe_jax import InputError, bootstrap_delta_r2
 from moe_jax.evaluate import intervals
 from moe_jax.evaluate.bootstrap import resample_gain, resample_rows, squared_error_gain, summarize
-from moe_jax.evaluate.intervals import METHODS, Resampled
+from moe_jax.evaluate.intervals import METHODS, Resampled, borrow_spread
 
 # One program each; step by step they are a hundred.
 confidence_interval = jax.jit(intervals.confidence_interval, static_argnames="method")
@@ -112,6 +112,32 @@ def test_simultaneous_intervals_hold_all_groups_of_normal_statistics(rng, x64):
     resampled = Resampled(jnp.zeros(9), jnp.full(9, 2.0), jnp.zeros(9), samples, jnp.ones((200_000, 9)))
     known = scipy.stats.norm.ppf(0.5 * (1 + 0.95 ** (1 / 9)))
     np.testing.assert_allclose(simultaneous_interval(resampled, 0.95).high, 2.0 * known, rtol=0.01)
+
+
+def test_borrowed_spread_by_hand(stars, x64):
+    """A quiet group of 4 stars borrows 12 of the whole; a loud one keeps its own, and m = 0 changes nothing."""
+    errors = jnp.array([0.2, 0.5, 3.0])
+    resampled = Resampled(jnp.zeros(3), errors, jnp.zeros(3), jnp.zeros((5, 3)), jnp.ones((5, 3)))
+    size = np.array([100, 4, 4])
+    # variances of the influences: 100 x .04 = 4, 4 x .25 = 1, 4 x 9 = 36
+    expected = [0.2, np.sqrt((4 * 1 + 12 * 4) / 16 / 4), 3.0]
+    np.testing.assert_allclose(borrow_spread(resampled, size, 12).standard_error, expected)
+    np.testing.assert_allclose(borrow_spread(resampled, size, 0).standard_error, errors)
+    y, prediction, baseline = stars
+    groups = np.where(np.arange(len(y)) < 30, 0, 1)
+    baseline = np.where(groups == 0, prediction + 1e-3, baseline)
+    key = jax.random.key(2)
+    own, borrowed = (
+        bootstrap_delta_r2(key, y, prediction, baseline, method="symmetric", groups=groups, n_resamples=200, n_borrowed=m)
+        for m in (0, 10)
+    )
+    for part in ("groups", "simultaneous"):
+        widths = [np.asarray(getattr(b, part).high - getattr(b, part).low) for b in (own, borrowed)]
+        assert widths[1][0] > 5 * widths[0][0]
+        assert widths[1][1] == pytest.approx(widths[0][1], rel=0.05)
+    np.testing.assert_array_equal(own.overall.low, borrowed.overall.low)
+    with pytest.raises(InputError, match="n_borrowed is 5 with the method 'basic', expected the method symmetric or studentized"):
+        bootstrap_delta_r2(key, y, prediction, baseline, n_borrowed=5)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -29,7 +29,6 @@ from experiments import (
 )
 from experiments.runner.command_line import parse_config
 from moe_jax import GateConfig, InputError
-from moe_jax.evaluate.intervals import METHODS
 
 pytestmark = pytest.mark.slow
 
@@ -125,7 +124,7 @@ def test_the_inequality_is_reported(run_study):
 def test_coverage_table(folder, tmp_path):
     config = with_options(config_of("calibrate_bootstrap", folder), output_dir=tmp_path / "out")
     tables = calibrate_bootstrap.main(config).tables
-    assert set(tables["coverage"]["method"]) == set(METHODS)
+    assert set(tables["coverage"]["method"]) == set(calibrate_bootstrap.CANDIDATES)
     overall = tables["coverage"][tables["coverage"]["stars"] == "all stars"]
     total = overall["coverage"] + overall["truth_below"] + overall["truth_above"]
     np.testing.assert_allclose(total, 1.0)
