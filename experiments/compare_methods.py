@@ -13,9 +13,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -96,16 +98,18 @@ PRESETS = {
 
 MIXTURE, LOCAL = "nine ridges, MLP gate (the mixture)", "local linear experts (the new mixture)"
 FLOOR = "Cramer-Rao floor"
-Predict = Callable[[AnyArray, AnyArray], Any]
-"""From noisy flux (N, P) and its error (N, P) to log g (N,)."""
 
 
 class Spectra(NamedTuple):
     """The covered stars of a survey."""
 
-    flux: jax.Array  #: noisy
-    error: jax.Array  #: standard deviation of the noise
+    flux: jax.Array  #: (N, P) noisy
+    error: jax.Array  #: (N, P) standard deviation of the noise
     labels: Labels
+
+
+Predict = Callable[[Spectra], Any]
+"""From spectra to log g (N,), or to numbers (N, ...) that others are computed from."""
 
 
 class Fitted(NamedTuple):
@@ -127,26 +131,22 @@ def read_covered(observation: Observation) -> Spectra:
     return Spectra(jnp.asarray(flux), jnp.asarray(error), Labels(*(np.asarray(label)[rows] for label in observation.labels)))
 
 
-def choose(candidates: list[Any], fit: Callable[[Any, np.ndarray], Predict], train: Spectra) -> Predict:
+def choose(candidates: Sequence[Any], fit: Callable[[Any, np.ndarray], Predict], train: Spectra) -> Predict:
     """Fits each candidate to four fifths of the stars, and the best on the last fifth to all of them."""
-    y, rows = train.labels.log_g, np.arange(len(train.labels.log_g))
-    held, kept = rows[::5], rows[rows % 5 > 0]
+    rows = np.arange(len(train.labels.log_g))
     if len(candidates) == 1:
         return fit(candidates[0], rows)
-    flux, error = train.flux[held], train.error[held]
-    errors = [np.mean((np.asarray(fit(candidate, kept)(flux, error)) - y[held]) ** 2) for candidate in candidates]
+    held: Spectra = jax.tree.map(lambda array: array[::5], train)
+    kept = rows[rows % 5 > 0]
+    errors = [np.mean((np.asarray(fit(candidate, kept)(held)) - held.labels.log_g) ** 2) for candidate in candidates]
     return fit(candidates[int(np.argmin(errors))], rows)
 
 
-class Bases(NamedTuple):
-    """Components of the training stars, and the functions that make them from any spectra."""
+def fit_bases(config: CompareConfig, train: Spectra) -> dict[str, Predict]:
+    """Principal components of the training stars, as functions of any spectra.
 
-    plain: Predict  #: principal components of the noisy flux
-    weighted: Predict  #: those of stars weighted by 1 / error^2, in units of the error of the pixel
-
-
-def fit_bases(config: CompareConfig, train: Spectra) -> Bases:
-    """Principal components of the training stars."""
+    "plain": those of the noisy flux; "weighted": those of stars weighted by 1 / error^2, in units of the error of the pixel.
+    """
     key, number = draw_keys(config.data.seed).pca, max(config.n_components)
     plain = fit_pca(key, train.flux, number)
     noise = median_error(train.error)
@@ -155,13 +155,18 @@ def fit_bases(config: CompareConfig, train: Spectra) -> Bases:
     mean = jnp.sum(train.flux * (weight**2)[:, None], axis=0) / jnp.sum(weight**2)
     scaled = (train.flux - mean[None, :]) * (weight[:, None] / template[None, :])
     vectors = fit_pca(jax.random.clone(key), scaled, number).components / template[None, :]
-    return Bases(
-        lambda flux, _: jnp.asarray(flux) @ plain.components.T - (plain.components @ plain.mean)[None, :],
-        lambda flux, _: jnp.asarray(flux) @ vectors.T - (vectors @ mean)[None, :],
-    )
+    return {
+        "plain": lambda stars: stars.flux @ plain.components.T - (plain.components @ plain.mean)[None, :],
+        "weighted": lambda stars: stars.flux @ vectors.T - (vectors @ mean)[None, :],
+    }
 
 
-def component_methods(config: CompareConfig, bases: Bases, train: Spectra) -> dict[str, Callable[[], Predict]]:
+def log_noise(stars: Spectra) -> jax.Array:
+    """(N,) log of the median error of each star."""
+    return jnp.log(median_error(stars.error))
+
+
+def component_methods(config: CompareConfig, bases: dict[str, Predict], train: Spectra) -> dict[str, Callable[[], Predict]]:
     """Methods that regress on components; with each, how it is fitted."""
     from sklearn.ensemble import HistGradientBoostingRegressor
     from sklearn.kernel_approximation import Nystroem
@@ -169,26 +174,22 @@ def component_methods(config: CompareConfig, bases: Bases, train: Spectra) -> di
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import FunctionTransformer, PolynomialFeatures, StandardScaler
 
-    y = train.labels.log_g
-    z = {name: np.asarray(basis(train.flux, train.error)) for name, basis in bases._asdict().items()}
+    y, key = train.labels.log_g, draw_keys(config.data.seed).gates
+    z = {name: np.asarray(basis(train)) for name, basis in bases.items()}
     noise = np.log(np.asarray(median_error(train.error)))
-    key = draw_keys(config.data.seed).gates
 
     def on_components(basis: str, number: int, rows: np.ndarray, model: Any) -> Predict:
         model.fit(z[basis][rows, :number].astype(np.float64), y[rows])
-        return lambda flux, error: model.predict(np.asarray(getattr(bases, basis)(flux, error))[:, :number].astype(np.float64))
+        return lambda stars: model.predict(np.asarray(bases[basis](stars))[:, :number].astype(np.float64))
 
-    def mlp(basis: str, number: int, rows: np.ndarray, with_noise: bool) -> Predict:
+    def mlp(basis: str, with_noise: bool, number: int, rows: np.ndarray) -> Predict:
         def inputs(z: AnyArray, noise: AnyArray) -> jax.Array:
-            return (
-                jnp.concatenate([z[:, :number], jnp.asarray(noise)[:, None]], axis=1) if with_noise else jnp.asarray(z)[:, :number]
-            )
+            x = jnp.asarray(z)[:, :number]
+            return jnp.concatenate([x, jnp.asarray(noise)[:, None]], axis=1) if with_noise else x
 
         x = inputs(z[basis][rows], noise[rows])
         model, _ = fit_mlp_regressor(jax.random.clone(key), x, y[rows], hidden=64, config=config.network)
-        return lambda flux, error: predict_mlp_regressor(
-            model, inputs(getattr(bases, basis)(flux, error), jnp.log(median_error(error)))
-        )
+        return lambda stars: predict_mlp_regressor(model, inputs(bases[basis](stars), log_noise(stars)))
 
     def kernel(candidate: tuple[int, float], rows: np.ndarray) -> Predict:
         number, gamma = candidate
@@ -203,27 +204,22 @@ def component_methods(config: CompareConfig, bases: Bases, train: Spectra) -> di
         model = make_pipeline(StandardScaler(), PolynomialFeatures(2, include_bias=False), RidgeRegression(alpha))
         return on_components("plain", number, rows, model)
 
-    most = config.n_components[-1]
-    methods: dict[str, Callable[[], Predict]] = {
-        "quadratic ridge on components": lambda: choose(
-            [(n, a) for n in config.n_components for a in (1.0, 100.0)], quadratic, train
-        ),
-        "Nystroem kernel ridge on components": lambda: choose(
-            [(n, g) for n in config.n_components for g in (1.0, 4.0)], kernel, train
-        ),
-        "HistGradientBoosting on components": lambda: on_components(
-            "plain", most, np.arange(len(y)), HistGradientBoostingRegressor(random_state=config.data.seed)
-        ),
-    }
+    boostings: dict[str, Any] = {"HistGradientBoosting": HistGradientBoostingRegressor(random_state=config.data.seed)}
     if importlib.util.find_spec("lightgbm"):
-        boosting = importlib.import_module("lightgbm").LGBMRegressor(n_estimators=500, learning_rate=0.05, verbose=-1)
-        methods["LightGBM on components"] = lambda: on_components("plain", most, np.arange(len(y)), boosting)
-    for basis, with_noise in (("plain", False), ("weighted", False), ("weighted", True)):
-        name = f"MLP on {'' if basis == 'plain' else 'weighted '}components{' and noise' if with_noise else ''}"
-        methods[name] = lambda basis=basis, with_noise=with_noise: choose(  # type: ignore[misc]
-            list(config.n_components), lambda number, rows: mlp(basis, number, rows, with_noise), train
-        )
-    return methods
+        lightgbm = importlib.import_module("lightgbm")
+        boostings["LightGBM"] = lightgbm.LGBMRegressor(n_estimators=500, learning_rate=0.05, verbose=-1)
+    networks = {
+        "MLP on components": ("plain", False),
+        "MLP on weighted components": ("weighted", False),
+        "MLP on weighted components and noise": ("weighted", True),
+    }
+    numbers, everyone = config.n_components, np.arange(len(y))
+    return {
+        "quadratic ridge on components": partial(choose, [*itertools.product(numbers, (1.0, 100.0))], quadratic, train),
+        "Nystroem kernel ridge on components": partial(choose, [*itertools.product(numbers, (1.0, 4.0))], kernel, train),
+        **{f"{name} on components": partial(on_components, "plain", numbers[-1], everyone, m) for name, m in boostings.items()},
+        **{name: partial(choose, numbers, partial(mlp, *inputs), train) for name, inputs in networks.items()},
+    }
 
 
 def fit_pls(x: np.ndarray, y: np.ndarray, n_components: int) -> Ridge:
@@ -240,130 +236,130 @@ def pixel_methods(config: CompareConfig, train: Spectra) -> dict[str, Callable[[
 
     def pls(number: int, rows: np.ndarray) -> Predict:
         ridge = fit_pls(np.asarray(train.flux)[rows], y[rows], number)
-        return lambda flux, _: predict_ridge(ridge, flux)
+        return lambda stars: predict_ridge(ridge, stars.flux)
 
     def local(n_cells: int) -> Predict:
         mixture = fit_local(
             train.flux, train.error, labels, y, n_cells=min(n_cells, len(y) // 4), degree=config.degree, seed=config.data.seed
         )
-        return lambda flux, error: predict_local(mixture, flux, median_error(error)).y
+        return lambda stars: predict_local(mixture, stars.flux, median_error(stars.error)).y
 
-    methods: dict[str, Callable[[], Predict]] = {"partial least squares": lambda: choose([10, 20, 30, 45, 60], pls, train)}
     names = {n: f"{n:,} local linear experts" for n in config.n_cells[:-1]} | {config.n_cells[-1]: LOCAL}
-    return methods | {name: lambda n=n: local(n) for n, name in names.items()}
+    return {
+        "partial least squares": partial(choose, [10, 20, 30, 45, 60], pls, train),
+        **{name: partial(local, n) for n, name in names.items()},
+    }
+
+
+def line_features(prepared: Prepared, stars: Spectra) -> AnyArray:
+    """(N, F) what a gate sees of spectra."""
+    return compute_features(prepared.model, stars.flux, prepared.wave)
+
+
+def mix_experts(prepared: Prepared, gate: LinearGate | MLPGate, params: Any, inputs: Predict) -> Predict:
+    """The nine ridges, mixed by a gate on inputs."""
+    return lambda stars: route_soft(gate.apply(params, inputs(stars)), predict_experts(prepared.experts, stars.flux))
 
 
 def prepared_methods(config: CompareConfig, prepared: Prepared, stages: Stages) -> dict[str, tuple[Callable[[], Predict], float]]:
     """The methods of the other commands; with each, how it is finished, and the seconds that it took before."""
-    seconds = {name: took for name, took in stages.seconds.items()}
+    seconds, features = stages.seconds, partial(line_features, prepared)
     before = seconds["experts, cross-validated"] + seconds["features"]
 
-    def features(flux: AnyArray) -> AnyArray:
-        return compute_features(prepared.model, flux, prepared.wave)
-
-    def mixture(gate: LinearGate | MLPGate, params: Any) -> Predict:
-        return lambda flux, _: route_soft(gate.apply(params, features(flux)), predict_experts(prepared.experts, flux))
-
     def mlp_gate() -> Predict:
-        stars, gate = prepared.gate_stars(), MLPGate()
-        return mixture(
-            gate, fit_gate(draw_keys(config.data.seed).gates, gate, stars.features, stars.predictions, stars.log_g).params
-        )
+        stars, key = prepared.gate_stars(), draw_keys(config.data.seed).gates
+        params = fit_gate(key, MLPGate(), stars.features, stars.predictions, stars.log_g).params
+        return mix_experts(prepared, MLPGate(), params, features)
 
     return {
         "one ridge for all stars": (
-            lambda: lambda flux, _: predict_ridge(prepared.global_ridge.ridge, flux),
+            lambda: lambda stars: predict_ridge(prepared.global_ridge.ridge, stars.flux),
             seconds["global ridge, cross-validated"],
         ),
         "nine ridges, classification gate": (
-            lambda: mixture(LinearGate(), prepared.classifier.params),
+            lambda: mix_experts(prepared, LinearGate(), prepared.classifier.params, features),
             before + seconds["classification gate"],
         ),
         MIXTURE: (mlp_gate, before),
     }
 
 
-def explanations(config: CompareConfig, prepared: Prepared, bases: Bases, train: Spectra) -> dict[str, Callable[[], Predict]]:
+def explanations(
+    config: CompareConfig, prepared: Prepared, bases: dict[str, Predict], train: Spectra
+) -> dict[str, Callable[[], Predict]]:
     """The mixture with one thing changed at a time; with each, how it is fitted."""
     stars, cell, key = prepared.gate_stars(), np.asarray(prepared.train.covered().cell), draw_keys(config.data.seed).gates
-    y, noise = jnp.asarray(stars.log_g), median_error(train.error)
-    plain, weighted = (basis(train.flux, train.error) for basis in bases)
+    y, n_folds, gate = jnp.asarray(stars.log_g), config.data.experts.n_folds, MLPGate()
+    features, plain_basis, weighted_basis = partial(line_features, prepared), bases["plain"], bases["weighted"]
+    plain, weighted = plain_basis(train), weighted_basis(train)
     wide = min(config.n_gate_components, plain.shape[1])
-
-    def features(flux: AnyArray) -> AnyArray:
-        return compute_features(prepared.model, flux, prepared.wave)
 
     def on_components(basis: Predict, x: AnyArray, gate_inputs: Predict) -> Predict:
         """Nine ridges on components, with a gate on other inputs."""
         alphas = tuple(float(a) for a in np.var(np.asarray(x[:, -1])) * np.array([1.0, 10.0, 100.0, 1_000.0]))
-        mixture = fit_moe(key, x, y, cell, gate_inputs(train.flux, train.error), alphas=alphas, n_folds=config.data.experts.n_folds)
-        return lambda flux, error: predict_moe(mixture, basis(flux, error), gate_inputs(flux, error)).y
+        mixture = fit_moe(key, x, y, cell, gate_inputs(train), alphas=alphas, n_folds=n_folds)
+        return lambda stars: predict_moe(mixture, basis(stars), gate_inputs(stars)).y
 
     def by_weight() -> Predict:
         """Nine ridges with star weights. Each is fitted to thousands of stars in few columns: in-sample predictions will do."""
-        alpha = 10.0 * float(jnp.var(plain[:, -1]))
+        alpha, noise = 10.0 * float(jnp.var(plain[:, -1])), median_error(train.error)
         weight = 1 / noise**2 / jnp.mean(1 / noise**2)
-        fits = [fit_weighted_ridge(plain[rows], y[rows], weight[rows], alpha) for rows in map(np.flatnonzero, cells)]
+        cells = [np.flatnonzero(cell == k) for k in range(cell.max() + 1)]
+        fits = [fit_weighted_ridge(plain[rows], y[rows], weight[rows], alpha) for rows in cells]
         ridges: Ridge = jax.tree.map(lambda *leaves: jnp.stack(leaves), *fits)
-        gate = MLPGate()
         params = fit_gate(key, gate, stars.features, predict_ridge(ridges, plain), y).params
-        return lambda flux, error: route_soft(gate.apply(params, features(flux)), predict_ridge(ridges, bases.plain(flux, error)))
+        return lambda stars: route_soft(gate.apply(params, features(stars)), predict_ridge(ridges, plain_basis(stars)))
 
     def residual_head() -> Predict:
         """The mixture's weights p, and one ridge on [p_k, p_k z]: all experts at once, free to leave each other's range."""
-        mixture = fit_moe(key, plain, y, cell, stars.features, n_folds=config.data.experts.n_folds)
+        mixture = fit_moe(key, plain, y, cell, stars.features, n_folds=n_folds)
 
-        def columns(flux: AnyArray, error: AnyArray) -> jax.Array:
-            z = bases.plain(flux, error)
-            p = predict_moe(mixture, z, features(flux)).weights
+        def columns(stars: Spectra) -> jax.Array:
+            z = plain_basis(stars)
+            p = predict_moe(mixture, z, features(stars)).weights
             z = jnp.concatenate([jnp.ones_like(z[:, :1]), z], axis=1)
             return (p[:, :, None] * z[:, None, :]).reshape(len(z), -1)
 
-        x = columns(train.flux, train.error)
-        ridge = fit_weighted_ridge(x, y, jnp.ones_like(y), float(10 * jnp.var(plain[:, -1])))
-        return lambda flux, error: predict_ridge(ridge, columns(flux, error))
+        ridge = fit_weighted_ridge(columns(train), y, jnp.ones_like(y), float(10 * jnp.var(plain[:, -1])))
+        return lambda stars: predict_ridge(ridge, columns(stars))
 
     def gate_on_components() -> Predict:
-        mean, scale, gate = plain[:, :wide].mean(axis=0), plain[:, :wide].std(axis=0), MLPGate()
+        mean, scale = plain[:, :wide].mean(axis=0), plain[:, :wide].std(axis=0)
 
         def inputs(z: jax.Array) -> jax.Array:
             return (z[:, :wide] - mean[None, :]) / scale[None, :]
 
         params = fit_gate(key, gate, inputs(plain), stars.predictions, y).params
-        return lambda flux, error: route_soft(
-            gate.apply(params, inputs(bases.plain(flux, error))), predict_experts(prepared.experts, flux)
-        )
+        return mix_experts(prepared, gate, params, lambda stars: inputs(plain_basis(stars)))
 
-    cells = [cell == k for k in range(cell.max() + 1)]
+    def with_noise(stars: Spectra) -> jax.Array:
+        return jnp.concatenate([weighted_basis(stars)[:, :wide], log_noise(stars)[:, None]], axis=1)
 
-    def with_noise(flux: AnyArray, error: AnyArray) -> jax.Array:
-        return jnp.concatenate([bases.weighted(flux, error)[:, :wide], jnp.log(median_error(error))[:, None]], axis=1)
-
+    number = plain.shape[1]
     return {
-        f"(a) experts on {plain.shape[1]} components": lambda: on_components(bases.plain, plain, lambda flux, _: features(flux)),
-        f"(a, b) experts on {plain.shape[1]} components of weighted stars": lambda: on_components(
-            bases.weighted, weighted, lambda flux, _: features(flux)
-        ),
+        f"(a) experts on {number} components": partial(on_components, plain_basis, plain, features),
+        f"(a, b) experts on {number} components of weighted stars": partial(on_components, weighted_basis, weighted, features),
         "(b) as (a), stars weighted by 1 / error^2": by_weight,
         "(d) as (a), then one ridge on (p, p z)": residual_head,
         f"(e) gate on {wide} components": gate_on_components,
-        "(a, b, e) experts and gate on weighted components and noise": lambda: on_components(bases.weighted, weighted, with_noise),
+        "(a, b, e) experts and gate on weighted components and noise": partial(on_components, weighted_basis, weighted, with_noise),
     }
 
 
 def fit_likelihood() -> Predict:
     """The likelihood fit of the model grid to stars at rest, their flux calibrated. It knows the grid, and no training star."""
-    return lambda flux, error: fit_labels(flux, error, velocity=np.zeros(len(flux)), n_continuum=1, broadening=False).labels[:, 1]
+    fixed: dict[str, Any] = {"n_continuum": 1, "broadening": False}
+    return lambda stars: fit_labels(stars.flux, stars.error, velocity=np.zeros(len(stars.flux)), **fixed).labels[:, 1]
 
 
-def run(fit: Callable[[], Predict], test: Spectra, seconds: float = 0.0) -> Fitted:
+def run(fit: Callable[[], Predict], test: Spectra, seconds: float) -> Fitted:
     """Fits a method, predicts the test stars twice, and times the fit and the second prediction."""
     start = time.perf_counter()
     predict = fit()
     seconds += time.perf_counter() - start
-    np.asarray(predict(test.flux, test.error))
+    np.asarray(predict(test))
     start = time.perf_counter()
-    prediction = np.asarray(predict(test.flux, test.error), np.float32)
+    prediction = np.asarray(predict(test), np.float32)
     return Fitted(prediction, seconds, len(prediction) / (time.perf_counter() - start))
 
 
@@ -395,20 +391,15 @@ def compute(config: CompareConfig, stages: Stages) -> Results:
     with stages("components"):
         bases = fit_bases(config, train)
     y = np.asarray(test.labels.log_g)
+    others = component_methods(config, bases, train) | pixel_methods(config, train)
+    others["likelihood fit of the model grid"] = fit_likelihood
+    changed = explanations(config, prepared, bases, train)
+    begun = prepared_methods(config, prepared, stages)
     fitted: dict[str, Fitted] = {}
-
-    def keep(name: str, fit: Callable[[], Predict], seconds: float = 0.0) -> None:
+    for name, (fit, seconds) in (begun | {name: (fit, 0.0) for name, fit in (others | changed).items()}).items():
         with stages(name):
             fitted[name] = run(fit, test, seconds)
-
-    for name, (fit, seconds) in prepared_methods(config, prepared, stages).items():
-        keep(name, fit, seconds)
-    for name, fit in {**component_methods(config, bases, train), **pixel_methods(config, train)}.items():
-        keep(name, fit)
-    keep("likelihood fit of the model grid", fit_likelihood)
-    methods = list(fitted)
-    for name, fit in explanations(config, prepared, bases, train).items():
-        keep(name, fit)
+    methods = [*begun, *others]
     with stages("bootstrap and floor"):
         table = table_of(config, fitted, y)
         floor = floor_row(config, test)

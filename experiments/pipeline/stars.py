@@ -15,6 +15,7 @@ from moe_jax.experts.cross_validation import CrossValidatedRidge
 from moe_jax.experts.fit import cross_fitted_predictions
 from moe_jax.gates.classifier import ClassifierFit, fit_classifier
 from moe_jax.gates.features import FeatureModel, scale_features, standardize
+from moe_jax.gates.training import require_informative
 from moe_jax.spectra.survey import Labels
 
 
@@ -80,16 +81,16 @@ def finish(
     """Standardises the raw features of the stars, and fits the classification gate.
 
     Raises:
-        InputError: one sentence, where features are not finite, or a gate would have nothing to choose from.
+        InputError: where the stars of a survey teach nothing; see ``require_informative``.
     """
-    source = config.train_file or "the simulated training survey"
     model = standardize(pca, train.features)
     train, test = (stars._replace(features=scale_features(model, stars.features)) for stars in (train, test))
-    if not all(np.isfinite(np.asarray(stars.features)).all() for stars in (train, test)):
-        raise InputError(f"{source}: the gate features are not all finite, expected fluxes within float32's range")
+    for name, file, stars in (("training", config.train_file, train), ("test", config.test_file, test)):
+        try:
+            require_informative(stars.features, stars.predictions, stars.log_g)
+        except InputError as reason:
+            raise InputError(f"{file or f'the simulated {name} survey'}: {reason}") from reason
     covered = train.covered()
-    if (np.ptp(np.asarray(covered.predictions), axis=1) == 0).all():
-        raise InputError(f"{source}: all experts predict the same for every star, expected experts between which a gate can choose")
     with stages("classification gate"):
         classifier = fit_classifier(
             covered.features, covered.cell, C_grid=config.experts.C_grid, n_folds=config.experts.n_folds, seed=config.seed

@@ -24,8 +24,8 @@ def test_the_candidate_of_the_lowest_held_out_error_is_fitted_to_all_stars(rng):
 
     def fit(factor, rows):
         fitted.append((factor, len(rows)))
-        return lambda flux, error: factor * flux[:, 0]
+        return lambda stars: factor * stars.flux[:, 0]
 
     predict = choose([0.0, 1.0, 3.0], fit, train)
     assert fitted == [(0.0, 40), (1.0, 40), (3.0, 40), (1.0, 50)]
-    np.testing.assert_array_equal(predict(train.flux, train.error), log_g)
+    np.testing.assert_array_equal(predict(train), log_g)

@@ -72,5 +72,5 @@ def test_experts_that_all_predict_the_same_are_refused():
     ones, cell = np.ones(45), np.arange(45) % 9
     features = np.random.default_rng(0).normal(size=(45, 13))
     stars = Stars(features, np.ones((45, 9)), ones, ones, ones, np.arange(45.0), cell)
-    with pytest.raises(InputError, match="training survey: all experts predict the same for every star, expected experts"):
+    with pytest.raises(InputError, match="training survey: expert_predictions: found the same prediction of all experts"):
         finish(DataConfig(), stars, stars, None, None, None, ones, Stages())
