@@ -346,10 +346,10 @@ def explanations(
     }
 
 
-def fit_likelihood() -> Predict:
+def fit_grid(stars: Spectra) -> AnyArray:
     """The likelihood fit of the model grid to stars at rest, their flux calibrated. It knows the grid, and no training star."""
-    fixed: dict[str, Any] = {"n_continuum": 1, "broadening": False}
-    return lambda stars: fit_labels(stars.flux, stars.error, velocity=np.zeros(len(stars.flux)), **fixed).labels[:, 1]
+    at_rest = np.zeros(len(stars.flux))
+    return fit_labels(stars.flux, stars.error, velocity=at_rest, n_continuum=1, broadening=False).labels[:, 1]
 
 
 def run(fit: Callable[[], Predict], test: Spectra, seconds: float) -> Fitted:
@@ -366,7 +366,7 @@ def run(fit: Callable[[], Predict], test: Spectra, seconds: float) -> Fitted:
 def floor_row(config: CompareConfig, test: Spectra) -> dict[str, Any]:
     """The row of the Cramer-Rao floor, from the first test stars."""
     n = min(config.n_floor, len(test.flux))
-    floor = cramer_rao(Labels(*(label[:n] for label in test.labels)), test.error[:n], prior=True)
+    floor = cramer_rao(jax.tree.map(lambda label: label[:n], test.labels), test.error[:n], prior=True)
     mse = float(np.mean(floor**2))
     return {"variant": FLOOR, "r2": 1 - mse / float(np.var(test.labels.log_g)), "rms": mse**0.5}
 
@@ -392,22 +392,20 @@ def compute(config: CompareConfig, stages: Stages) -> Results:
         bases = fit_bases(config, train)
     y = np.asarray(test.labels.log_g)
     others = component_methods(config, bases, train) | pixel_methods(config, train)
-    others["likelihood fit of the model grid"] = fit_likelihood
+    others["likelihood fit of the model grid"] = lambda: fit_grid
     changed = explanations(config, prepared, bases, train)
     begun = prepared_methods(config, prepared, stages)
     fitted: dict[str, Fitted] = {}
     for name, (fit, seconds) in (begun | {name: (fit, 0.0) for name, fit in (others | changed).items()}).items():
         with stages(name):
             fitted[name] = run(fit, test, seconds)
-    methods = [*begun, *others]
     with stages("bootstrap and floor"):
         table = table_of(config, fitted, y)
         floor = floor_row(config, test)
-    counts = [name for name in methods if name.endswith("local linear experts")]
-    main_rows = table["variant"].isin(methods) & ~table["variant"].isin(counts)
+    main_rows = table["variant"].isin([*begun, *others]) & ~table["variant"].str.endswith("local linear experts")
     shown = pd.concat([_shown(table[main_rows]), pd.DataFrame([floor])]).fillna("")
     why = _shown(table[~main_rows | table["variant"].isin([MIXTURE, LOCAL])])
-    missing = [] if importlib.util.find_spec("lightgbm") else ["LightGBM is not installed, so its row is left out."]
+    missing = "" if importlib.util.find_spec("lightgbm") else " LightGBM is not installed, so its row is left out."
     results = variants_results(
         "Every method on the same spectra",
         config.bootstrap,
@@ -422,15 +420,10 @@ def compute(config: CompareConfig, stages: Stages) -> Results:
     sections = [
         results.sections[0],
         table_markdown(shown),
-        " ".join(
-            [
-                f"Differences of R2 with {percent} intervals (paired {config.bootstrap.interval_method} bootstrap over the test "
-                "stars). Weighted components: of stars weighted by 1 / error^2, in units of the error of the pixel. "
-                f"{FLOOR}: root mean square of the floor with the knowledge of the survey's ranges of labels, of "
-                f"{min(config.n_floor, len(y)):,} test stars.",
-                *missing,
-            ]
-        ),
+        f"Differences of R2 with {percent} intervals (paired {config.bootstrap.interval_method} bootstrap over the test stars). "
+        "Weighted components: of stars weighted by 1 / error^2, in units of the error of the pixel. "
+        f"{FLOOR}: root mean square of the floor with the knowledge of the survey's ranges of labels, of "
+        f"{min(config.n_floor, len(y)):,} test stars.{missing}",
         "![Differences of R2](delta_r2.png)",
         "## Why the mixture loses",
         table_markdown(why),
@@ -443,22 +436,13 @@ def compute(config: CompareConfig, stages: Stages) -> Results:
 
 def _shown(table: pd.DataFrame) -> pd.DataFrame:
     """A table as it stands in the report."""
-
-    def differences(suffix: str) -> list[str]:
+    shown = table[["variant", "r2", "rms"]].copy()
+    for title, suffix in (("from the mixture", ""), ("from the new mixture", "_from_local")):
         columns = (table[f"{name}{suffix}"] for name in ("delta_r2", "low", "high"))
-        return [interval(*row) for row in zip(*columns, strict=True)]
-
-    return pd.DataFrame(
-        {
-            "variant": table["variant"],
-            "r2": table["r2"],
-            "rms": table["rms"],
-            "from the mixture": differences(""),
-            "from the new mixture": differences("_from_local"),
-            "seconds to fit": [f"{value:.1f}" for value in table["seconds"]],
-            "stars per second": [f"{value:,.0f}" for value in table["stars_per_second"]],
-        }
-    )
+        shown[title] = [interval(*row) for row in zip(*columns, strict=True)]
+    shown["seconds to fit"] = table["seconds"].map("{:.1f}".format)
+    shown["stars per second"] = table["stars_per_second"].map("{:,.0f}".format)
+    return shown
 
 
 main = Study("compare_methods", PRESETS, compute)
