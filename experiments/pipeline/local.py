@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import jax
@@ -13,6 +12,7 @@ from experiments.pipeline.calibration import CalibrationConfig, LabelledPredicti
 from experiments.pipeline.config import DataConfig, draw_keys
 from experiments.pipeline.observation import Observation, observe_surveys
 from experiments.report.markdown import interval, table_markdown
+from experiments.report.pairs import MAGNITUDES, magnitude_bins
 from experiments.runner.command_line import require_at_least
 from experiments.runner.stages import Stages
 from moe_jax.apply.conformal import Calibration, calibrate, coverage_table
@@ -27,7 +27,6 @@ LABELS = ("T_eff", "log_g", "M_H", "a_M")  # what shapes the spectra
 CELL_STARS = 4  # at least so many stars in a local cell, on average
 HIGH_DEGREE, LOW_DEGREE, MANY_STARS = 7, 4, 8_000  # of the polynomial: with so many stars, and with fewer
 LEAST_STARS = 200  # with fewer there are more terms than half the stars
-MAGNITUDES = np.arange(20.5, 22.6, 0.5)
 
 
 @dataclass(frozen=True)
@@ -132,9 +131,8 @@ def judge_local(
         f"cross-fitted MLP gate (R2 {scores['r2'][0]:.4f}). They are in the model: `predict --answer local`.",
     ]
     if stars.half_width.shape[1]:
-        magnitude = np.digitize(stars.mag, MAGNITUDES) - 1
-        names = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(MAGNITUDES)]
-        groups, all_names = {"cell": stars.cell, "mag": magnitude}, {"cell": list(CELL_NAMES), "mag": names}
+        groups: dict[str, AnyArray | None] = {"cell": stars.cell, "mag": magnitude_bins(stars.mag)}
+        all_names = {"cell": list(CELL_NAMES), "mag": list(MAGNITUDES)}
         levels = np.asarray([0.68, 0.90, 0.95])
         tables["local_coverage"] = coverage_table(stars.residual, stars.half_width, levels, groups, all_names)
         of_level = tables["local_coverage"]["level"] == levels[0]
