@@ -185,9 +185,8 @@ def write_findings(config: FindingsConfig, evidence: Evidence, command: str) -> 
         claims.soft_beats_hard(evidence.hard),
         claims.gain_survives_noise(scale, choices, n_test),
         claims.mlp_converges(more),
-        claims.nine_ridges_compete(pairs, methods),
-        claims.local_experts_suffice(pairs, methods),
     ]
+    ours = claims.table_of_claims([claims.nine_ridges_compete(pairs, methods), claims.local_experts_suffice(pairs, methods)])
     others = [
         *claims.about_gates(converge, leaks, control, ablate, joint, cover),
         *claims.about_intervals(components, ranking, coverage),
@@ -206,6 +205,8 @@ def write_findings(config: FindingsConfig, evidence: Evidence, command: str) -> 
         "*cannot tell* if the interval contains 0. Each interval covers what its row names, and nothing else: where it names test "
         "stars alone, another training survey or another gate seed may give a value outside.",
         claims.repetitions(intervals, components, runs["replicate"]["stars_in_a_test_set"]),
+        "## Two claims of our own",
+        table_markdown(ours.rename(columns={"claim of the report": "claim"})),
         "## What we find beside them",
         "Intervals are over test stars.",
         "\n".join(f"- {text}" for text in others),
