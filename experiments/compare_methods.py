@@ -29,8 +29,11 @@ import scipy
 from experiments.pipeline.config import SMALL, ComparisonConfig, OutputOptions, draw_keys
 from experiments.pipeline.observation import Observation, observe_surveys
 from experiments.pipeline.prepare import prepare
+from experiments.pipeline.rivals import rival_methods
 from experiments.pipeline.stars import Prepared
+from experiments.report.claims import LIKELIHOOD, LOCAL, MIXTURE, NETWORK
 from experiments.report.markdown import interval, table_markdown
+from experiments.report.pairs import pair_table
 from experiments.report.results import Results, Study
 from experiments.report.variants import compare_by, variants_results
 from experiments.runner.cache import Cache
@@ -92,8 +95,8 @@ PRESETS = {
     ),
 }
 
-MIXTURE, LOCAL = "nine ridges, MLP gate (the mixture)", "local linear experts (the new mixture)"
 FLOOR = "Cramer-Rao floor"
+PAIRS = ((NETWORK, MIXTURE), (LOCAL, NETWORK), (LOCAL, LIKELIHOOD))  # of the claims in FINDINGS
 
 
 class Spectra(NamedTuple):
@@ -153,6 +156,11 @@ def fit_bases(config: CompareConfig, train: Spectra) -> dict[str, Predict]:
     }
 
 
+def label_columns(stars: Spectra) -> np.ndarray:
+    """(N, 4) labels that shape the spectra."""
+    return np.stack([getattr(stars.labels, name) for name in LABEL_UNITS], axis=1)
+
+
 def log_noise(stars: Spectra) -> jax.Array:
     """(N,) log of the median error of each star."""
     return jnp.log(median_error(stars.error))
@@ -201,7 +209,7 @@ def component_methods(config: CompareConfig, bases: dict[str, Predict], train: S
         lightgbm = importlib.import_module("lightgbm")
         boostings["LightGBM"] = lightgbm.LGBMRegressor(n_estimators=500, learning_rate=0.05, verbose=-1)
     networks = {
-        "MLP on components": ("plain", False),
+        NETWORK: ("plain", False),
         "MLP on weighted components": ("weighted", False),
         "MLP on weighted components and noise": ("weighted", True),
     }
@@ -224,7 +232,7 @@ def fit_pls(x: np.ndarray, y: np.ndarray, n_components: int) -> Ridge:
 def pixel_methods(config: CompareConfig, train: Spectra) -> dict[str, Callable[[], Predict]]:
     """Methods that see all pixels; with each, how it is fitted."""
     y = np.asarray(train.labels.log_g)
-    labels = np.stack([getattr(train.labels, name) for name in LABEL_UNITS], axis=1)
+    labels = label_columns(train)
 
     def pls(number: int, rows: np.ndarray) -> Predict:
         ridge = fit_pls(np.asarray(train.flux)[rows], y[rows], number)
@@ -384,7 +392,14 @@ def compute(config: CompareConfig, stages: Stages) -> Results:
         bases = fit_bases(config, train)
     y = np.asarray(test.labels.log_g)
     others = component_methods(config, bases, train) | pixel_methods(config, train)
-    others["likelihood fit of the model grid"] = lambda: fit_grid
+    others |= rival_methods(
+        draw_keys(config.data.seed).gates,
+        train,
+        label_columns(train),
+        lambda stars: jnp.concatenate([bases["weighted"](stars), log_noise(stars)[:, None]], axis=1),
+        config.network,
+    )
+    others[LIKELIHOOD] = lambda: fit_grid
     changed = explanations(config, prepared, bases, train)
     begun = prepared_methods(config, prepared, stages)
     fitted: dict[str, Fitted] = {}
@@ -394,6 +409,10 @@ def compute(config: CompareConfig, stages: Stages) -> Results:
     with stages("bootstrap and floor"):
         table = table_of(config, fitted, y)
         floor = floor_row(config, test)
+        predictions = {name: fit.prediction for name, fit in fitted.items()}
+        cell = np.asarray(prepared.test.covered().cell)
+        key = draw_keys(config.data.seed).bootstrap
+        pairs = pair_table(key, config.bootstrap, y, predictions, PAIRS, cell, test.labels.mag)
     main_rows = table["variant"].isin([*begun, *others]) & ~table["variant"].str.endswith("local linear experts")
     shown = pd.concat([_shown(table[main_rows]), pd.DataFrame([floor])]).fillna("")
     why = _shown(table[~main_rows | table["variant"].isin([MIXTURE, LOCAL])])
@@ -423,7 +442,9 @@ def compute(config: CompareConfig, stages: Stages) -> Results:
         "the number of local linear experts. (d) A convex combination cannot leave the range of its experts. (e) Line features "
         "starve the gate. Each row changes the mixture in that only, and all but (c) keep the nine cells.",
     ]
-    return dataclasses.replace(results, sections=sections, tables={"methods": table, "floor": pd.DataFrame([floor])})
+    return dataclasses.replace(
+        results, sections=sections, tables={"methods": table, "floor": pd.DataFrame([floor]), "pairs": pairs}
+    )
 
 
 def _shown(table: pd.DataFrame) -> pd.DataFrame:

@@ -3,7 +3,8 @@
     python -m experiments.findings        reads the results of the other experiments; about two minutes on 2 cores
 
 Needs the default results of converge_gate, measure_leakage, replicate, calibrate_bootstrap, control_gate, ablate_gate,
-train_jointly, cover_all and scale under --results-dir. Writes FINDINGS.md there, and its own tables and figure to findings/.
+train_jointly, cover_all, compare_methods and scale under --results-dir. Writes FINDINGS.md there, and its own tables and figure
+to findings/.
 """
 
 from __future__ import annotations
@@ -170,6 +171,7 @@ def write_findings(config: FindingsConfig, evidence: Evidence, command: str) -> 
     intervals, components, differences = (read(folder, "replicate", name) for name in ("intervals", "components", "differences"))
     ranking, coverage = (read(folder, "calibrate_bootstrap", table) for table in ("ranking", "coverage"))
     scale, choices = (read(folder, "scale", table) for table in ("scale", "choices"))
+    pairs, methods = (read(folder, "compare_methods", table) for table in ("pairs", "methods"))
     more, leaks = read(folder, "converge_gate", "more_training"), read(folder, "measure_leakage", "differences")
     runs = {name: json.loads((folder / name / "default" / "run.json").read_text()) for name in ("replicate", "scale")}
     over, settings = claims.design(differences), runs["scale"]["config"]
@@ -184,6 +186,7 @@ def write_findings(config: FindingsConfig, evidence: Evidence, command: str) -> 
         claims.gain_survives_noise(scale, choices, n_test),
         claims.mlp_converges(more),
     ]
+    ours = claims.table_of_claims([claims.nine_ridges_compete(pairs, methods), claims.local_experts_suffice(pairs, methods)])
     others = [
         *claims.about_gates(converge, leaks, control, ablate, joint, cover),
         *claims.about_intervals(components, ranking, coverage),
@@ -202,6 +205,8 @@ def write_findings(config: FindingsConfig, evidence: Evidence, command: str) -> 
         "*cannot tell* if the interval contains 0. Each interval covers what its row names, and nothing else: where it names test "
         "stars alone, another training survey or another gate seed may give a value outside.",
         claims.repetitions(intervals, components, runs["replicate"]["stars_in_a_test_set"]),
+        "## Two claims of our own",
+        table_markdown(ours.rename(columns={"claim of the report": "claim"})),
         "## What we find beside them",
         "Intervals are over test stars.",
         "\n".join(f"- {text}" for text in others),

@@ -26,6 +26,11 @@ REPORT_STARS = 816
 HOT_METAL_POOR = CELL_NAMES.index("Hot Metal-poor")
 #: A change of R2 that the report does not count as one.
 MARGIN = 0.003
+#: R2 by which local linear experts may lie below the likelihood fit.
+FIT_MARGIN = 0.005
+#: Methods in the tables of ``compare_methods``.
+MIXTURE, LOCAL = "nine ridges, MLP gate (the mixture)", "local linear experts (the new mixture)"
+NETWORK, LIKELIHOOD = "MLP on components", "likelihood fit of the model grid"
 HOLDS, FAILS, UNKNOWN = "**holds**", "**does not hold**", "**cannot tell**"
 
 
@@ -245,6 +250,51 @@ def mlp_converges(more: pd.DataFrame) -> Claim:
         f"{ours['n_seeds']} gate seeds; of R2 also {ours['n_test']:,} test stars",
         link("converge_gate"),
     )
+
+
+def nine_ridges_compete(pairs: pd.DataFrame, methods: pd.DataFrame) -> Claim:
+    """A claim of our own, from the mixture minus a small network on components: it holds unless the network is better."""
+    network, mixture = (f"R2 {row_of(methods, variant=name)['r2']:.4f}" for name in (NETWORK, MIXTURE))
+    ours = row_of(pairs, method=NETWORK, baseline=MIXTURE, by="all")
+    return Claim(
+        "8. A regression gate makes nine ridges competitive",
+        "(ours)",
+        f"a network on components ({network}) minus the mixture ({mixture}): {shown(ours)}; {by_group(pairs, NETWORK, MIXTURE)}",
+        judge(-ours["high"], -ours["low"]),
+        f"{ours['n_test']:,} test stars; by group, all groups at once",
+        link("compare_methods"),
+    )
+
+
+def local_experts_suffice(pairs: pd.DataFrame, methods: pd.DataFrame) -> Claim:
+    """A claim of our own: local linear experts beat the network, and are within a margin of the likelihood fit."""
+    ours, fit = (row_of(pairs, method=LOCAL, baseline=other, by="all") for other in (NETWORK, LIKELIHOOD))
+    within = HOLDS if fit["low"] > -FIT_MARGIN else FAILS if fit["high"] < -FIT_MARGIN else UNKNOWN
+    return Claim(
+        "9. Local linear experts suffice",
+        "(ours)",
+        f"local linear experts (R2 {row_of(methods, variant=LOCAL)['r2']:.4f}) minus the network: {shown(ours)}; "
+        f"{by_group(pairs, LOCAL, NETWORK)}; minus the likelihood fit: {shown(fit)}; {by_group(pairs, LOCAL, LIKELIHOOD)}",
+        f"{judge(ours['low'], ours['high'])} against the network, {within} against the fit (not below it by {FIT_MARGIN})",
+        f"{ours['n_test']:,} test stars; by group, all groups at once",
+        link("compare_methods"),
+    )
+
+
+def by_group(pairs: pd.DataFrame, method: str, baseline: str) -> str:
+    """In how many magnitudes and cells the method is better, in how many worse, and its least difference in each."""
+    texts = []
+    for kind, name in (("magnitude", "magnitudes"), ("cell", "cells")):
+        rows = pairs[(pairs["method"] == method) & (pairs["baseline"] == baseline) & (pairs["by"] == kind)]
+        if rows.empty:
+            raise InputError(f"{pairs.attrs.get('file', 'table')}: found no {name} of {method}, expected them: run it again")
+        better, worse, least = (
+            int((rows["low"] > 0).sum()),
+            int((rows["high"] < 0).sum()),
+            rows.nsmallest(1, "delta_r2").iloc[0].to_dict(),
+        )
+        texts.append(f"better in {better} and worse in {worse} of {len(rows)} {name}, least {shown(least)} in {least['stars']}")
+    return ", ".join(texts)
 
 
 def repetitions(intervals: pd.DataFrame, components: pd.DataFrame, set_size: int) -> str:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from experiments import calibrate_bootstrap, converge_gate, findings, replicate
+from experiments import calibrate_bootstrap, compare_methods, converge_gate, findings, replicate
 from experiments.pipeline.methods import CROSS_FITTED, IN_SAMPLE, PROTOCOLS
 from experiments.report import claims
 from experiments.report.claims import FAILS, HOLDS, UNKNOWN
@@ -206,6 +206,59 @@ def test_mlp_converges(loss, of_loss, r2, of_r2):
     assert claim.interval_over == "4 gate seeds; of R2 also 8,322 test stars"
 
 
+def pairs_table(method, baseline, low, high):
+    """One pair has the given interval of all stars; by group it is better in one magnitude, and worse in one of two cells."""
+    ends = {("all", "all"): (low, high), ("magnitude", "20.5 to 21"): (0.1, 0.3)}
+    ends |= {("cell", "Cool Solar"): (-0.3, -0.1), ("cell", "Mid Solar"): (-0.1, 0.2)}
+    rows = [
+        difference(*(ends[group] if pair == (method, baseline) else (0.4, 0.6)), method=pair[0], baseline=pair[1], n_test=8322)
+        | dict(zip(("by", "stars"), group, strict=True))
+        for pair in compare_methods.PAIRS
+        for group in ends
+    ]
+    return pd.DataFrame(rows)
+
+
+def methods_table():
+    names = {claims.MIXTURE: 0.9, claims.NETWORK: 0.92, claims.LOCAL: 0.95}
+    return pd.DataFrame({"variant": names.keys(), "r2": names.values()})
+
+
+@outcomes
+def test_nine_ridges_compete(ends, verdict):
+    """The claim is of a negative difference, so that a gain of the network refutes it."""
+    low, high = ends
+    claim = claims.nine_ridges_compete(pairs_table(claims.NETWORK, claims.MIXTURE, -high, -low), methods_table())
+    assert claim.verdict == verdict
+    start = (
+        f"a network on components (R2 0.9200) minus the mixture (R2 0.9000): {-sum(ends) / 2:+.4f} [{-high:+.4f}, {-low:+.4f}]; "
+    )
+    assert claim.our_result == (
+        f"{start}better in 1 and worse in 0 of 1 magnitudes, least +0.2000 [+0.1000, +0.3000] in 20.5 to 21, "
+        "better in 0 and worse in 1 of 2 cells, least -0.2000 [-0.3000, -0.1000] in Cool Solar"
+    )
+
+
+@outcomes
+def test_local_experts_suffice_against_the_network(ends, verdict):
+    claim = claims.local_experts_suffice(pairs_table(claims.LOCAL, claims.NETWORK, *ends), methods_table())
+    assert claim.verdict == f"{verdict} against the network, {HOLDS} against the fit (not below it by 0.005)"
+
+
+@pytest.mark.parametrize(
+    ("ends", "verdict"), [((-0.004, 0.1), HOLDS), ((-0.02, -0.0051), FAILS), ((-0.0051, 0.0), UNKNOWN), ((-0.01, -0.004), UNKNOWN)]
+)
+def test_local_experts_suffice_against_the_fit(ends, verdict):
+    claim = claims.local_experts_suffice(pairs_table(claims.LOCAL, claims.LIKELIHOOD, *ends), methods_table())
+    assert claim.verdict == f"{HOLDS} against the network, {verdict} against the fit (not below it by 0.005)"
+
+
+def test_groups_that_are_missing_are_named():
+    pairs = pairs_table(claims.LOCAL, claims.NETWORK, 0.1, 0.2)
+    with pytest.raises(InputError, match="found no cells of local linear experts"):
+        claims.local_experts_suffice(pairs[pairs["by"] != "cell"], methods_table())
+
+
 def test_power_by_both_standard_errors():
     """The report's +.0096 and its error .0168 / 3.92: z = 2.24, power P(Z > 1.96 - 2.24), and 816 (2.80 / 2.24)^2 stars."""
     components = pd.DataFrame({"gate": "MLP, in-sample 20 %", "source": ["test stars", "survey"], "variance": [1e-4, 1.0]})
@@ -299,6 +352,8 @@ def results(tmp_path):
         "cover_all/variants": pd.DataFrame(
             difference(0.1, 0.2, variant=v) | {"r2": r2, "standard_error": e} for v, r2, e in (("a", 0.9, 0.01), ("b", 0.8, 0.0))
         ),
+        "compare_methods/pairs": pairs_table(claims.NETWORK, claims.MIXTURE, 0.1, 0.2),
+        "compare_methods/methods": methods_table(),
         "scale/scale": scale_table(0.01, 0.03),
         "scale/choices": choices_table(),
     }
@@ -317,7 +372,7 @@ def test_the_whole_page(results):
     evidence = findings.Evidence(cells_table(), rivals_table(-0.01, 0.03), weights_table((0.1, 0.2), (-0.2, -0.1)), hard)
     text = findings.write_findings(findings.FindingsConfig(results_dir=results), evidence, "python -m experiments.findings")
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and line[2].isdigit()]
-    assert [row[0].split(".")[0][2:] for row in rows] == ["1", "2a", "2b", "3", "4", "5", "6", "7"]
+    assert [row[0].split(".")[0][2:] for row in rows] == ["1", "2a", "2b", "3", "4", "5", "6", "7", "8", "9"]
     assert [row[3] for row in rows] == [
         HOLDS,
         f"{HOLDS} after 100 epochs, {HOLDS} once converged",
@@ -327,6 +382,8 @@ def test_the_whole_page(results):
         HOLDS,
         HOLDS,
         f"{FAILS} of the held-out loss, {FAILS} of R2 (to within 0.003)",
+        FAILS,
+        f"{HOLDS} against the network, {HOLDS} against the fit (not below it by 0.005)",
     ]
     over = "2 surveys, 1 noise draws, 1 gate seeds, 1 test sets"
     assert [row[4] for row in rows][:3] == [over] * 3
