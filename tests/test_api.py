@@ -3,7 +3,9 @@
 The numbers are whole, so that integers and floats are the same input and must give the same result.
 """
 
+import functools
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +63,7 @@ MIXTURE = fitted(DATA["x"], DATA["y"], DATA["cell"])
 RIDGE = mj.Ridge(jnp.asarray([[1.0, 2, 3], [0, 1, 0]]), jnp.ones(2))
 EXPERTS = mj.CrossValidatedRidge(RIDGE, *[None] * 5)
 NETWORK = mj.fit_mlp_regressor(KEY, DATA["x"], DATA["y"], hidden=4, config=CONFIG)[0]
+LOCAL = mj.fit_local(X, np.ones_like(X), DATA["predictions"], DATA["y"], n_cells=2, degree=1, n_components=(1,))
 CASES = {
     "fit_ridge": Case(lambda x, y: mj.fit_ridge(x, y, 1.0), "x y", derivative="x"),
     "fit_weighted_ridge": Case(lambda *a: mj.fit_weighted_ridge(*a, 1.0), "x y sample_weight", derivative="sample_weight"),
@@ -104,13 +107,15 @@ CASES = {
     "fit_gate": Case(lambda *a: mj.fit_gate(KEY, GATE, *a, CONFIG), "x predictions y"),
     "fit_gates": Case(lambda *a: mj.fit_gates(jax.random.split(KEY, 2), GATE, *a, CONFIG).params, "x predictions y"),
     "fit_moe": Case(fitted, "x y cell", "x y cell"),
+    "linear_params": Case(mj.linear_params, "predictions alphas", derivative="alphas", nan="spreads"),
+    "predict_local": Case(lambda x, s: mj.predict_local(LOCAL, x, s), "x sample_weight", nan="spreads"),
     "predict_moe": Case(lambda x: mj.predict_moe(MIXTURE, x), "x", derivative="x", nan="spreads"),
 }
 #: They take files, spectra of the grid, or plain numbers, and have tests of their own.
 ELSEWHERE = {
-    "load_model", "save_model", "predict_model", "load_grid", "interpolate_grid", "simulate_survey", "add_noise", "load_survey",
-    "save_survey", "cramer_rao", "fit_features", "compute_features", "linear_params", "retention", "required_stars",
-    "fit_labels", "fit_local", "predict_local", "median_error",
+    "load_model", "save_model", "predict_model", "load_grid", "interpolate_grid", "simulate_survey", "load_survey",
+    "save_survey", "cramer_rao", "fit_features", "compute_features", "retention", "required_stars", "fit_labels", "fit_local",
+    "add_noise", "median_error",
 }  # fmt: skip
 
 
@@ -242,6 +247,15 @@ def test_a_mixture_is_a_pytree():
     doubled = jax.tree.map(lambda leaf: 2 * leaf, MIXTURE)
     assert doubled.gate == GATE
     np.testing.assert_allclose(doubled.experts.coef, 2 * np.asarray(MIXTURE.experts.coef))
+
+
+def test_a_model_stays_outside_of_jit():
+    model = mj.load_model(Path(__file__).parents[1] / "results/regress_gate/default/model")
+    survey = mj.simulate_survey(KEY, 4)
+    expected = mj.predict_model(model, survey.flux, survey.error)
+    traced = jax.jit(functools.partial(mj.predict_model, model))(survey.flux, survey.error)
+    np.testing.assert_allclose(traced.log_g, expected.log_g, atol=1e-3)
+    np.testing.assert_allclose(traced.weights, expected.weights, atol=1e-3)
 
 
 def test_a_gate_that_returns_logits_is_refused():

@@ -46,7 +46,11 @@ class LocalModel(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A mixture of ridge experts with its gate."""
+    """A mixture of ridge experts with its gate.
+
+    It holds text, and its wavelengths say what is computed. So give it from outside of ``jit``:
+    ``jax.jit(functools.partial(predict_model, model))``.
+    """
 
     wave: Float[AnyArray, " P"]  #: vacuum wavelength, Angstrom
     experts: Ridge  #: stacked, coef (K, P) and intercept (K,)

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
 from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.core.convert import convert_arguments
 from moe_jax.gates.optimize import Params
 
 
@@ -155,6 +156,7 @@ def require_simplex(gate: Gate, params: Params, features: AnyArray) -> None:
         )
 
 
+@convert_arguments()
 def linear_params(kernel: Float[AnyArray, "F K"], bias: Float[AnyArray, " K"]) -> Params:
     """Params of a ``LinearGate`` from the weights of any softmax regression."""
     return {"head": {"bias": jnp.asarray(bias), "kernel": jnp.asarray(kernel)}}
