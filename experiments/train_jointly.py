@@ -62,7 +62,7 @@ class JointConfig(ComparisonConfig):
 
     n_seeds: int = 4
     """Gate seeds, each with experts of its own."""
-    joint_alphas: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
+    joint_alphas: tuple[float, ...] = (0.1, 0.3, 1.0)
     """Penalties of the joint experts to choose from, in the first round of the first seed."""
     n_rounds: int = 3
     """Alternations of experts and gate."""
