@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.pipeline.config import SMALL, BootstrapOptions, DataConfig, OutputOptions
-from experiments.pipeline.gates import CONVERGED_LINEAR, GateRun, gate_keys, mix_by_class, run_gates, train_gates
+from experiments.pipeline.config import QUICK, GateStudyConfig
+from experiments.pipeline.gates import CONVERGED_LINEAR, Changes, GateRun, gate_keys, mix_by_class, run_gates, train_gates
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
 from experiments.report.results import Results, Study
 from experiments.report.variants import compare_by, variants_results
-from experiments.runner.command_line import group, run_command
+from experiments.runner.command_line import run_command
 from experiments.runner.stages import Stages
 from moe_jax.core.arrays import AnyArray
 from moe_jax.gates.features import FEATURE_NAMES
 from moe_jax.gates.networks import MLPGate
-from moe_jax.gates.training import GateConfig, Hyper
+from moe_jax.gates.training import Hyper
 
 CA_LINES = ("depth_8498", "EW_8498", "depth_8542", "EW_8542", "depth_8662", "EW_8662", "EW_CaT")
 SODIUM = ("depth_Na", "EW_Na")
@@ -55,14 +55,9 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class AblateConfig:
+class AblateConfig(GateStudyConfig):
     """The baseline, and what is changed."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
-    n_seeds: int = 4
-    """Gates of each variant."""
-    gate: GateConfig = group(GateConfig(), prefix=True)
     widths: tuple[int, ...] = (8, 16, 32, 128, 256)
     """Numbers of hidden units."""
     weight_decays: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2)
@@ -73,50 +68,31 @@ class AblateConfig:
     """Temperatures at which the weights of the trained baseline are used."""
     fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5)
     """Fractions of the covered training stars that the gate is trained on."""
-    mlp: MLPGate = group(MLPGate())
-    data: DataConfig = group(DataConfig())
-    bootstrap: BootstrapOptions = group(BootstrapOptions())
-    output: OutputOptions = group(OutputOptions())
 
 
-PRESETS = {
-    "default": AblateConfig(),
-    "smoke": AblateConfig(preset="smoke", data=SMALL, n_seeds=2, gate=GateConfig(epochs=5), widths=(8,), fractions=(0.5,)),
-}
+PRESETS = {"default": AblateConfig(), "smoke": AblateConfig(**QUICK, widths=(8,), fractions=(0.5,))}
 
 
 def train_variants(config: AblateConfig, prepared: Prepared) -> dict[Variant, np.ndarray]:
     """Predictions by seed of all variants whose arrays have the baseline's shapes: one vectorised call."""
-    stars, test = prepared.gate_stars(), prepared.test.covered()
-    n_features, n_seeds = len(FEATURE_NAMES), config.n_seeds
-    baseline = Hyper.of(config.gate)
-    variants: list[tuple[Variant, Hyper, np.ndarray, float]] = []
-    everything = np.ones(n_features, np.float32)
+    n_seeds, baseline, everything = config.n_seeds, Hyper.of(config.gate), np.ones(len(FEATURE_NAMES), np.float32)
+    variants: dict[Variant, Changes] = {}
     for name, kept in FEATURE_GROUPS.items():
         mask = np.isin(FEATURE_NAMES, kept).astype(np.float32)
-        variants.append(((f"features: {name}", "features", name), baseline, mask, 1.0))
+        variants[f"features: {name}", "features", name] = Changes(baseline, mask, 1.0)
     for value in config.weight_decays:
-        variant = (f"weight decay {value:g}", "weight decay", f"{value:g}")
-        variants.append((variant, baseline._replace(weight_decay=value), everything, 1.0))
+        hyper = baseline._replace(weight_decay=value)
+        variants[f"weight decay {value:g}", "weight decay", f"{value:g}"] = Changes(hyper, everything, 1.0)
     for value in config.entropy_penalties:
-        variant = (f"entropy penalty {value:g}", "entropy penalty", f"{value:g}")
-        variants.append((variant, baseline._replace(entropy_penalty=value), everything, 1.0))
+        hyper = baseline._replace(entropy_penalty=value)
+        variants[f"entropy penalty {value:g}", "entropy penalty", f"{value:g}"] = Changes(hyper, everything, 1.0)
     for value in config.temperatures:
-        variants.append(((f"temperature {value:g} after training", "temperature", f"{value:g}"), baseline, everything, value))
-    hyper = Hyper(*(jnp.repeat(jnp.array(column), n_seeds) for column in zip(*(v[1] for v in variants), strict=True)))
-    sweep = train_gates(
-        jnp.tile(gate_keys(config.data, n_seeds), len(variants)),
-        prepared.classifier.params,
-        stars,
-        test,
-        config.mlp,
-        config.gate,
-        hyper=hyper,
-        mask=np.repeat(np.stack([v[2] for v in variants]), n_seeds, axis=0),
-        temperature=np.repeat(np.array([v[3] for v in variants], np.float32), n_seeds),
-    )
-    by_variant = np.asarray(sweep.predictions).reshape(len(variants), n_seeds, -1)
-    return {variant: predictions for (variant, *_), predictions in zip(variants, by_variant, strict=True)}
+        variants[f"temperature {value:g} after training", "temperature", f"{value:g}"] = Changes(baseline, everything, value)
+    keys = jnp.tile(gate_keys(config.data, n_seeds), len(variants))
+    stars, test = prepared.gate_stars(), prepared.test.covered()
+    changes = jax.tree.map(lambda *leaves: np.repeat(np.stack(leaves), n_seeds, axis=0), *variants.values())
+    sweep = train_gates(keys, prepared.classifier.params, stars, test, config.mlp, config.gate, changes)
+    return dict(zip(variants, np.asarray(sweep.predictions).reshape(len(variants), n_seeds, -1), strict=True))
 
 
 def compute(config: AblateConfig, stages: Stages) -> Results:

@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from experiments.pipeline.lte_nodes import compute_nodes, node_file, read_node
+from experiments.pipeline.lte_nodes import node_spectra
 from experiments.runner.command_line import run_command
 from experiments.runner.stages import console
 from moe_jax.spectra.grid import GRID_FILE, compress_grid, reconstruct_nodes, save_grid
@@ -64,11 +64,8 @@ def main(config: BuildConfig) -> None:
         raise ModuleNotFoundError("the packages of the extra 'synthesis' are missing: pip install -e '.[synthesis]'")
     axes = (config.T_eff, config.log_g, config.M_H, config.a_M)
     nodes = [Node(*labels) for labels in itertools.product(*axes)]
-    compute_nodes(config.nodes_dir, nodes, config.jobs)
-    spectra = [read_node(node_file(config.nodes_dir, node)) for node in nodes]
-    shape = tuple(len(axis) for axis in axes)
-    norm = np.stack([spectrum.norm for spectrum in spectra]).reshape(*shape, -1)
-    log_continuum = np.stack([spectrum.log_continuum for spectrum in spectra]).reshape(*shape, -1)
+    spectra = node_spectra(config.nodes_dir, nodes, config.jobs)
+    norm, log_continuum = (np.stack(part).reshape(*map(len, axes), -1) for part in zip(*spectra, strict=True))
     grid = compress_grid(axes, norm, log_continuum, n_components=config.n_components)
     save_grid(config.output, grid)
     rebuilt = reconstruct_nodes(grid)

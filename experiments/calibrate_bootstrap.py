@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from jax import lax
 
-from experiments.pipeline.config import SMALL, BootstrapOptions, DataConfig, OutputOptions, draw_keys
+from experiments.pipeline.config import SMALL, BootstrapOptions, ComparisonConfig, DataConfig, draw_keys
 from experiments.pipeline.gates import CONVERGED, training_stars
 from experiments.pipeline.methods import PROTOCOLS
 from experiments.pipeline.prepare import prepare
@@ -33,8 +33,8 @@ from experiments.report.results import Results, Study
 from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages
 from moe_jax.core.arrays import AnyArray, InputError
-from moe_jax.evaluate.bootstrap import resample_gain, squared_error_gain
-from moe_jax.evaluate.intervals import METHODS, confidence_interval, simultaneous_interval
+from moe_jax.evaluate.bootstrap import group_sizes, resample_gain, squared_error_gain
+from moe_jax.evaluate.intervals import METHODS, IntervalMethod, borrow_spread, confidence_interval, simultaneous_interval
 from moe_jax.experts.cells import CELL_NAMES, N_CELLS, assign_cells
 from moe_jax.experts.fit import predict_experts
 from moe_jax.gates.features import compute_features
@@ -48,16 +48,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEVELS = (0.90, 0.95, 0.99)
+#: Of the symmetric intervals, the stars whose spread each cell borrows.
+BORROWED = (2, 5, 10, 20)
+CANDIDATES: dict[str, tuple[IntervalMethod, int]] = {method: (method, 0) for method in METHODS}
+CANDIDATES |= {f"symmetric, {m} borrowed": ("symmetric", m) for m in BORROWED}
 _CHUNK = 5_000  # stars of the population that are simulated at a time
 _SETS = 50  # test sets between two steps of the progress
 
 
 @dataclass(frozen=True)
-class CalibrateConfig:
+class CalibrateConfig(ComparisonConfig):
     """The population and the test sets."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
     n_population: int = 100_000
     """Stars of the population; those that the cells cover are drawn from."""
     set_sizes: tuple[int, ...] = (816, 8_000)
@@ -68,7 +70,6 @@ class CalibrateConfig:
     mlp: MLPGate = group(MLPGate())
     data: DataConfig = group(DataConfig(), without=("noise", "train_file", "test_file", "columns"))
     bootstrap: BootstrapOptions = group(BootstrapOptions(), without=("confidence_level", "interval_method"))
-    output: OutputOptions = group(OutputOptions())
 
     def __post_init__(self) -> None:
         require_at_least(self, n_population=100)
@@ -157,7 +158,11 @@ def intervals_of_sets(
         key_stars, key_resamples = jax.random.split(key)
         rows = jax.random.randint(key_stars, (set_size,), 0, len(y))
         resampled = resample_gain(key_resamples, y[rows], gain[rows], cell[rows], n_resamples, N_CELLS)
-        single = [[jnp.stack(confidence_interval(resampled, method, level)) for method in METHODS] for level in LEVELS]
+        size = group_sizes(cell[rows], N_CELLS)
+        single = [
+            [jnp.stack(confidence_interval(borrow_spread(resampled, size, m), method, level)) for method, m in CANDIDATES.values()]
+            for level in LEVELS
+        ]
         at_once = [jnp.stack(simultaneous_interval(resampled.columns(slice(1, None)), level)) for level in LEVELS]
         padded = [jnp.pad(ends, ((0, 0), (1, 0)), constant_values=jnp.nan) for ends in at_once]
         return jnp.stack([jnp.stack([*row, last]) for row, last in zip(single, padded, strict=True)])
@@ -187,7 +192,7 @@ def coverage_tables(ends: np.ndarray, truth: np.ndarray, **columns: object) -> t
     rows, simultaneous = [], []
     for i, level in enumerate(LEVELS):
         error = np.sqrt(level * (1 - level) / n_sets)
-        for (j, method), (k, stars) in itertools.product(enumerate(METHODS), enumerate(("all stars", *CELL_NAMES))):
+        for (j, method), (k, stars) in itertools.product(enumerate(CANDIDATES), enumerate(("all stars", *CELL_NAMES))):
             missed = above[:, i, j, k].mean(), below[:, i, j, k].mean()
             row = {"method": method, "level": level, "stars": stars, "coverage": 1.0 - sum(missed), "monte_carlo_error": error}
             rows.append(columns | row | {"truth_below": missed[0], "truth_above": missed[1], "mean_width": width[i, j, k]})
@@ -198,34 +203,56 @@ def coverage_tables(ends: np.ndarray, truth: np.ndarray, **columns: object) -> t
 
 
 def rank_methods(coverage: pd.DataFrame, half: str) -> pd.DataFrame:
-    """Root mean square of coverage - level, in points, on the given half of the population; the least is chosen."""
+    """Errors of the coverage, in points, on the given half of the population.
+
+    The method of the least root mean square of coverage - level is *chosen*, that of the smallest shortfall is the *safest*.
+    """
     part = coverage[coverage["half"] == half]
-    error = part.assign(square=(100 * (part["coverage"] - part["level"])) ** 2)
+    error = part.assign(off=100 * (part["coverage"] - part["level"]))
     error["stars"] = np.where(error["stars"] == "all stars", "all stars", "by cell")
-    table = np.sqrt(error.groupby(["set_size", "stars", "method"], sort=False)["square"].mean()).rename("rms_error").reset_index()
-    table["chosen"] = table["rms_error"] == table.groupby(["set_size", "stars"])["rms_error"].transform("min")
+    off = error.groupby(["set_size", "stars", "method"], sort=False)["off"]
+    table = pd.DataFrame({"rms_error": np.sqrt(off.apply(np.square).groupby(level=[0, 1, 2], sort=False).mean())})
+    table["worst_shortfall"] = -off.min()
+    table = table.reset_index()
+    for choice, column in (("chosen", "rms_error"), ("safest", "worst_shortfall")):
+        table[choice] = table.index.isin(table.groupby(["set_size", "stars"])[column].idxmin())
     return table.sort_values(["set_size", "stars", "rms_error"], ignore_index=True)
+
+
+def rare_stars(population: Population, cell: str, pair: str, sizes: tuple[int, ...]) -> str:
+    """Why a cell is hard: the share of its difference that one star in a hundred carries, and how many test sets hold none."""
+    member = population.cell == CELL_NAMES.index(cell)
+    gain = np.sort(population.gains[PAIRS.index(pair)][member].astype(np.float64))[::-1]
+    n_rare = max(len(gain) // 100, 1)
+    none = " and ".join(f"{(1 - n_rare / len(population.y)) ** size:.0%} of those of {size:,}" for size in sizes)
+    return (
+        f"In {cell}, the {n_rare} stars of {len(gain):,} that gain most carry {gain[:n_rare].sum() / gain.sum():.0%} of the "
+        f"difference ({pair}), and {none} test sets hold none of them. No resampling of the other stars, and no transformation of "
+        "what is resampled, can know of them. Two things help: more stars, or the spread that all stars together have. The "
+        "*borrowed* intervals are symmetric ones whose standard errors are those of cells with so many stars more, which have the "
+        "spread of all stars. They are too long in quiet cells. `coverage.csv` has every cell."
+    )
 
 
 def draw_figure(coverage: pd.DataFrame) -> Figure:
     """Actual minus nominal coverage by method: overall, and in each cell; a row for each size of test sets."""
     sizes = sorted(coverage["set_size"].unique())
     fig, axes = new_figure(len(sizes), len(LEVELS), figsize=(9.0, 0.8 + 3.1 * len(sizes)), sharey=True, squeeze=False)
-    colors = dict(zip(METHODS, (ORANGE, GREY, GREEN, BLUE, BLACK), strict=True))
+    colors = (ORANGE, GREY, GREEN, BLUE, BLACK, *("#56B4E9",) * len(BORROWED))
     for ax, (size, level) in zip(axes.flat, itertools.product(sizes, LEVELS), strict=True):
         at_level = coverage[(coverage["level"] == level) & (coverage["set_size"] == size)]
         error = 100 * at_level["monte_carlo_error"].iloc[0]
         ax.axhspan(-2 * error, 2 * error, color="#EEEEEE", zorder=0)
         ax.axhline(0.0, color=BLACK, lw=0.8)
-        for i, method in enumerate(METHODS):
+        for i, method in enumerate(CANDIDATES):
             part = at_level[at_level["method"] == method]
             off = 100 * (part["coverage"] - level)
             overall = (part["stars"] == "all stars").to_numpy()
             x = i + np.linspace(-0.25, 0.25, int((~overall).sum()))
-            ax.plot(x, off[~overall], ".", ms=4, color=colors[method], label="a cell" if i == 3 else None)
+            ax.plot(x, off[~overall], ".", ms=4, color=colors[i], label="a cell" if i == 3 else None)
             style = {"ms": 7, "mfc": "white", "mec": BLACK}
             ax.plot(np.full(overall.sum(), i), off[overall], "D", **style, label="all stars" if i == 3 else None)
-        ax.set_xticks(range(len(METHODS)), METHODS, rotation=30, ha="right", fontsize=9)
+        ax.set_xticks(range(len(CANDIDATES)), CANDIDATES, rotation=40, ha="right", fontsize=7)
         ax.set_title(f"{level:.0%} intervals, {size:,} stars", fontsize=10)
     fig.supylabel("actual - promised coverage, points", fontsize=9)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, ncols=2, loc="outside upper center")
@@ -233,7 +260,7 @@ def draw_figure(coverage: pd.DataFrame) -> Figure:
     return fig
 
 
-def sections_of(config: CalibrateConfig, tables: dict[str, pd.DataFrame], truth: np.ndarray) -> list[str]:
+def sections_of(config: CalibrateConfig, tables: dict[str, pd.DataFrame], truth: np.ndarray, population: Population) -> list[str]:
     """The paragraphs of report.md."""
     coverage, simultaneous = tables["coverage"].copy(), tables["simultaneous"].copy()
     for table, column in ((coverage, "coverage"), (simultaneous, "all_nine_inside")):
@@ -241,7 +268,10 @@ def sections_of(config: CalibrateConfig, tables: dict[str, pd.DataFrame], truth:
     names = ["set_size", "comparison", "method", "level", "shown", "truth_below", "truth_above", "mean_width"]
     by_cell = coverage[coverage["stars"] != "all stars"]
     worst = by_cell.loc[by_cell.groupby(["set_size", "method", "level"], sort=False)["coverage"].idxmin()]
-    percent = {"truth_below": ".1%", "truth_above": ".1%", "level": ".0%", "rms_error": ".2f"}
+    percent = {"truth_below": ".1%", "truth_above": ".1%", "level": ".0%", "rms_error": ".2f", "worst_shortfall": ".1f"}
+    hardest = by_cell.iloc[int(by_cell["coverage"].argmin())]
+    width = by_cell.groupby(["set_size", "method", "level"], sort=False)["mean_width"].mean().rename("mean_width_by_cell")
+    worst = worst.merge(width, on=["set_size", "method", "level"])
     rename = {"shown": "coverage"}
     drawn = ", ".join(f"{n:,} of {size:,} stars" for n, size in zip(config.n_sets, config.set_sizes, strict=True))
     truths = ", ".join(f"{name} {value[0]:+.4f}" for name, value in zip(PAIRS, truth, strict=True))
@@ -251,15 +281,18 @@ def sections_of(config: CalibrateConfig, tables: dict[str, pd.DataFrame], truth:
         f"gate are those of the half: {truths} on the second. A method is chosen on the first half; all coverage below is that on "
         "the second, which had no part in the choice.",
         table_markdown(tables["ranking"], percent),
-        "Root mean square of (actual - promised coverage) on the first half, in points, over levels and comparisons.",
+        "On the first half, in points, over levels, comparisons and cells: *rms error* of (actual - promised coverage), and the "
+        "*worst shortfall*. The intervals of the least error are *chosen*, those of the least shortfall are the *safest*.",
         "## All stars",
         table_markdown(coverage[coverage["stars"] == "all stars"][names].rename(columns=rename), percent),
         "*truth below, above*: how often the truth lies below or above the interval.",
         "![Coverage](coverage.png)",
         "## The worst cell",
-        table_markdown(worst[["set_size", "method", "level", "stars", "comparison", "shown"]].rename(columns=rename), percent),
-        "Where a few stars of a cell carry most of the difference, most test sets hold none of them, and no resampling of the "
-        "others can know of them: only more stars help. `coverage.csv` has every cell.",
+        table_markdown(
+            worst[["set_size", "method", "level", "stars", "comparison", "shown", "mean_width_by_cell"]].rename(columns=rename),
+            percent,
+        ),
+        rare_stars(population, hardest["stars"], hardest["comparison"], config.set_sizes),
         "## All nine cells at once (max-t)",
         table_markdown(simultaneous[["set_size", "comparison", "level", "shown", "mean_width"]].rename(columns=rename), percent),
     ]
@@ -297,7 +330,7 @@ def compute(config: CalibrateConfig, stages: Stages) -> Results:
     results["ranking"] = rank_methods(coverage, HALVES[0])
     return Results(
         "Do the intervals hold what they promise?",
-        sections_of(config, results, truth),
+        sections_of(config, results, truth, population.half(1)),
         results,
         {"coverage": draw_figure(results["coverage"])},
         {"truth": truth, "n_covered_population": len(population.y)},

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 import scipy
 
-from experiments.pipeline.config import SMALL, BootstrapOptions, DataConfig, OutputOptions, draw_keys
+from experiments.pipeline.config import SMALL, ComparisonConfig, OutputOptions, draw_keys
 from experiments.pipeline.observation import Observation, observe_surveys
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.rivals import rival_methods
@@ -56,11 +56,9 @@ from moe_jax.spectra.survey import Labels
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(ComparisonConfig):
     """The comparison."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
     n_components: tuple[int, ...] = (8, 13, 20, 40)
     """Numbers of principal components to choose from."""
     n_gate_components: int = 20
@@ -74,8 +72,6 @@ class CompareConfig:
     n_floor: int = 1_000
     """Test stars of the Cramer-Rao floor."""
     network: GateConfig = group(GateConfig(epochs=300, patience=20), prefix=True)
-    data: DataConfig = group(DataConfig())
-    bootstrap: BootstrapOptions = group(BootstrapOptions())
     output: OutputOptions = group(OutputOptions(), without=("cache_dir", "use_cache"))
 
     def __post_init__(self) -> None:
@@ -125,13 +121,9 @@ class Fitted(NamedTuple):
 
 def read_covered(observation: Observation) -> Spectra:
     """The noisy spectra and errors of the covered stars."""
-    rows = np.flatnonzero(np.asarray(observation.cell) >= 0)
-    flux, error = np.empty((2, len(rows), len(observation.wave)), np.float32)
-    for part, *arrays in observation.slices():
-        first, last = np.searchsorted(rows, (part.start, part.stop))
-        for kept, array in zip((flux, error), arrays, strict=True):
-            kept[first:last] = np.asarray(array)[rows[first:last] - part.start]
-    return Spectra(jnp.asarray(flux), jnp.asarray(error), Labels(*(np.asarray(label)[rows] for label in observation.labels)))
+    covered = np.asarray(observation.cell) >= 0
+    flux, error = map(jnp.asarray, observation.read_covered())
+    return Spectra(flux, error, Labels(*(np.asarray(label)[covered] for label in observation.labels)))
 
 
 def choose(candidates: Sequence[Any], fit: Callable[[Any, np.ndarray], Predict], train: Spectra) -> Predict:

@@ -85,15 +85,7 @@ def compute(config: TabularConfig, stages: Stages) -> Results:
                 advance()
     with stages("bootstrap"):
         variants = {name: np.stack(repeats) for name, repeats in predictions.items()}
-        table = compare_variants(
-            jax.random.key(config.seed),
-            y,
-            variants,
-            variants[BASELINE],
-            n_resamples=config.bootstrap.n_resamples,
-            confidence_level=config.bootstrap.confidence_level,
-            method=config.bootstrap.interval_method,
-        )
+        table = compare_variants(jax.random.key(config.seed), y, variants, variants[BASELINE], **config.bootstrap.arguments)
     return variants_results(
         "A mixture of ridge experts on other data",
         config.bootstrap,

@@ -9,14 +9,13 @@ Results go to results/control_gate/PRESET.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.config import SMALL, BootstrapOptions, DataConfig, OutputOptions, draw_keys
+from experiments.pipeline.config import SMALL, ComparisonConfig, draw_keys
 from experiments.pipeline.gates import CONVERGED_LINEAR, GateRun, gate_keys, mix_by_class, run_gates, train_gates
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared, Stars
@@ -39,20 +38,15 @@ VANISHING = 0.01
 
 
 @dataclass(frozen=True)
-class ControlConfig:
+class ControlConfig(ComparisonConfig):
     """The controls."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
     n_seeds: int = 4
     """Networks of each kind."""
     network: GateConfig = group(GateConfig(epochs=500, patience=30), prefix=True)
     stack_alphas: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
     """Ridge penalties of the stacked ridges to choose from."""
     mlp: MLPGate = group(MLPGate())
-    data: DataConfig = group(DataConfig())
-    bootstrap: BootstrapOptions = group(BootstrapOptions())
-    output: OutputOptions = group(OutputOptions())
 
 
 PRESETS = {

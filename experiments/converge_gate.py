@@ -18,18 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.config import SMALL, BootstrapOptions, DataConfig, OutputOptions
+from experiments.pipeline.config import QUICK, GateStudyConfig
 from experiments.pipeline.gates import GateRun, Sweep, mix_by_class, run_gates, training_stars
 from experiments.pipeline.methods import PROTOCOLS
 from experiments.pipeline.prepare import prepare
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
 from experiments.report.variants import compare_by, variants_results
-from experiments.runner.command_line import group, run_command
+from experiments.runner.command_line import run_command
 from experiments.runner.stages import Stages
 from moe_jax.core.arrays import AnyArray
 from moe_jax.evaluate.variance import mean_over_seeds
-from moe_jax.gates.networks import Gate, LinearGate, MLPGate
+from moe_jax.gates.networks import Gate, LinearGate
 from moe_jax.gates.training import GateConfig, mixture_loss
 
 #: Adam with ten times the epochs.
@@ -38,32 +38,18 @@ STARTS: dict[str, Literal["random", "logistic"]] = {"cold": "random", "warm": "l
 
 
 @dataclass(frozen=True)
-class ConvergeConfig:
+class ConvergeConfig(GateStudyConfig):
     """Gates and their fits."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
-    n_seeds: int = 4
-    """Gates of each kind."""
-    gate: GateConfig = group(GateConfig(), prefix=True)
     in_sample_fraction: float = 0.2
     """Fraction of the covered training stars on which the in-sample gates are trained."""
     patience: int = 100
     """Iterations of L-BFGS without a better loss on held-out stars, after which the MLP's training stops."""
     max_iterations: int = 2_000
     """Iterations of L-BFGS."""
-    mlp: MLPGate = group(MLPGate())
-    data: DataConfig = group(DataConfig())
-    bootstrap: BootstrapOptions = group(BootstrapOptions())
-    output: OutputOptions = group(OutputOptions())
 
 
-PRESETS = {
-    "default": ConvergeConfig(),
-    "smoke": ConvergeConfig(
-        preset="smoke", data=SMALL, in_sample_fraction=1.0, n_seeds=2, gate=GateConfig(epochs=5), max_iterations=50
-    ),
-}
+PRESETS = {"default": ConvergeConfig(), "smoke": ConvergeConfig(**QUICK, in_sample_fraction=1.0, max_iterations=50)}
 
 
 def runs_of(config: ConvergeConfig) -> dict[tuple[str, str, str, str], GateRun]:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.config import SMALL, BootstrapOptions, Coverage, DataConfig, OutputOptions
+from experiments.pipeline.config import QUICK, Coverage, DataConfig, GateStudyConfig
 from experiments.pipeline.gates import gate_keys, mix_by_class, train_gates
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared, Stars
@@ -28,29 +27,16 @@ from experiments.runner.stages import Stages
 from moe_jax.evaluate.metrics import r2_score
 from moe_jax.experts.cells import N_CELLS
 from moe_jax.experts.fit import cross_fitted_predictions
-from moe_jax.gates.networks import MLPGate
-from moe_jax.gates.training import GateConfig
 
 
 @dataclass(frozen=True)
-class CoverConfig:
+class CoverConfig(GateStudyConfig):
     """The experiment on all stars."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
-    n_seeds: int = 4
-    """MLP gates of each kind."""
-    gate: GateConfig = group(GateConfig(), prefix=True)
-    mlp: MLPGate = group(MLPGate())
     data: DataConfig = group(DataConfig(), without=("coverage",))
-    bootstrap: BootstrapOptions = group(BootstrapOptions())
-    output: OutputOptions = group(OutputOptions())
 
 
-PRESETS = {
-    "default": CoverConfig(),
-    "smoke": CoverConfig(preset="smoke", data=SMALL, n_seeds=2, gate=GateConfig(epochs=5)),
-}
+PRESETS = {"default": CoverConfig(), "smoke": CoverConfig(**QUICK)}
 
 
 def with_global_expert(prepared: Prepared) -> tuple[Stars, Stars]:

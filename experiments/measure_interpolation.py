@@ -12,13 +12,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.lte_nodes import compute_nodes, node_file, read_node
+from experiments.pipeline.lte_nodes import node_spectra
 from experiments.runner.command_line import run_command
 from experiments.runner.stages import console
 from moe_jax.core.files import atomic_folder
@@ -47,8 +46,6 @@ BETWEEN = (
 class InterpolationConfig:
     """Where the computed spectra are kept and the table goes."""
 
-    preset: Literal["default"] = "default"
-    """Only ``default`` exists."""
     jobs: int = os.cpu_count() or 1
     """Spectra computed at the same time."""
     nodes_dir: Path = Path(".cache/lte_grid")
@@ -57,17 +54,13 @@ class InterpolationConfig:
     """Folder of the table."""
 
 
-PRESETS = {"default": InterpolationConfig()}
-
-
 def main(config: InterpolationConfig) -> pd.DataFrame:
     """Computes what is missing, compares, writes the table."""
-    compute_nodes(config.nodes_dir, list(BETWEEN), config.jobs)
+    spectra = node_spectra(config.nodes_dir, BETWEEN, config.jobs)
     interpolated = interpolate_grid(load_grid(), jnp.array(BETWEEN, jnp.float32))
     in_window = np.any([(low <= WAVE) & (high >= WAVE) for low, high in LINE_WINDOWS.values()], axis=0)
     rows = []
-    for i, node in enumerate(BETWEEN):
-        computed = read_node(node_file(config.nodes_dir, node))
+    for i, (node, computed) in enumerate(zip(BETWEEN, spectra, strict=True)):
         difference = np.asarray(interpolated.norm[i]) - computed.norm
         rows.append(
             node._asdict()
@@ -88,4 +81,4 @@ def main(config: InterpolationConfig) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    run_command(main, PRESETS, __doc__)
+    run_command(main, InterpolationConfig, __doc__)

@@ -8,43 +8,23 @@ Results go to results/measure_leakage/PRESET.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
-from experiments.pipeline.config import SMALL, BootstrapOptions, DataConfig, OutputOptions
+from experiments.pipeline.config import QUICK, GateStudyConfig
 from experiments.pipeline.gates import CONVERGED, GateRun, mix_by_class, run_gates
 from experiments.pipeline.methods import CROSS_FITTED, IN_SAMPLE, PROTOCOLS
 from experiments.pipeline.prepare import prepare
 from experiments.report.markdown import interval, table_markdown
 from experiments.report.results import Results, Study
 from experiments.report.variants import compare_by, variants_results
-from experiments.runner.command_line import group, run_command
+from experiments.runner.command_line import run_command
 from experiments.runner.stages import Stages
-from moe_jax.gates.networks import Gate, LinearGate, MLPGate
+from moe_jax.gates.networks import Gate, LinearGate
 from moe_jax.gates.training import GateConfig
 
-
-@dataclass(frozen=True)
-class LeakageConfig:
-    """Protocols and gates."""
-
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
-    n_seeds: int = 4
-    """Gates of each kind."""
-    gate: GateConfig = group(GateConfig(), prefix=True)
-    mlp: MLPGate = group(MLPGate())
-    data: DataConfig = group(DataConfig())
-    bootstrap: BootstrapOptions = group(BootstrapOptions())
-    output: OutputOptions = group(OutputOptions())
-
-
-PRESETS = {
-    "default": LeakageConfig(),
-    "smoke": LeakageConfig(preset="smoke", data=SMALL, n_seeds=2, gate=GateConfig(epochs=5)),
-}
+PRESETS = {"default": GateStudyConfig(), "smoke": GateStudyConfig(**QUICK)}
 FRACTIONS = {"20 %": 0.2, "all": 1.0}
 COMPARED = (
     ((IN_SAMPLE, "all"), (IN_SAMPLE, "20 %")),
@@ -55,7 +35,7 @@ COMPARED = (
 )
 
 
-def compute(config: LeakageConfig, stages: Stages) -> Results:
+def compute(config: GateStudyConfig, stages: Stages) -> Results:
     """Trains all gates."""
     prepared = prepare(config.data, stages, config.output.cache)
     kinds: dict[str, tuple[Gate, GateConfig]] = {

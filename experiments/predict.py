@@ -19,13 +19,18 @@ OUT has one row for each star, with these columns (NaN where nothing is predicte
     velocity           km/s, as observed (not barycentric); positive: the star recedes
     T_eff, M_H, a_M    effective temperature (K), metallicity, alpha enhancement; these and velocity with NAME_error (1 sigma)
     chi2               of the fit, per degree of freedom; the uncertainties are scaled to it
+    cool               1 below 4,250 K, where molecules matter that the grid does not have; else 0
+    outside_cells      probability that the star lies outside the mixture's nine cells of T_eff and [M/H]
     mixture_log_g      log g of the mixture of experts, which trusts velocity, continuum and resolution of the spectrum
     mixture_uncertainty  half-width of its 68 % interval
     weight_0 to 8      weight of each expert in the mixture; they sum to 1
     distance           distance from the training stars in feature space, in units of the limit for unlike_training
     n_masked           masked pixels, in the file or since they stand out
     flags              names of what is unusual, joined by |:
-      poor_fit           a misfit that leaves log g uncertain by more than 0.5, or drove a label to the edge of the grid
+      poor_fit           a misfit that leaves log g uncertain by more than 0.5, or drove a label to the edge of the grid,
+                         or chi2 above 100
+      blended            a second star in the spectrum describes the residuals; log g is wrong
+      outside_cells      it is sure (99.9 %) that the star lies outside the mixture's cells; log g is that of the fit
       emission_lines     three or more lines in emission; they were masked
       velocity_uncertain another velocity fits almost as well
       not_a_star         no spectrum of the grid is seen
@@ -43,16 +48,20 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import pandas as pd
 import tyro
 
+from experiments.report.figures import plot_fit
 from experiments.runner.command_line import require_at_least, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.apply.application import Application, apply_model, needs_scaling, prepare_application
 from moe_jax.apply.catalogue import open_catalogue, require_suffix
 from moe_jax.apply.model import Model
 from moe_jax.apply.model_file import load_model
+from moe_jax.apply.robust import fit_robustly
 from moe_jax.core.arrays import InputError
-from moe_jax.spectra.resample import air_to_vacuum
+from moe_jax.spectra.pixels import WAVE
+from moe_jax.spectra.resample import MaskedSpectra, air_to_vacuum
 from moe_jax.spectra.spectrum_files import Source, open_spectra
 
 SCALE_SAMPLE = 512  # stars, from the first on, by which --scale auto decides
@@ -75,11 +84,21 @@ class PredictConfig:
     as fast as the mixture; auto: the fit's if the model was trained on simulated spectra."""
     air: bool = False
     """The wavelengths of the files are in air."""
+    plots: str = ""
+    """Stars of each file whose fit is drawn, in the folder OUT_plots: 5 for the first five, or their numbers, as in 3,17 or 3,."""
     chunk_stars: int = 2_048
     """Stars in memory at a time."""
 
     def __post_init__(self) -> None:
         require_at_least(self, chunk_stars=1)
+        if self.plots and not all(part.strip().isdigit() for part in self.plots.removesuffix(",").split(",")):
+            raise InputError(f"plots: found {self.plots!r}, expected a number of stars, or their numbers, as in 3,17 or 3,")
+
+    def drawn(self, start: int, stop: int) -> list[int]:
+        """Which of the stars ``start`` to ``stop - 1`` of a file are drawn."""
+        if "," in self.plots:
+            return [star for star in map(int, self.plots.removesuffix(",").split(",")) if start <= star < stop]
+        return list(range(start, min(stop, int(self.plots or 0))))
 
 
 def main(config: PredictConfig) -> None:
@@ -105,7 +124,9 @@ def main(config: PredictConfig) -> None:
                 with stages.chunks(f"{path.name}", source.n_stars) as advance:
                     for start in range(0, source.n_stars, chunk):
                         stop = min(start + chunk, source.n_stars)
-                        part = apply_model(application, source.read(start, stop), star + start, chunk)
+                        spectra = source.read(start, stop)
+                        part = apply_model(application, spectra, star + start, chunk)
+                        _draw(config, application, spectra, part, path.stem)
                         part.insert(0, "file", path.name)
                         catalogue.write(part)
                         flags.update(flag for row in part["flags"] for flag in row.split("|") if flag)
@@ -116,6 +137,27 @@ def main(config: PredictConfig) -> None:
     console.print(f"{config.output}: {n_stars:,} stars, {masked:,} masked pixels", highlight=False)
     for flag, count in flags.items():
         console.print(f"{flag}: {count:,} stars", highlight=False)
+
+
+def _draw(config: PredictConfig, application: Application, spectra: MaskedSpectra, table: pd.DataFrame, name: str) -> None:
+    """Writes the figures of the stars that are asked for, among those of a table."""
+    first = int(table["star"].iloc[0])
+    wanted = config.drawn(first, first + len(table))
+    if not wanted:
+        return
+    folder = config.output.with_name(f"{config.output.stem}_plots")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = np.array(wanted) - first
+    fit = fit_robustly(MaskedSpectra(*(array[rows] for array in spectra)), application.wave)
+    for i, (star, row) in enumerate(zip(wanted, rows, strict=True)):
+        if fit.fitted[i]:
+            star_table = table.iloc[row]
+            title = (
+                f"{name}, star {star}: log g {star_table['log_g']:.2f} +- {star_table['uncertainty']:.2f}  {star_table['flags']}"
+            )
+            figure = plot_fit(WAVE, fit.flux[i], fit.flux_error[i], fit.model[i], fit.used[i], title)
+            figure.savefig(folder / f"{name}_{star}.png", dpi=100)
+    console.print(f"{folder}: {int(fit.fitted.sum())} figures of {name}", highlight=False)
 
 
 def files_of(given: Path) -> list[Path]:

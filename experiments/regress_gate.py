@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from rich.table import Table
@@ -27,7 +26,7 @@ from rich.table import Table
 from experiments.pipeline.calibration import CalibrationConfig, add_uncertainty, keep_calibration_stars, model_of
 from experiments.pipeline.config import SURVEYS, BootstrapOptions, DataConfig, OutputOptions, draw_keys
 from experiments.pipeline.gates import training_stars
-from experiments.pipeline.local import LocalConfig, add_local, judge_local
+from experiments.pipeline.local import LocalConfig, add_local
 from experiments.pipeline.methods import (
     CLASSIFY,
     FALLBACK,
@@ -44,6 +43,7 @@ from experiments.pipeline.methods import (
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared, Stars
 from experiments.report import figures
+from experiments.report.local import judge_local
 from experiments.report.markdown import interval, load_published, report_sections, warnings
 from experiments.report.results import Results, Study
 from experiments.report.tables import bin_table, bootstrap_table, compare, overall_table
@@ -144,15 +144,8 @@ def run(config: RegressGateConfig, stages: Stages) -> Outcome:
             HARD: route_hard(weights[CLASSIFY], test.predictions),
             FALLBACK: route_fallback(weights[CLASSIFY], test.predictions, test.global_prediction),
         } | {method: route_soft(weights[method], test.predictions) for method in fits}
-        comparisons = compare(
-            draw_keys(config.data.seed).bootstrap,
-            test.log_g,
-            predictions,
-            test.cell,
-            n_resamples=config.bootstrap.n_resamples,
-            confidence_level=config.bootstrap.confidence_level,
-            method=config.bootstrap.interval_method,
-        )
+        key = draw_keys(config.data.seed).bootstrap
+        comparisons = compare(key, test.log_g, predictions, test.cell, **config.bootstrap.arguments)
         return Outcome(
             overall=overall_table(test.log_g, predictions),
             bins=bin_table(test.log_g, predictions, test.cell, comparisons),
@@ -195,8 +188,8 @@ def describe_choices(results: Outcome) -> dict[str, Any]:
         "n_covered_train": results.prepared.n_covered,
         "n_covered_test": len(results.star),
         "alpha": {
-            "cells": [float(alpha) for alpha in experts.alpha],
-            "cells_at_edge": [bool(edge) for edge in experts.at_edge],
+            "cells": np.asarray(experts.alpha).tolist(),
+            "cells_at_edge": np.asarray(experts.at_edge).tolist(),
             "global": float(global_ridge.alpha),
             "global_at_edge": bool(global_ridge.at_edge),
         },
@@ -217,7 +210,7 @@ def describe_choices(results: Outcome) -> dict[str, Any]:
 
 def test_accuracy(results: Outcome) -> float:
     """Fraction of the covered test stars whose cell the classification gate finds."""
-    return float(jnp.mean(jnp.argmax(results.weights[CLASSIFY], axis=1) == results.test.cell))
+    return float(np.mean(np.argmax(results.weights[CLASSIFY], axis=1) == np.asarray(results.test.cell)))
 
 
 def warnings_of(results: Outcome) -> list[str]:
@@ -225,7 +218,7 @@ def warnings_of(results: Outcome) -> list[str]:
     at_edge = [f"alpha of cell {k}" for k in np.flatnonzero(results.prepared.experts.at_edge)]
     at_edge += ["alpha of the global ridge"] * bool(results.prepared.global_ridge.at_edge)
     at_edge += ["C of the classification gate"] * results.prepared.classifier.at_edge
-    undefined = sum(int(bootstrap.groups.n_undefined.sum()) for bootstrap in results.comparisons.values())
+    undefined = sum(int(np.sum(np.asarray(bootstrap.groups.n_undefined))) for bootstrap in results.comparisons.values())
     unconverged = ["The logistic regression of the classification gate did not converge."]
     return warnings(results.fits, at_edge, undefined) + unconverged * (not results.prepared.classifier.converged)
 
@@ -234,7 +227,7 @@ def sections_of(config: RegressGateConfig, results: Outcome) -> list[str]:
     """The paragraphs of report.md."""
     prepared, options = results.prepared, config.data
     data = f"{options.train_file} and {options.test_file}" if options.train_file else "simulated from the LTE grid"
-    alphas = ", ".join(f"{float(alpha):g}" for alpha in prepared.experts.alpha)
+    alphas = ", ".join(f"{float(alpha):g}" for alpha in np.asarray(prepared.experts.alpha))
     setup = (
         f"Data: {data}. Covered stars: {prepared.n_covered:,} to train, {len(results.star):,} to test. "
         f"{options.described_noise}, seed {options.seed}. {config.bootstrap.n_resamples:,} resamples of the test stars, "

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.config import BootstrapOptions, DataConfig, ExpertOptions, OutputOptions
+from experiments.pipeline.config import BootstrapOptions, DataConfig, ExpertOptions, GateStudyConfig
 from experiments.pipeline.gates import CONVERGED, GateRun, mix_by_class, run_gates
 from experiments.pipeline.methods import CROSS_FITTED, IN_SAMPLE
 from experiments.pipeline.prepare import prepare_each
@@ -26,7 +26,7 @@ from experiments.report.results import Results, Study
 from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages
 from moe_jax.evaluate.variance import SOURCES, VarianceComponents, variance_components
-from moe_jax.gates.networks import LinearGate, MLPGate
+from moe_jax.gates.networks import LinearGate
 from moe_jax.gates.training import GateConfig
 
 if TYPE_CHECKING:
@@ -37,11 +37,9 @@ EXPERTS = ExpertOptions(alphas=(1.0,), global_alphas=())
 
 
 @dataclass(frozen=True)
-class ReplicateConfig:
+class ReplicateConfig(GateStudyConfig):
     """The repeated experiment."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
     n_surveys: int = 4
     """Surveys, each with training stars of its own."""
     n_draws: int = 4
@@ -50,13 +48,10 @@ class ReplicateConfig:
     """Gate seeds of each noise draw."""
     n_sets: int = 10
     """Parts of the covered test stars, each a test set of the report's size."""
-    gate: GateConfig = group(GateConfig(), prefix=True)
-    mlp: MLPGate = group(MLPGate())
     data: DataConfig = group(
         DataConfig(experts=EXPERTS), without=("noise", "train_file", "test_file", "columns", "test_seed", "noise_draw")
     )
     bootstrap: BootstrapOptions = group(BootstrapOptions(), without=("n_resamples", "interval_method"))
-    output: OutputOptions = group(OutputOptions())
 
     def __post_init__(self) -> None:
         require_at_least(self, n_surveys=2, n_draws=2, n_seeds=2, n_sets=2)

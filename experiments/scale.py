@@ -11,15 +11,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.config import BootstrapOptions, DataConfig, ExpertOptions, OutputOptions, draw_keys
-from experiments.pipeline.gates import CONVERGED_LINEAR, GateRun, run_gates
+from experiments.pipeline import gates, prepare
+from experiments.pipeline.config import BootstrapOptions, DataConfig, ExpertOptions, GateStudyConfig, draw_keys
+from experiments.pipeline.gates import CONVERGED, CONVERGED_LINEAR, Changes, GateRun, Sweep, gate_keys, run_gates, train_gates
 from experiments.pipeline.prepare import prepare_each
 from experiments.pipeline.stars import Prepared
 from experiments.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure
@@ -30,16 +31,20 @@ from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import InputError
 from moe_jax.evaluate.bootstrap import paired_bootstrap
 from moe_jax.evaluate.metrics import r2_score
-from moe_jax.gates.networks import LinearGate, MLPGate
+from moe_jax.experts.cross_validation import CrossValidatedRidge
+from moe_jax.gates.networks import LinearGate
 from moe_jax.gates.routing import route_hard, route_oracle, route_soft
-from moe_jax.gates.training import GateConfig
+from moe_jax.gates.training import GateConfig, Hyper, mixture_loss
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-METHODS = ("global", "oracle", "hard", "soft", "MLP", "linear", "linear, stopped")
+METHODS = ("global", "oracle", "hard", "soft", "MLP", "linear", "linear, stopped", "linear, penalised")
 GATES = METHODS[4:]
-STOPPED = GateConfig(optimizer="lbfgs", init="logistic", validation_fraction=0.2)  # where a fifth of the stars, held out, says so
+#: Factors of the linear gate's squared weights in its loss, to choose from on held-out stars.
+PENALTIES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3)
+#: To the end; the params of the lowest loss on a fifth of the stars are kept.
+HELD_OUT = dataclasses.replace(CONVERGED, validation_fraction=0.2, patience=CONVERGED.max_iterations)
 STYLES = {
     "global": (GREY, "v"),
     "oracle": (GREEN, "^"),
@@ -48,29 +53,25 @@ STYLES = {
     "MLP": (BLUE, "o"),
     "linear": (ORANGE, "s"),
     "linear, stopped": ("#56B4E9", "P"),
+    "linear, penalised": ("#F0E442", "*"),
 }
 
 
 @dataclass(frozen=True)
-class ScaleConfig:
+class ScaleConfig(GateStudyConfig):
     """Numbers of stars and noise levels."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
     n_trains: tuple[int, ...] = (4_000, 8_000, 16_000, 32_000, 100_000)
     """Numbers of training stars."""
     noise_levels: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0)
     """Factors on the errors of training and test spectra."""
     n_seeds: int = 2
     """MLP gates."""
-    gate: GateConfig = group(GateConfig(), prefix=True)
-    mlp: MLPGate = group(MLPGate())
     data: DataConfig = group(
         DataConfig(experts=ExpertOptions((0.01, 0.1, 1.0, 10.0, 100.0), (1.0, 10.0, 100.0, 1000.0))),
         without=("n_train", "noise_level", "noise", "train_file", "test_file", "columns"),
     )
     bootstrap: BootstrapOptions = group(BootstrapOptions(), without=("interval_method",))
-    output: OutputOptions = group(OutputOptions())
 
     def __post_init__(self) -> None:
         for name in ("n_trains", "noise_levels"):
@@ -90,14 +91,38 @@ PRESETS = {
 }
 
 
+def restrain_linear(data: DataConfig, prepared: Prepared) -> Sweep:
+    """Two linear gates that held-out stars restrain.
+
+    The first has no penalty and stops where its held-out loss is lowest. The second has the penalty of the lowest held-out loss,
+    with which it is then trained on all stars until it has converged.
+    """
+
+    def train(config: GateConfig, *penalties: float) -> Sweep:
+        n = len(penalties)
+        penalty = np.asarray(penalties, np.float32)
+        hyper = Hyper(np.full(n, config.learning_rate, np.float32), penalty, np.zeros(n, np.float32))
+        keys = jnp.repeat(gate_keys(data, 1), n)
+        stars, test = prepared.gate_stars(), prepared.test.covered()
+        changes = Changes(hyper, jnp.ones((n, test.features.shape[1])), jnp.ones(n))
+        return train_gates(keys, prepared.classifier.params, stars, test, LinearGate(), config, changes)
+
+    held_out = train(HELD_OUT, *PENALTIES)
+    penalised = train(CONVERGED, PENALTIES[int(np.argmin(held_out.validation_loss))])
+    return jax.tree.map(lambda a, b: np.concatenate([a[:1], b]), held_out, penalised)
+
+
 def score(config: ScaleConfig, data: DataConfig, prepared: Prepared) -> list[dict[str, float | str]]:
     """R2 of each method, rho and Delta R2 against the soft classification gate, with bootstrap bands; one row each."""
-    mlp = run_gates(data, prepared, GateRun(config.mlp, config.gate, n_seeds=config.n_seeds), config.output.cache)
-    linear = [
-        run_gates(data, prepared, run, config.output.cache) for run in (CONVERGED_LINEAR, GateRun(LinearGate(), STOPPED, n_seeds=1))
-    ]
-    test = prepared.test.covered()
-    weights = LinearGate().apply(prepared.classifier.params, test.features)
+    cache = config.output.cache
+    mlp = run_gates(data, prepared, GateRun(config.mlp, config.gate, n_seeds=config.n_seeds), cache)
+    linear = run_gates(data, prepared, CONVERGED_LINEAR, cache)
+    settings = {"data": dataclasses.asdict(data), "penalties": PENALTIES, "training": dataclasses.asdict(HELD_OUT)}
+    files = [prepare.__file__, gates.__file__]
+    restrained, _ = cache.load_or_compute("restrained", settings, files, Sweep, lambda: restrain_linear(data, prepared))
+    test, stars = prepared.test.covered(), prepared.gate_stars()
+    logistic = prepared.classifier.params
+    weights = LinearGate().apply(logistic, test.features)
     predictions = jnp.stack(
         [
             jnp.asarray(test.global_prediction),
@@ -105,7 +130,7 @@ def score(config: ScaleConfig, data: DataConfig, prepared: Prepared) -> list[dic
             route_hard(weights, test.predictions),
             route_soft(weights, test.predictions),
             *map(jnp.asarray, mlp.predictions),
-            *(jnp.asarray(sweep.predictions[0]) for sweep in linear),
+            *map(jnp.asarray, (*linear.predictions, *restrained.predictions)),
         ],
         axis=1,
     )
@@ -113,7 +138,7 @@ def score(config: ScaleConfig, data: DataConfig, prepared: Prepared) -> list[dic
     def statistics(y: jax.Array, predictions: jax.Array) -> jax.Array:
         """R2 of the M methods, then rho and Delta R2 of each; (3, M)."""
         each = jax.vmap(r2_score, in_axes=(None, 1))(y, predictions)
-        r2 = jnp.concatenate([each[:4], jnp.mean(each[4:-2], keepdims=True), each[-2:]])
+        r2 = jnp.concatenate([each[:4], jnp.mean(each[4:-3], keepdims=True), each[-3:]])
         return jnp.stack([r2, (r2 - r2[0]) / (r2[1] - r2[0]), r2 - r2[3]])
 
     y = jnp.asarray(test.log_g)
@@ -122,7 +147,8 @@ def score(config: ScaleConfig, data: DataConfig, prepared: Prepared) -> list[dic
     samples = _bootstrap(draw_keys(data.seed).bootstrap, statistics, (y, predictions), config.bootstrap.n_resamples)
     tail = 0.5 * (1 - config.bootstrap.confidence_level)
     low, high = np.quantile(samples, [tail, 1 - tail], axis=0)
-    train_mse = dict(zip(GATES, (float(np.mean(sweep.loss)) for sweep in (mlp, *linear)), strict=True))
+    train_mse = dict(zip(GATES, map(float, (mlp.loss.mean(), *linear.loss, *restrained.loss)), strict=True))
+    train_mse["soft"] = float(mixture_loss(LinearGate(), logistic, stars.features, stars.predictions, stars.log_g))
     rows: list[dict[str, float | str]] = []
     for j, method in enumerate(METHODS):
         row: dict[str, float | str] = {"n_train": data.n_train, "noise_level": data.noise_level, "method": method}
@@ -178,14 +204,18 @@ def sections_of(config: ScaleConfig, table: pd.DataFrame, choices: pd.DataFrame)
         interval(row["delta_r2"], row["delta_r2_low"], row["delta_r2_high"]) for row in delta.to_dict("records")
     ]
     delta = delta.pivot(index=["noise_level", "n_train"], columns="method", values="delta R2 against soft")[list(GATES)]
-    linear = table[table["method"].isin(GATES[1:])].rename(columns={"train_mse": "train", "test_mse": "test"})
-    fitted = linear[["noise_level", "n_train", "method", "train", "test"]].sort_values(["noise_level", "n_train"])
+    compared = table[table["method"].isin(["soft", *GATES])]
+    fitted = compared.pivot(index=["noise_level", "n_train"], columns="method", values=["train_mse", "test_mse"])
+    fitted = fitted.swaplevel(axis=1)[["soft", *GATES]]
+    fitted.columns = pd.Index([", ".join(column).removesuffix("_mse") for column in fitted.columns.to_flat_index()])
     plain = {"noise_level": "g"}
     published = load_published()
     large, million = published["n_train_100000"]["r2"], published["n_train_1000000_noise_1"]
     return [
         f"Cross-fitted gates: MLP (Adam, {config.gate.epochs} epochs, {config.n_seeds} seed{'s' * (config.n_seeds > 1)}), "
-        "linear (converged), and linear, stopped (from the classification gate on, while it helps a held-out fifth of the stars). "
+        "linear (converged), linear, stopped (at the iteration that is best for a held-out fifth of the stars), and linear, "
+        f"penalised (converged, with that factor of its squared weights, of {', '.join(f'{p:g}' for p in PENALTIES)}, which is "
+        "best for that fifth). "
         f"The test stars are the same {config.data.n_test:,} for all, those that the cells cover; they are "
         "observed at the noise of the training stars. Bands: "
         f"{100 * config.bootstrap.confidence_level:g} % percentile bootstrap over test stars.",
@@ -196,17 +226,45 @@ def sections_of(config: ScaleConfig, table: pd.DataFrame, choices: pd.DataFrame)
         table_markdown(delta.reset_index(), plain),
         "![Delta R2](delta_r2.png)",
         "## Is the linear gate fitted too closely?",
-        table_markdown(fitted, plain),
+        table_markdown(fitted.reset_index(), plain),
         "Mean squared error on the gate's training stars, with out-of-fold predictions of the experts, and on the test stars.",
+        "\n".join(itertools.starmap(overfit, compared.groupby(["noise_level", "n_train"]))).strip(),
         "## Oracle-gain retention rho",
         table_markdown(rho.reset_index(), plain),
         f"The report at 100,000 training spectra and noise 0.2: soft {large['classify']:.4f}, MLP {large['regress_mlp']:.4f}, "
         f"linear {large['regress_linear']:.4f}; at 1,000,000 and noise 1: global {million['global']:.4f}, "
         f"oracle {million['oracle']:.4f}, soft {million['classify']:.4f}.",
         "## Chosen penalties",
-        table_markdown(choices, plain | {"global_alpha": "g"}),
-        "At an edge: cells whose penalty lies at an end of the grid.",
+        table_markdown(choices, plain | {"global_alpha": "g", "last_step": ".1e"}),
+        "*Cells at edge*: those whose penalty lies at an end of the widened grid, as experts with fewer stars than pixels need "
+        "none. *last step*: by how much the last step to that end lowers their cross-validated error, at most.",
     ]
+
+
+def last_step(experts: CrossValidatedRidge) -> float:
+    """By how much, at most, the last step to the end of the grid lowers the cross-validated error of an expert there; relative."""
+    steps = [0.0]
+    for alpha, at_edge, alphas, mse in zip(experts.alpha, experts.at_edge, experts.alphas, experts.mse, strict=True):
+        if at_edge:
+            distance = np.abs(np.log(np.asarray(alphas) / float(alpha)))
+            chosen, neighbour = np.argsort(distance)[:2]  # NaN, which stand for alphas that were not tried, come last
+            steps.append(float(mse[neighbour] / mse[chosen] - 1))
+    return max(steps)
+
+
+def overfit(size: tuple[float, int], rows: pd.DataFrame) -> str:
+    """A sentence on how closely the linear gate is fitted, where it loses to the classification gate; empty elsewhere."""
+    by_method = rows.set_index("method")[["train_mse", "test_mse", "r2"]]
+    soft, linear, penalised = (by_method.loc[method] for method in ("soft", "linear", "linear, penalised"))
+    noise, n_train = size
+    if linear["test_mse"] <= soft["test_mse"]:
+        return ""
+    return (
+        f"With {n_train:,} stars and noise {noise:g} the converged linear gate is worse than the classification gate, as it is "
+        f"fitted too closely: its test error is {linear['test_mse'] / linear['train_mse'] - 1:.0%} above its training error "
+        f"(classification gate: {soft['test_mse'] / soft['train_mse'] - 1:+.0%}), and the penalty changes its R2 by "
+        f"{penalised['r2'] - linear['r2']:+.4f}."
+    )
 
 
 def compute(config: ScaleConfig, stages: Stages) -> Results:
@@ -223,6 +281,7 @@ def compute(config: ScaleConfig, stages: Stages) -> Results:
                     "n_train": data.n_train,
                     "cell_alphas": " ".join(f"{float(alpha):g}" for alpha in prepared.experts.alpha),
                     "cells_at_edge": int(np.sum(np.asarray(prepared.experts.at_edge))),
+                    "last_step": last_step(prepared.experts),
                     "global_alpha": float(prepared.global_ridge.alpha),
                     "gate_accuracy": prepared.classifier.accuracy,
                 }

@@ -1,79 +1,91 @@
-"""Experts and gate trained together: experts for the mixture in closed form by back-fitting, the gate on what they predict.
+"""Experts and gate trained together: experts for the mixture in closed form, the gate on what they predict, and so on.
 
-    python -m experiments.train_jointly                  about 26 min on 2 cores, 6.1 GiB
-    python -m experiments.train_jointly --preset smoke   small; about two minutes
+    python -m experiments.train_jointly                  8,000 training stars, 4 gate seeds; TIME
+    python -m experiments.train_jointly --preset smoke   small; about a minute
 
-Every choice (penalty, round, gradient steps) is made on stars that were held out. A run that was stopped goes on where it was,
-from the cache. Results go to results/train_jointly/PRESET.
+Every choice (penalty, epochs and rate of the gradient) is made on stars that were held out. The time of a fit grows with the cube
+of the training stars. Results go to results/train_jointly/PRESET.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.config import SMALL, BootstrapOptions, DataConfig, OutputOptions, draw_keys
-from experiments.pipeline.gates import mix_by_class
+from experiments.pipeline.config import SMALL, ComparisonConfig, DataConfig, draw_keys
+from experiments.pipeline.gates import gate_keys, mix_by_class
 from experiments.pipeline.observation import observe_surveys
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
-from experiments.report.markdown import table_markdown
+from experiments.report.markdown import interval, table_markdown
 from experiments.report.results import Results, Study
 from experiments.report.variants import compare_by, variants_results
-from experiments.runner.command_line import group, run_command
+from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages, console
-from moe_jax.core.arrays import AnyArray
+from moe_jax.core.arrays import AnyArray, matmul
+from moe_jax.evaluate.variance import mean_over_seeds
 from moe_jax.experts.fit import assign_folds
-from moe_jax.experts.joint import Backfit, backfit_mixture_experts
+from moe_jax.experts.joint import fit_mixture_experts
 from moe_jax.experts.ridge import Ridge, predict_ridge
 from moe_jax.gates.networks import MLPGate
 from moe_jax.gates.optimize import Adam, GateFit, Params, Rows, minimize
 from moe_jax.gates.routing import route_soft
 from moe_jax.gates.training import GateConfig, fit_gate
 
+FROZEN, ONE_ROUND, ALL_ROUNDS, GRADIENT, LEAKY = (
+    "frozen experts, MLP gate",
+    "joint experts, one round",
+    "joint experts, all rounds",
+    "joint experts, one round, then all by gradient",
+    "joint experts, one round, by a gate that saw all folds",
+)
+#: Pairs that are compared over seeds and test stars, and what their difference says.
+QUESTIONS = {
+    "joint experts against frozen ones": (ONE_ROUND, FROZEN),
+    "further rounds": (ALL_ROUNDS, ONE_ROUND),
+    "gradients after one round": (GRADIENT, ONE_ROUND),
+    "a gate that saw the held-out fold": (LEAKY, ONE_ROUND),
+}
+
 
 @dataclass(frozen=True)
-class JointConfig:
+class JointConfig(ComparisonConfig):
     """Alternation, and training by gradient."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
-    joint_alphas: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
-    """Penalties of the joint experts to choose from, in the first round."""
+    n_seeds: int = 4
+    """Gate seeds, each with experts of its own."""
+    joint_alphas: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
+    """Penalties of the joint experts to choose from, in the first round of the first seed."""
     n_rounds: int = 3
-    """Alternations of experts and gate, at most."""
-    least_improvement: float = 0.005
-    """A round that lowers the held-out loss by less than this part of it is the last."""
-    max_sweeps: int = 60
-    """Sweeps of back-fitting in a round, at most."""
-    tolerance: float = 1e-3
-    """Back-fitting ends where a sweep lowers its objective by less than this part of it."""
+    """Alternations of experts and gate."""
     gate: GateConfig = group(GateConfig(), prefix=True)
     gradient_epochs: int = 20
     """Epochs of the training of experts and gate by gradient, at most."""
     gradient_rates: tuple[float, ...] = (1e-6, 1e-5)
     """Learning rates of the training by gradient to choose from."""
     mlp: MLPGate = group(MLPGate())
-    data: DataConfig = group(DataConfig())
-    bootstrap: BootstrapOptions = group(BootstrapOptions())
-    output: OutputOptions = group(OutputOptions())
+    data: DataConfig = group(DataConfig(n_train=8_000))
+
+    def __post_init__(self) -> None:
+        require_at_least(self, n_seeds=2, n_rounds=1)
 
 
 PRESETS = {
     "default": JointConfig(),
     "smoke": JointConfig(
         preset="smoke",
+        n_seeds=2,
         data=dataclasses.replace(SMALL, experts=dataclasses.replace(SMALL.experts, n_folds=2)),
         joint_alphas=(3.0,),
         n_rounds=2,
-        max_sweeps=3,
         gate=GateConfig(epochs=30),
         gradient_epochs=3,
         gradient_rates=(1e-5,),
@@ -82,9 +94,10 @@ PRESETS = {
 
 
 class Data(NamedTuple):
-    """The covered training and test stars with their spectra."""
+    """The covered training and test stars with their spectra, less the mean training spectrum."""
 
     flux: jax.Array
+    kernel: np.ndarray  #: (N, N) products of the training fluxes
     y: jax.Array
     features: jax.Array
     folds: np.ndarray
@@ -92,11 +105,17 @@ class Data(NamedTuple):
     test_y: jax.Array
     test_features: jax.Array
 
+    def without(self, fold: int) -> np.ndarray:
+        """Rows of the training stars outside a fold; of all for fold -1."""
+        return np.flatnonzero(self.folds != fold)
+
 
 class Round(NamedTuple):
     """One alternation: experts for the previous gate's weights, and a gate for these experts."""
 
-    backfit: Backfit
+    experts: Ridge  #: fitted to all stars
+    blind: Ridge  #: fitted without the first fold
+    out_of_fold: jax.Array  #: (N, K) predictions for each star by experts that were fitted without its fold
     gate: GateFit
 
 
@@ -112,10 +131,14 @@ class JointObjective:
     def __call__(self, params: Params, rows: Rows) -> jax.Array:
         """(N,) losses; ``rows`` are spectra, features and target."""
         x, features, y = rows
-        experts = Ridge(**params["experts"])
-        gate = {name: leaf for name, leaf in params.items() if name != "experts"}
+        experts, gate = split_params(params)
         penalty = self.alpha / self.n_stars * jnp.sum(experts.coef**2)
         return (y - route_soft(self.gate.apply(gate, features), predict_ridge(experts, x))) ** 2 + penalty
+
+
+def split_params(params: Params) -> tuple[Ridge, Params]:
+    """Experts, and the gate's params."""
+    return Ridge(**params["experts"]), {name: leaf for name, leaf in params.items() if name != "experts"}
 
 
 def load_data(config: JointConfig, prepared: Prepared) -> Data:
@@ -124,17 +147,37 @@ def load_data(config: JointConfig, prepared: Prepared) -> Data:
     flux, test_flux = (o.flux()[np.flatnonzero(np.asarray(o.cell) >= 0)] for o in observe_surveys(config.data))
     folds = np.asarray(assign_folds(draw_keys(config.data.seed).folds, train.cell, config.data.experts.n_folds))
     y, features, test_y, test_features = map(jnp.asarray, (train.log_g, train.features, test.log_g, test.features))
-    return Data(flux, y, features, folds, test_flux, test_y, test_features)
+    mean = jnp.mean(flux, axis=0)
+    flux, test_flux = flux - mean, test_flux - mean
+    return Data(flux, np.asarray(matmul(flux, flux.T)), y, features, folds, test_flux, test_y, test_features)
 
 
-def alternate(config: JointConfig, data: Data, weights: jax.Array, alpha: float, start: Params) -> Round:
-    """Experts for the weights, with and without each fold; then a gate for their out-of-fold predictions."""
-    backfit = backfit_mixture_experts(
-        data.flux, data.y, weights, alpha, folds=data.folds, max_sweeps=config.max_sweeps, tolerance=config.tolerance
-    )
-    key = draw_keys(config.data.seed).gates
-    gate = fit_gate(key, config.mlp, data.features, backfit.out_of_fold, data.y, config.gate, start=start)
-    return Round(backfit, gate)
+def train_gate(config: JointConfig, data: Data, key: jax.Array, predictions: AnyArray, fold: int = -1) -> GateFit:
+    """A gate for the experts' out-of-fold predictions, of all stars or of those outside a fold."""
+    rows = data.without(fold)
+    return fit_gate(key, config.mlp, data.features[rows], jnp.asarray(predictions)[rows], data.y[rows], config.gate)
+
+
+def weights_by_fold(config: JointConfig, data: Data, key: jax.Array, predictions: AnyArray) -> list[jax.Array]:
+    """The (N, K) weights of a gate that was trained without each fold, then of one that was trained on all stars."""
+    folds = [*range(config.data.experts.n_folds), -1]
+    return [config.mlp.apply(train_gate(config, data, key, predictions, fold).params, data.features) for fold in folds]
+
+
+def alternate(config: JointConfig, data: Data, key: jax.Array, weights: list[jax.Array], alpha: float) -> Round:
+    """Experts for the weights, without each fold and of all stars; then a gate for their out-of-fold predictions."""
+
+    def fit(fold: int) -> Ridge:
+        rows = data.without(fold)
+        kernel = data.kernel[np.ix_(rows, rows)]
+        return fit_mixture_experts(data.flux[rows], data.y[rows], weights[fold][rows], alpha, kernel=kernel)
+
+    by_fold = [fit(fold) for fold in range(len(weights) - 1)]
+    out_of_fold = np.zeros(weights[0].shape, np.float32)
+    for fold, experts in enumerate(by_fold):
+        held = data.folds == fold
+        out_of_fold[held] = predict_ridge(experts, data.flux[held])
+    return Round(fit(-1), by_fold[0], jnp.asarray(out_of_fold), train_gate(config, data, key, out_of_fold))
 
 
 def held_out_loss(fit: GateFit) -> float:
@@ -142,159 +185,148 @@ def held_out_loss(fit: GateFit) -> float:
     return float(np.asarray(fit.validation_loss)[int(fit.best_epoch)])
 
 
+def predict(config: JointConfig, data: Data, experts: Ridge, gate: Params) -> np.ndarray:
+    """(N,) predictions of a mixture for the test stars."""
+    return np.asarray(route_soft(config.mlp.apply(gate, data.test_features), predict_ridge(experts, data.test_flux)))
+
+
 def train_by_gradient(
-    config: JointConfig, data: Data, best: Round, alpha: float, stages: Stages
-) -> tuple[np.ndarray | None, list[dict[str, Any]]]:
-    """Trains experts and gate together by Adam from the best round; the rate and the number of epochs are chosen on a fold.
+    config: JointConfig, data: Data, key: jax.Array, start: Round, alpha: float
+) -> tuple[np.ndarray, list[dict[str, float]]]:
+    """Trains experts and gate together by Adam from a round; the rate and the number of epochs are chosen on a fold.
 
     First from the experts fitted without the first fold, and a gate that has not seen it either, on the other folds; then, for
-    the chosen rate and number of epochs, from the experts of all stars on all stars. None where no epoch lowers the held-out
-    loss.
+    the chosen rate and number of epochs, from the experts of all stars on all stars. Where no epoch lowers the held-out loss,
+    the round stays as it is.
     """
-    gate, key = config.mlp, draw_keys(config.data.seed).gates
-    train, held = np.flatnonzero(data.folds != 0), np.flatnonzero(data.folds == 0)
+    train, held = data.without(0), np.flatnonzero(data.folds == 0)
 
     def params_of(experts: Ridge, gate_params: Params) -> Params:
-        return {"experts": jax.tree.map(jnp.asarray, experts._asdict())} | gate_params
+        return {"experts": experts._asdict()} | gate_params
 
     def part(rows: np.ndarray) -> tuple[jax.Array, ...]:
         return data.flux[rows], data.features[rows], data.y[rows]
 
-    with stages("gradient: choosing rate and epochs"):
-        blind_experts = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], best.backfit.by_fold)
-        out_of_fold = jnp.asarray(best.backfit.out_of_fold)
-        blind = fit_gate(key, gate, data.features[train], out_of_fold[train], data.y[train], config.gate)
-        start = params_of(blind_experts, blind.params)
-        mixture = route_soft(gate.apply(blind.params, data.features[held]), predict_ridge(blind_experts, data.flux[held]))
-        before = float(jnp.mean((data.y[held] - mixture) ** 2))
-        tried = []
-        penalty = alpha / len(train) * float(jnp.sum(blind_experts.coef**2))
-        for rate in config.gradient_rates:
-            adam = Adam(rate, config.gradient_epochs, patience=5)
-            fit = minimize(key, JointObjective(gate, alpha, len(train)), start, part(train), adam, validation=part(held))
-            after = float(fit.validation_loss[fit.best_epoch])
-            # The objective carries the ridge penalty, which is no part of the error.
-            tried.append({"rate": rate, "n_epochs": int(fit.best_epoch) + 1, "before": before + penalty, "after": after})
+    blind = params_of(start.blind, train_gate(config, data, key, start.out_of_fold, 0).params)
+    objective = JointObjective(config.mlp, alpha, len(train))
+    before = float(jnp.mean(objective(blind, part(held))))
+    tried = []
+    for rate in config.gradient_rates:
+        fit = minimize(key, objective, blind, part(train), Adam(rate, config.gradient_epochs, patience=5), validation=part(held))
+        after = float(fit.validation_loss[fit.best_epoch])
+        tried.append({"rate": rate, "n_epochs": int(fit.best_epoch) + 1, "before": before, "after": after})
     chosen = min(tried, key=lambda row: row["after"])
-    if chosen["after"] >= chosen["before"]:
-        return None, tried
-    with stages("gradient: all stars"):
+    params = params_of(start.experts, start.gate.params)
+    if chosen["after"] < before:
         n_epochs = int(chosen["n_epochs"])
         adam = Adam(chosen["rate"], n_epochs, patience=n_epochs + 1)
-        everything = params_of(best.backfit.experts, jax.tree.map(jnp.asarray, best.gate.params))
-        rows = np.arange(len(data.y))
-        fit = minimize(key, JointObjective(gate, alpha, len(rows)), everything, part(rows), adam, validation=0.0)
-        gate_params = {name: leaf for name, leaf in fit.params.items() if name != "experts"}
-        prediction = route_soft(
-            gate.apply(gate_params, data.test_features), predict_ridge(Ridge(**fit.params["experts"]), data.test_flux)
-        )
-    return np.asarray(prediction)[None, :], tried
+        everything = JointObjective(config.mlp, alpha, len(data.y))
+        params = minimize(key, everything, params, part(np.arange(len(data.y))), adam, validation=0.0).params
+    return predict(config, data, *split_params(params)), tried
 
 
-def predict_round(config: JointConfig, fitted: Round, features: jax.Array, flux: jax.Array) -> jax.Array:
-    """(N,) predictions of a round's mixture."""
-    weights = config.mlp.apply(jax.tree.map(jnp.asarray, fitted.gate.params), features)
-    experts = jax.tree.map(jnp.asarray, fitted.backfit.experts)
-    return route_soft(weights, predict_ridge(experts, flux))
-
-
-class Rounds(NamedTuple):
-    """All alternations, and what was chosen of them."""
-
-    alpha: float
-    first: Round
-    best: Round
-    table: pd.DataFrame  #: a row for each round, and of the first for each alpha
-
-
-def alternate_rounds(config: JointConfig, data: Data, frozen: GateFit, stages: Stages) -> Rounds:
-    """Chooses alpha in the first round, then alternates until the held-out loss hardly falls."""
-    settings = {"data": dataclasses.asdict(config.data), "gate": dataclasses.asdict(config.gate), "hidden": config.mlp.hidden}
-    settings |= {"max_sweeps": config.max_sweeps, "tolerance": config.tolerance}
-    rows: list[dict[str, Any]] = []
-
-    def run_round(path: list[float], params: Params) -> Round:
-        """The round after those of the alphas ``path[:-1]``, which ended with the gate ``params``."""
-        number, alpha = len(path), path[-1]
-        weights = config.mlp.apply(params, data.features)
-        with stages(f"round {number}, alpha {alpha:g}"):
-            fitted, _ = config.output.cache.load_or_compute(
-                "joint", settings | {"path": path}, [__file__], Round, lambda: alternate(config, data, weights, alpha, params)
-            )
-        loss, sweeps = held_out_loss(fitted.gate), int(fitted.backfit.n_sweeps)
-        row = {"round": number, "alpha": alpha, "held_out_loss": loss, "sweeps": sweeps}
-        row |= {"converged": bool(fitted.backfit.converged), "objective": float(np.asarray(fitted.backfit.objective)[sweeps])}
-        errors = data.y - predict_round(config, fitted, data.features, data.flux)
-        rows.append(row | {"training_mse": float(jnp.mean(errors**2))})
-        console.print(f"round {number}, alpha {alpha:g}: held-out loss {loss:.5f}, {sweeps} sweeps", highlight=False)
-        return fitted
-
-    rounds = {alpha: run_round([alpha], frozen.params) for alpha in config.joint_alphas}
-    alpha = min(rounds, key=lambda a: held_out_loss(rounds[a].gate))
-    first = best = rounds[alpha]
-    for number in range(2, config.n_rounds + 1):
-        following = run_round([alpha] * number, jax.tree.map(jnp.asarray, best.gate.params))
-        improvement = 1.0 - held_out_loss(following.gate) / held_out_loss(best.gate)
-        best = following if improvement > 0 else best
-        if improvement < config.least_improvement:
-            break
-    return Rounds(alpha, first, best, pd.DataFrame(rows))
+def compare_seeds(config: JointConfig, y: jax.Array, variants: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """The difference of R2 of each pair of variants, with an interval over gate seeds and test stars."""
+    rows, y64 = [], np.asarray(y, np.float64)
+    for question, names in QUESTIONS.items():
+        method, baseline = (variants[name] for name in names)
+        by_seed = np.mean((y64 - baseline) ** 2 - (y64 - method) ** 2, axis=1) / y64.var()
+        error = compare_by(config, y, {"": method}, baseline)["standard_error"].iloc[0]
+        ends = mean_over_seeds(by_seed, float(error), config.bootstrap.confidence_level)
+        row = {"question": question, "method": names[0], "baseline": names[1], "n_seeds": len(by_seed), "n_test": len(y64)}
+        rows.append(row | dict(zip(("delta_r2", "low", "high"), ends, strict=True)))
+    return pd.DataFrame(rows)
 
 
 def compute(config: JointConfig, stages: Stages) -> Results:
-    """Trains gates of frozen experts, then experts and gate together."""
+    """Trains gates of frozen experts, then experts and gate together, for each seed."""
     prepared = prepare(config.data, stages, config.output.cache)
     with stages("spectra"):
         data = jax.block_until_ready(load_data(config, prepared))
-    longer = dataclasses.replace(config.gate, epochs=config.gate.epochs * (config.n_rounds + 1))
-    with stages("gates of the frozen experts"):
-        stars, test = prepared.gate_stars(), prepared.test.covered()
-        x, yhat, y = map(jnp.asarray, (stars.features, stars.predictions, stars.log_g))
-        key = draw_keys(config.data.seed).gates
-        frozen, trained_longer = (fit_gate(key, config.mlp, x, yhat, y, training) for training in (config.gate, longer))
-    rounds = alternate_rounds(config, data, frozen, stages)
+    frozen_predictions, test = prepared.gate_stars().predictions, prepared.test.covered()
+    found: dict[str, list[np.ndarray]] = {name: [] for name in (FROZEN, ONE_ROUND, ALL_ROUNDS, GRADIENT, LEAKY)}
+    rounds: list[dict[str, Any]] = []
+    gradients: list[dict[str, float]] = []
+    alpha = np.nan
+    for seed, key in enumerate(gate_keys(config.data, config.n_seeds)):
 
-    def frozen_mixture(fit: GateFit) -> AnyArray:
-        return route_soft(config.mlp.apply(fit.params, test.features), test.predictions)[None, :]
+        def run_round(
+            protocol: str, number: int, weights: list[jax.Array], penalty: float, seed: int = seed, key: jax.Array = key
+        ) -> Round:
+            with stages(f"seed {seed}, round {number}, alpha {penalty:g}, {protocol}"):
+                fitted = alternate(config, data, key, weights, penalty)
+            errors = data.test_y - predict(config, data, fitted.experts, fitted.gate.params)
+            row = {"seed": seed, "round": number, "alpha": penalty, "gates": protocol}
+            losses = {"held_out_loss": held_out_loss(fitted.gate), "test_loss": float(jnp.mean(errors**2))}
+            rounds.append(row | losses)
+            console.print(", ".join(f"{name} {loss:.5f}" for name, loss in losses.items()), highlight=False)
+            return fitted
 
-    def joint_mixture(fitted: Round) -> AnyArray:
-        return predict_round(config, fitted, data.test_features, data.test_flux)[None, :]
-
-    variants = {
-        "frozen experts, classification gate": mix_by_class(prepared, test),
-        "frozen experts, MLP gate": frozen_mixture(frozen),
-        f"frozen experts, MLP gate, {longer.epochs} epochs": frozen_mixture(trained_longer),
-        "joint experts, one round": joint_mixture(rounds.first),
-        "joint experts, best round": joint_mixture(rounds.best),
-    }
-    by_gradient, tried = train_by_gradient(config, data, rounds.best, rounds.alpha, stages)
-    if by_gradient is not None:
-        variants["all by gradient from the best round"] = by_gradient
+        with stages(f"seed {seed}, gates of the frozen experts"):
+            weights = weights_by_fold(config, data, key, frozen_predictions)
+        frozen = config.mlp.apply(train_gate(config, data, key, frozen_predictions).params, test.features)
+        found[FROZEN].append(np.asarray(route_soft(frozen, test.predictions)))
+        if seed == 0:
+            tried = {a: run_round("by fold", 1, weights, a) for a in config.joint_alphas}
+            alpha = min(tried, key=lambda a: held_out_loss(tried[a].gate))
+        first = last = tried[alpha] if seed == 0 else run_round("by fold", 1, weights, alpha)
+        leaky = run_round("of all stars", 1, [weights[-1]] * len(weights), alpha)
+        for number in range(2, config.n_rounds + 1):
+            last = run_round("by fold", number, weights_by_fold(config, data, key, last.out_of_fold), alpha)
+        for name, fitted in ((ONE_ROUND, first), (ALL_ROUNDS, last), (LEAKY, leaky)):
+            found[name].append(predict(config, data, fitted.experts, fitted.gate.params))
+        with stages(f"seed {seed}, by gradient"):
+            prediction, rates = train_by_gradient(config, data, key, first, alpha)
+        found[GRADIENT].append(prediction)
+        gradients += [{"seed": seed} | row for row in rates]
+    variants = {"frozen experts, classification gate": mix_by_class(prepared, test)}
+    variants |= {name: np.stack(predictions) for name, predictions in found.items()}
     with stages("bootstrap"):
-        table = compare_by(config, data.test_y, variants, variants["frozen experts, MLP gate"])
-    gradient = pd.DataFrame(tried)
-    outcome = "" if by_gradient is not None else " No epoch lowered the held-out loss, so nothing was trained by gradient."
+        table = compare_by(config, data.test_y, variants, variants[FROZEN])
+        differences = compare_seeds(config, data.test_y, variants)
+    return report(config, data, alpha, table, differences, pd.DataFrame(rounds), pd.DataFrame(gradients))
+
+
+def report(
+    config: JointConfig,
+    data: Data,
+    alpha: float,
+    table: pd.DataFrame,
+    differences: pd.DataFrame,
+    rounds: pd.DataFrame,
+    gradients: pd.DataFrame,
+) -> Results:
+    """The tables with their paragraphs."""
+    shown = differences[["question", "method", "baseline"]].copy()
+    shown["delta R2"] = [interval(*ends) for ends in zip(*(differences[n] for n in ("delta_r2", "low", "high")), strict=True)]
+    chosen = rounds[rounds["alpha"] == alpha].groupby(["gates", "round"], sort=False)
+    means = chosen[["held_out_loss", "test_loss"]].mean().reset_index()
     return variants_results(
         "Experts and gate trained together",
         config.bootstrap,
         table,
-        setup=f"{len(data.y):,} covered training stars; {len(data.test_y):,} covered test stars. In a round all nine experts are "
-        "fitted to the mixture, given the previous gate's weights (back-fitting, with and without each of "
-        f"{config.data.experts.n_folds} folds); then the gate is trained on their out-of-fold predictions. Penalty and round are "
-        "those of the lowest loss on stars that the gate did not train on, predicted by experts that did not see them.",
-        against="frozen experts, MLP gate",
+        setup=f"{len(data.y):,} covered training stars; {len(data.test_y):,} covered test stars; {config.n_seeds} gate seeds, each "
+        "with experts of its own. In a round all nine experts are fitted to the mixture in closed form, given the previous gate's "
+        f"weights, with and without each of {config.data.experts.n_folds} folds; then the gate is trained on their out-of-fold "
+        "predictions. The experts without a fold are given the weights of a gate that was trained without it. The penalty "
+        f"({alpha:g}) is that of the lowest loss, in the first round of the first seed, on stars that the gate did not train on.",
+        against=FROZEN,
         sections=[
+            "## Does more than one round help, and what does the leak do?",
+            table_markdown(shown),
+            f"Intervals: {100 * config.bootstrap.confidence_level:g} %, over gate seeds and test stars. *a gate that saw the "
+            "held-out fold*: the experts without a fold are given the weights of one gate, trained on all stars.",
             "## Rounds",
-            table_markdown(rounds.table, {"alpha": "g", "held_out_loss": ".5f", "training_mse": ".5f", "objective": ".1f"}),
-            f"Frozen experts: held-out loss {held_out_loss(frozen):.5f}, with {longer.epochs} epochs "
-            f"{held_out_loss(trained_longer):.5f} (their validation stars are the same). *training mse*: of the mixture on the "
-            "stars that its experts were fitted to.",
+            table_markdown(means, {"held_out_loss": ".5f", "test_loss": ".5f"}),
+            "Means over seeds. *held out loss*: of the gate on its validation stars, with experts that did not see them; *test "
+            "loss*: of the mixture, with experts of all stars. `rounds.csv` has each seed and penalty.",
             "## By gradient",
-            table_markdown(gradient, {"rate": "g", "before": ".5f", "after": ".5f"}),
-            f"Objective on the first fold, which neither experts nor gate had seen, before and after the best epoch.{outcome}",
+            table_markdown(gradients, {"rate": "g", "before": ".5f", "after": ".5f"}),
+            "Objective on the first fold, which neither experts nor gate had seen, before and after the best epoch. Where no rate "
+            "lowers it, nothing is trained by gradient.",
         ],
-        tables={"rounds": rounds.table, "gradient": gradient},
-        fields={"alpha": rounds.alpha, "frozen_held_out_loss": held_out_loss(frozen)},
+        tables={"differences": differences, "rounds": rounds, "gradient": gradients},
+        fields={"alpha": alpha},
     )
 
 

@@ -34,7 +34,6 @@ from .experts.fit import cross_fitted_predictions as cross_fitted_predictions
 from .experts.fit import fit_experts as fit_experts
 from .experts.fit import fit_global as fit_global
 from .experts.fit import predict_experts as predict_experts
-from .experts.joint import backfit_mixture_experts as backfit_mixture_experts
 from .experts.joint import fit_mixture_experts as fit_mixture_experts
 from .experts.local import LocalMixture as LocalMixture
 from .experts.local import fit_local as fit_local

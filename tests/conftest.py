@@ -3,12 +3,21 @@
 import fcntl
 import os
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the suite's time is compilation; programs that run once need little optimisation (at level 0 XLA 0.10 miscompiles
-# the gradient of a mixture).
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true")
+# the gradient of a mixture). The last two save a third of it; an XLA that no longer knew one of them would abort.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
+    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    * version("jaxlib").startswith(("0.8.", "0.9.", "0.10.")),
+)
+
+# The workers keep the cores busy: further threads of BLAS would wait for each other, and double its time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Programs that several tests, workers or child processes need are compiled once.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

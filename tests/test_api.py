@@ -75,7 +75,6 @@ CASES = {
     "assign_cells": Case(mj.assign_cells, "T_eff M_H", nan=""),
     "nearest_cells": Case(mj.nearest_cells, "T_eff M_H", nan=""),
     "fit_mixture_experts": Case(lambda *a: mj.fit_mixture_experts(*a, 1.0), "x y weights", derivative="y"),
-    "backfit_mixture_experts": Case(lambda *a: mj.backfit_mixture_experts(*a, 1.0, max_sweeps=2), "x y weights"),
     "ridge_leverage": Case(lambda x: mj.ridge_leverage(x, 1.0, x), "x", derivative="x"),
     "calibrate": Case(lambda *a: mj.calibrate(*a, K, levels=(0.5,)), "sample_weight cell", "sample_weight cell"),
     "r2_score": Case(mj.r2_score, "y prediction", derivative="prediction", nan="spreads"),

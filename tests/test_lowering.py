@@ -44,10 +44,6 @@ PROGRAMS = {
     "predict_ridge": (moe_jax.predict_ridge, (moe_jax.Ridge(x[0], y[0]), x)),
     "cross_validate_ridge": (lambda x, y: moe_jax.cross_validate_ridge(x, y, np.array([0.1, 1.0]), folds=folds), (x, y)),
     "fit_mixture_experts": (lambda *data: moe_jax.fit_mixture_experts(*data, 1.0), (x, y, weights)),
-    "backfit_mixture_experts": (
-        lambda *data: moe_jax.backfit_mixture_experts(*data, 1.0, folds=folds, max_sweeps=2),
-        (x, y, weights),
-    ),
     "MLP gate, Adam": gate_fit(MLPGate(8), GateConfig(epochs=2)),
     "linear gate, Adam": gate_fit(LinearGate(), GateConfig(epochs=2)),
     "linear gate, L-BFGS": gate_fit(LinearGate(), GateConfig(optimizer="lbfgs", validation_fraction=0.0)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pandas as pd
 
 from experiments.pipeline.config import DataConfig, draw_keys
 from experiments.pipeline.observation import SLICE, Observation, observe, observe_surveys
 from experiments.pipeline.stars import Prepared
 from experiments.runner.stages import Stages
-from moe_jax.apply.conformal import LEVELS, Calibration, calibrate
+from moe_jax.apply.conformal import LEVELS, Calibration, calibrate, coverage_table
 from moe_jax.apply.model import Model, Uncertainty, predict_model
 from moe_jax.apply.novelty import fit_feature_range
 from moe_jax.apply.uncertainty import (
@@ -30,6 +32,7 @@ from moe_jax.apply.uncertainty import (
 )
 from moe_jax.core.arrays import InputError
 from moe_jax.core.pca import fit_pca
+from moe_jax.experts.cells import CELL_NAMES
 from moe_jax.gates.networks import Gate
 from moe_jax.gates.optimize import Params
 from moe_jax.gates.routing import route_soft
@@ -41,6 +44,8 @@ SCALING = 4  # of so many stars to calibrate on, one is for the factors of the v
 LEAST_SCALING = 100  # with fewer stars the factors stay at 1
 LEAST_KEPT = 600  # fewer stars of a training file are not kept to calibrate on: a cell would have less than 60
 SCALED = 0.05  # spectra whose medians scatter by less than this part were scaled to a common median
+MAG_EDGES = (20.5, 21.0, 21.5, 22.0, 22.5)
+MAG_NAMES = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(MAG_EDGES)]
 
 
 @dataclass(frozen=True)
@@ -186,6 +191,11 @@ class LabelledPrediction(NamedTuple):
     def select(self, rows: np.ndarray) -> LabelledPrediction:
         """Some of the stars."""
         return LabelledPrediction(*(array[rows] for array in self))
+
+    def coverage(self, levels: np.ndarray) -> pd.DataFrame:
+        """Coverage of the intervals: of all stars, by true cell and by magnitude; see ``coverage_table``."""
+        groups = {"cell": self.cell, "mag": np.digitize(self.mag, MAG_EDGES) - 1}
+        return coverage_table(self.residual, self.half_width, levels, groups, {"cell": CELL_NAMES, "mag": MAG_NAMES})
 
 
 def predict_out_of_fold(config: DataConfig, prepared: Prepared, model: Model, n_stars: int) -> LabelledPrediction:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +16,8 @@ from moe_jax.evaluate.bootstrap import DEFAULT_METHOD
 from moe_jax.evaluate.intervals import IntervalMethod
 from moe_jax.experts.cells import N_CELLS
 from moe_jax.gates.classifier import C_GRID
+from moe_jax.gates.networks import MLPGate
+from moe_jax.gates.training import GateConfig
 from moe_jax.spectra.simulate import LabelSampling
 
 Coverage = Literal["cells", "edge_clamp", "tenth_expert"]
@@ -159,6 +161,11 @@ class BootstrapOptions:
         if not 0 < self.confidence_level < 1:
             raise InputError(f"confidence_level is {self.confidence_level}, expected a number between 0 and 1")
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of ``moe_jax.evaluate``'s bootstraps."""
+        return {"n_resamples": self.n_resamples, "confidence_level": self.confidence_level, "method": self.interval_method}
+
 
 @dataclass(frozen=True)
 class OutputOptions:
@@ -175,3 +182,28 @@ class OutputOptions:
     def cache(self) -> Cache:
         """The cache of the stages."""
         return Cache(self.cache_dir if self.use_cache else None)
+
+
+@dataclass(frozen=True)
+class ComparisonConfig:
+    """What the studies share that compare methods on the same test stars."""
+
+    preset: Literal["default", "smoke"] = "default"
+    """Preset from which the other options start."""
+    data: DataConfig = group(DataConfig())
+    bootstrap: BootstrapOptions = group(BootstrapOptions())
+    output: OutputOptions = group(OutputOptions())
+
+
+@dataclass(frozen=True)
+class GateStudyConfig(ComparisonConfig):
+    """Likewise of those that train gates of several seeds."""
+
+    n_seeds: int = 4
+    """Gates of each kind."""
+    gate: GateConfig = group(GateConfig(), prefix=True)
+    mlp: MLPGate = group(MLPGate())
+
+
+#: What the smoke presets of these have in common.
+QUICK: dict[str, Any] = {"preset": "smoke", "data": SMALL, "n_seeds": 2, "gate": GateConfig(epochs=5)}

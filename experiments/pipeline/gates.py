@@ -84,6 +84,14 @@ def gate_keys(config: DataConfig, n_seeds: int) -> jax.Array:
     return jax.random.split(jax.random.fold_in(draw_keys(config.seed).gates, 1_000 + config.noise_draw), n_seeds)
 
 
+class Changes(NamedTuple):
+    """What differs between S gates that are trained in one call."""
+
+    hyper: Hyper | None  #: (S,) numbers that replace those of the gates' configuration
+    mask: AnyArray  #: (S, F) factors on the features; 0 takes a feature away
+    temperature: AnyArray | float  #: (S,) temperatures at which the trained weights are used on the test stars
+
+
 def train_gates(
     keys: jax.Array,
     logistic: Params,
@@ -91,65 +99,37 @@ def train_gates(
     test: Stars,
     gate: Gate,
     gate_config: GateConfig,
-    *,
-    hyper: Hyper | None = None,
-    mask: AnyArray | None = None,
-    temperature: AnyArray | None = None,
+    changes: Changes | None = None,
 ) -> Sweep:
-    """Trains a gate for each key and applies it to test stars.
-
-    Args:
-        keys: S random keys.
-        logistic: params of the classification gate.
-        stars: what the gates are trained on.
-        test: what they are applied to.
-        gate: form of the gates.
-        gate_config: how they are trained.
-        hyper: (S,) numbers that replace those of ``gate_config``.
-        mask: (S, F) factors on the features; 0 takes a feature away.
-        temperature: (S,) temperatures at which the trained weights are used on the test stars.
+    """Trains a gate for each of S keys, and applies it to test stars; ``logistic`` are the params of the classification gate.
 
     Raises:
         InputError: where the training stars teach nothing; see ``require_informative``.
     """
     require_informative(stars.features, stars.predictions, stars.log_g)
-    n_seeds, n_features = len(keys), test.features.shape[1]
-    by_seed = _BySeed(
-        keys,
-        jax.tree.map(jnp.asarray, hyper),
-        jnp.ones((n_seeds, n_features)) if mask is None else jnp.asarray(mask),
-        jnp.ones(n_seeds) if temperature is None else jnp.asarray(temperature),
-    )
-    train = tuple(map(jnp.asarray, (stars.features, stars.predictions, stars.log_g)))
-    test_arrays = tuple(map(jnp.asarray, (test.features, test.predictions)))
-    arrays = on_all((by_seed, train, test_arrays, logistic), devices_for(n_seeds))
-    sweep: Sweep = _train_at_once(*arrays, gate, gate_config)
+    changes = changes or Changes(None, jnp.ones((len(keys), test.features.shape[1])), jnp.ones(len(keys)))
+    arrays = (changes, (stars.features, stars.predictions, stars.log_g), (test.features, test.predictions))
+    on_devices = on_all((keys, *jax.tree.map(jnp.asarray, arrays), logistic), devices_for(len(keys)))
+    sweep: Sweep = _train_at_once(*on_devices, gate, gate_config)
     return jax.tree.map(np.asarray, sweep)
-
-
-class _BySeed(NamedTuple):
-    """What differs between the gates of one call."""
-
-    key: jax.Array
-    hyper: Hyper | None
-    mask: jax.Array
-    temperature: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("gate", "config"))
 def _train_at_once(
-    by_seed: _BySeed,
+    keys: jax.Array,
+    changes: Changes,
     train: tuple[jax.Array, ...],
     test: tuple[jax.Array, ...],
     logistic: Params,
     gate: Gate,
     config: GateConfig,
 ) -> Sweep:
-    def train_one(seed: _BySeed, shared: Any) -> Sweep:
+    def train_one(each: tuple[jax.Array, Changes], shared: Any) -> Sweep:
+        key, (hyper, mask, temperature) = each
         (features, predictions, y), (test_features, test_predictions), logistic = shared
-        features, test_features = features * seed.mask[None, :], test_features * seed.mask[None, :]
-        fit = fit_gate(seed.key, gate, features, predictions, y, config, logistic=logistic, hyper=seed.hyper)
-        weights = sharpen(gate.apply(fit.params, test_features), seed.temperature)
+        features, test_features = features * mask[None, :], test_features * mask[None, :]
+        fit = fit_gate(key, gate, features, predictions, y, config, logistic=logistic, hyper=hyper)
+        weights = sharpen(gate.apply(fit.params, test_features), temperature)
         return Sweep(
             predictions=route_soft(weights, test_predictions),
             mean_weights=jnp.mean(weights, axis=0),
@@ -162,5 +142,5 @@ def _train_at_once(
             converged=fit.converged,
         )
 
-    sweep: Sweep = map_devices(train_one, by_seed, (train, test, logistic))
+    sweep: Sweep = map_devices(train_one, (keys, changes), (train, test, logistic))
     return sweep

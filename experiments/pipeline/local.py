@@ -1,4 +1,4 @@
-"""The mixture of local linear experts that a run fits beside its nine ridges: trained, calibrated and judged on the same stars."""
+"""The mixture of local linear experts that a run fits beside its nine ridges, trained and calibrated on the same stars."""
 
 from __future__ import annotations
 
@@ -7,22 +7,16 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-import pandas as pd
 
 from experiments.pipeline.calibration import CalibrationConfig, LabelledPrediction, observe_calibration_stars, predict_labelled
-from experiments.pipeline.config import DataConfig, draw_keys
+from experiments.pipeline.config import DataConfig
 from experiments.pipeline.observation import Observation, observe_surveys
-from experiments.report.markdown import interval, table_markdown
-from experiments.report.pairs import MAGNITUDES, magnitude_bins
 from experiments.runner.cache import Cache
 from experiments.runner.command_line import require_at_least
 from experiments.runner.stages import Stages
-from moe_jax.apply.conformal import Calibration, calibrate, coverage_table
+from moe_jax.apply.conformal import Calibration, calibrate
 from moe_jax.apply.model import LocalModel, Model
-from moe_jax.core.arrays import AnyArray, InputError, to_device
-from moe_jax.evaluate.bootstrap import bootstrap_delta_r2
-from moe_jax.evaluate.metrics import r2_score
-from moe_jax.experts.cells import CELL_NAMES
+from moe_jax.core.arrays import InputError, to_device
 from moe_jax.experts.local import LocalMixture, fit_local
 
 LABELS = ("T_eff", "log_g", "M_H", "a_M")  # what shapes the spectra
@@ -58,18 +52,11 @@ def fit_local_mixture(config: DataConfig, settings: LocalConfig, train: Observat
         raise InputError(f"found {n_covered} covered stars, expected at least {LEAST_STARS}")
 
     def compute() -> LocalMixture:
-        flux, error = np.empty((2, n_covered, len(train.wave)), jax.dtypes.canonicalize_dtype(np.float64))
-        done = 0
-        for rows, *parts in train.slices(0, n_stars):
-            end = done + int(covered[rows].sum())
-            for kept, part in zip((flux, error), parts, strict=True):
-                kept[done:end] = np.asarray(part)[covered[rows]]
-            done = end
         values = [np.asarray(getattr(train.labels, name))[:n_stars][covered] for name in LABELS]
         labels = np.stack([value for value in values if np.isfinite(value).all() and np.ptp(value) > 0], axis=1)
         degree = HIGH_DEGREE if n_covered >= MANY_STARS else LOW_DEGREE
         n_cells = min(settings.n_cells, n_covered // CELL_STARS)
-        return fit_local(flux, error, labels, values[1], n_cells=n_cells, degree=degree, seed=config.seed)
+        return fit_local(*train.read_covered(n_stars), labels, values[1], n_cells=n_cells, degree=degree, seed=config.seed)
 
     of_all = {"data": dataclasses.asdict(config), "local": dataclasses.asdict(settings)}
     mixture: LocalMixture = to_device(cache.load_or_compute("local", of_all, [__file__], LocalMixture, compute)[0])
@@ -101,54 +88,3 @@ def add_local(
         predicted = predict_labelled(model, test, local=True)
     notes = [f"the local linear experts are {NOT_CALIBRATED}"] * (held is None)
     return model, predicted.select(predicted.cell >= 0), notes
-
-
-def judge_local(
-    config: DataConfig, stars: LabelledPrediction, mixture: AnyArray, n_resamples: int, confidence_level: float
-) -> tuple[dict[str, pd.DataFrame], list[str]]:
-    """Tables and paragraphs: R2 against the mixture of nine ridges on the covered test stars, and coverage.
-
-    Args:
-        config: of the run.
-        stars: what the local linear experts predict for the covered test stars.
-        mixture: what the mixture of nine ridges predicts for them.
-        n_resamples: of the bootstrap.
-        confidence_level: of the interval of the difference.
-    """
-    difference = bootstrap_delta_r2(
-        draw_keys(config.seed).bootstrap,
-        stars.log_g,
-        stars.prediction,
-        mixture,
-        n_resamples=n_resamples,
-        confidence_level=confidence_level,
-    ).overall
-    residuals = {"nine ridges, MLP gate": stars.log_g - np.asarray(mixture), "local linear experts": stars.residual}
-    scores = pd.DataFrame(
-        [
-            (name, float(r2_score(stars.log_g, stars.log_g - residual)), float(np.sqrt(np.mean(residual**2))))
-            for name, residual in residuals.items()
-        ],
-        columns=["method", "r2", "rmse"],
-    )
-    gain, low, high = (float(value) for value in (difference.estimate, difference.low, difference.high))
-    tables = {"local": scores.assign(delta_r2=[np.nan, gain], low=[np.nan, low], high=[np.nan, high])}
-    sections = [
-        "## Beside the report: local linear experts",
-        f"Many local linear experts, in closed form too, fitted to the same stars. On the covered test stars: R2 "
-        f"{scores['r2'][1]:.4f}, {interval(gain, low, high)} from the mixture of nine ridges with the "
-        f"cross-fitted MLP gate (R2 {scores['r2'][0]:.4f}). They are in the model: `predict --answer local`.",
-    ]
-    if not stars.half_width.shape[1]:
-        sections.append(f"Their intervals are {NOT_CALIBRATED}.")
-    else:
-        groups: dict[str, AnyArray | None] = {"cell": stars.cell, "mag": magnitude_bins(stars.mag)}
-        all_names = {"cell": list(CELL_NAMES), "mag": list(MAGNITUDES)}
-        levels = np.asarray([0.68, 0.90, 0.95])
-        tables["local_coverage"] = coverage_table(stars.residual, stars.half_width, levels, groups, all_names)
-        of_level = tables["local_coverage"]["level"] == levels[0]
-        sections += [
-            "Coverage of their 68 % intervals, with 95 % intervals of the coverage (Clopper-Pearson):",
-            table_markdown(tables["local_coverage"][of_level].drop(columns="level"), {}),
-        ]
-    return tables, sections

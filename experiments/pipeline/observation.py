@@ -59,6 +59,16 @@ class Observation:
         """Rows, noisy flux and its standard deviation of the stars ``start`` to ``stop - 1``, a slice at a time."""
         return ((rows, *self.read(rows.start, rows.stop)) for rows in slices(start, self.n_stars if stop is None else stop))
 
+    def read_covered(self, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Noisy flux and its standard deviation of the stars before ``stop`` that have an expert; the others are not kept."""
+        covered, done = np.asarray(self.cell)[:stop] >= 0, 0
+        flux, error = np.empty((2, covered.sum(), len(self.wave)), jax.dtypes.canonicalize_dtype(float))
+        for rows, *parts in self.slices(0, len(covered)):
+            n = covered[rows].sum()
+            flux[done : done + n], error[done : done + n] = (np.asarray(part)[covered[rows]] for part in parts)
+            done += n
+        return flux, error
+
     def _observe(self, start: int, stop: int) -> tuple[jax.Array, AnyArray]:
         """Noisy flux, and the errors as the spectra have them."""
         flux, error = self.spectra.read(start, stop)

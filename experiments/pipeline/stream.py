@@ -129,15 +129,7 @@ class SavedSums(NamedTuple):
 def accumulate(
     config: DataConfig, train: Observation, group: np.ndarray, saved: Path | None, stages: Stages
 ) -> tuple[Sums, Offsets]:
-    """Sums of the training stars of each group: those of each cell's folds, and of the stars without an expert by fold.
-
-    Args:
-        config: gives the number of groups and the size of chunks.
-        train: the stars.
-        group: (N,) of each star.
-        saved: file of the sums of the chunks that are done; None: nothing is kept.
-        stages: times the chunks.
-    """
+    """Sums of the training stars of each group, of which ``group`` (N,) has the numbers; chunks that are done are in ``saved``."""
     mesh, log_g = device_mesh(), np.asarray(train.labels.log_g, np.float32)
     n_groups, n_pixels = (config.n_experts + 1) * config.experts.n_folds, len(np.asarray(train.wave))
     first = next(slices(0, train.n_stars))

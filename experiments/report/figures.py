@@ -190,7 +190,7 @@ def loss_curves(fits: Mapping[Method, GateFit]) -> Figure:
             epochs = np.arange(1, len(fit.train_loss) + 1)
             ax.plot(epochs, fit.train_loss, color=COLORS[name], ls=":", lw=1.4, label=f"{TITLES[name]}: training")
             ax.plot(epochs, fit.validation_loss, color=COLORS[name], lw=1.4, label=f"{TITLES[name]}: validation")
-            ax.plot(best + 1, fit.validation_loss[best], marker, color=COLORS[name])
+            ax.plot(best + 1, np.asarray(fit.validation_loss)[best], marker, color=COLORS[name])
         ax.set_title(f"gates trained {protocol}", loc="left")
         ax.set_xlabel("epoch (marker: best)")
         ax.set_yscale("log")
@@ -276,3 +276,31 @@ def floor_plot(table: pd.DataFrame) -> Figure:
     ax.set_ylabel("root mean squared error of log g")
     fig.legend(fontsize=8, ncols=3, loc="outside upper center")
     return fig
+
+
+def plot_fit(wave: np.ndarray, flux: np.ndarray, error: np.ndarray, model: np.ndarray, used: np.ndarray, title: str) -> Figure:
+    """A spectrum (P,), its fit, and the residuals in standard deviations.
+
+    ``used`` is 1 where a pixel was used, 0 where it stands out, and -1 where the file masks it.
+    """
+    figure, axes = new_figure(2, 1, figsize=(12, 6), sharex=True, height_ratios=(3, 1))
+    known = used >= 0
+    axes[0].plot(wave, np.where(known, flux, np.nan), color="0.6", lw=0.7, label="data")
+    axes[0].plot(wave, model, color=BLUE, lw=0.8, label="fit")
+    axes[0].set_ylim(0.0, 1.15 * np.percentile(flux[known], 99.5))
+    axes[0].set_ylabel("flux, scaled to a median of 0.5")
+    axes[0].set_title(title, loc="left")
+    residual = (flux - model) / error
+    axes[1].plot(wave, np.where(used == 1, residual, np.nan), color="0.4", lw=0.5)
+    limit = max(5.0, float(1.2 * np.percentile(np.abs(residual[used == 1]), 99.5)))
+    axes[1].set_ylim(-limit, limit)
+    axes[1].set_ylabel("residual / error")
+    axes[1].set_xlabel("vacuum wavelength (Angstrom)")
+    for value, color, marker, label in ((0, ORANGE, "x", "stands out, masked"), (-1, "k", "|", "masked in the file")):
+        masked = used == value
+        if masked.any():
+            place = np.clip(residual[masked], -limit, limit) if value == 0 else np.full(masked.sum(), -limit)
+            axes[1].plot(wave[masked], place, marker, color=color, ms=4, clip_on=False)
+            axes[0].plot([], [], marker, color=color, label=f"{label}: {masked.sum()} pixels")
+    axes[0].legend(loc="lower right", ncols=4, frameon=False)
+    return figure

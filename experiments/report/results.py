@@ -16,6 +16,7 @@ from rich.tree import Tree
 
 from experiments.pipeline.config import OutputOptions
 from experiments.report.figures import save_figure
+from experiments.runner.command_line import HasPreset
 from experiments.runner.provenance import command_of, describe_run
 from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import InputError
@@ -25,12 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class StudyConfig(Protocol):
+class StudyConfig(HasPreset, Protocol):
     """What the frame needs of a configuration."""
-
-    @property
-    def preset(self) -> str:
-        """Name of the preset that it started from."""
 
     @property
     def output(self) -> OutputOptions:

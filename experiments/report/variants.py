@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
 
-from experiments.pipeline.config import BootstrapOptions, DataConfig, draw_keys
+from experiments.pipeline.config import BootstrapOptions, ComparisonConfig, draw_keys
 from experiments.report.figures import interval_plot
 from experiments.report.markdown import interval, table_markdown
 from experiments.report.results import Results
@@ -20,30 +20,9 @@ _KEYS = ["protocol", "stars", "form", "optimiser", "start", "inputs", "changed",
 _FORMATS = {"gradient_norm": ".1e", "loss": ".5f", "validation_loss": ".5f", "best_epoch": ".0f", "converged": ".0%"}
 
 
-class VariantsConfig(Protocol):
-    """What a comparison needs of a configuration."""
-
-    @property
-    def data(self) -> DataConfig:
-        """Its seed draws the resamples."""
-
-    @property
-    def bootstrap(self) -> BootstrapOptions:
-        """How the intervals are made."""
-
-
-def compare_by(config: VariantsConfig, y: AnyArray, variants: Mapping[str, AnyArray], baseline: AnyArray) -> pd.DataFrame:
+def compare_by(config: ComparisonConfig, y: AnyArray, variants: Mapping[str, AnyArray], baseline: AnyArray) -> pd.DataFrame:
     """``compare_variants`` with the resamples, level and method of a configuration."""
-    options = config.bootstrap
-    return compare_variants(
-        draw_keys(config.data.seed).bootstrap,
-        y,
-        variants,
-        baseline,
-        n_resamples=options.n_resamples,
-        confidence_level=options.confidence_level,
-        method=options.interval_method,
-    )
+    return compare_variants(draw_keys(config.data.seed).bootstrap, y, variants, baseline, **config.bootstrap.arguments)
 
 
 def variants_results(

@@ -39,9 +39,6 @@ def source_files(*modules: Path) -> tuple[Path, ...]:
 
     The imports are read from the source, so a stage depends on all code that can run in it. Data files are those in the
     folder ``data`` beside an imported module.
-
-    Args:
-        *modules: paths of Python files in this project.
     """
     files: set[Path] = set()
     waiting = {module.resolve() for module in modules}

@@ -6,6 +6,7 @@ it, made by ``group``.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import sys
@@ -61,12 +62,9 @@ def parse_config(presets: Mapping[str, Config], description: str | None, argumen
 
     A preset's numbers of stars are for simulated surveys. Where a survey file is given without a number, all its stars are read.
     """
-    name = "default"
-    for i, argument in enumerate(arguments):
-        if argument == "--preset" and i + 1 < len(arguments):
-            name = arguments[i + 1]
-        elif argument.startswith("--preset="):
-            name = argument.partition("=")[2]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", nargs="?", default="default")
+    name = parser.parse_known_args(arguments)[0].preset
     default = presets.get(name, presets["default"])  # tyro rejects a name that is no preset
     with _shown_options(presets, default):
         config: Any = tyro.cli(type(default), prog=_program(), default=default, description=description, args=list(arguments))

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from experiments.runner.command_line import HasPreset, as_typed, compile_seconds
 
@@ -74,7 +73,7 @@ def describe_machine() -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "device": f"{device.platform}: {device.device_kind}",
         "cpu_cores": os.cpu_count(),
-        "precision": f"{jnp.zeros(0).dtype}, matmul precision highest (no TF32)",
+        "precision": f"{jax.dtypes.canonicalize_dtype(float)}, matmul precision highest (no TF32)",
         "compile_seconds": round(compile_seconds(), 3),
         "peak_memory_gib": round(peak_memory() / 2**30, 2),
     }

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 
 from moe_jax.apply.conformal import LEVELS
 from moe_jax.apply.model import Model, Uncertainty, predict_model, with_variance
-from moe_jax.apply.robust import QUANTILES, RobustFit, fit_robustly
+from moe_jax.apply.robust import COOL, QUANTILES, RobustFit, fit_robustly
 from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.gates.features import LINE_WINDOWS, SIDEBAND
 from moe_jax.spectra.resample import LEAST_OVERLAP, MaskedSpectra, overlaps, pixel_edges, resample
@@ -198,7 +198,7 @@ def apply_model(application: Application, spectra: MaskedSpectra, first_star: in
 
 
 def fit_columns(fit: RobustFit) -> pd.DataFrame:
-    """log_g and its intervals, velocity (km/s), T_eff (K), M_H and a_M, each with NAME_error, and chi2 per degree of freedom."""
+    """log_g and its intervals, velocity (km/s), T_eff (K), M_H, a_M, each with NAME_error; chi2, cool (0 or 1), outside_cells."""
     columns = {"log_g": fit.labels[:, 1], "uncertainty": QUANTILES[0] * fit.error[:, 1]}
     columns |= {
         f"half_width_{100 * level:.0f}": quantile * fit.error[:, 1]
@@ -207,7 +207,8 @@ def fit_columns(fit: RobustFit) -> pd.DataFrame:
     columns |= {"velocity": fit.velocity, "velocity_error": fit.velocity_error}
     for name, i in (("T_eff", 0), ("M_H", 2), ("a_M", 3)):
         columns |= {name: fit.labels[:, i], f"{name}_error": fit.error[:, i]}
-    return pd.DataFrame(columns | {"chi2": fit.chi2})
+    cool = np.where(fit.fitted, fit.labels[:, 0] < COOL, np.nan)
+    return pd.DataFrame(columns | {"chi2": fit.chi2, "cool": cool, "outside_cells": fit.outside})
 
 
 def _interval_columns(log_g: AnyArray, sigma: AnyArray | None, half_width: AnyArray, levels: AnyArray) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -48,6 +49,12 @@ def open_catalogue(path: Path | str) -> Iterator[Writer]:
     suffix, path = require_suffix(path), Path(path)
     if path.is_dir():
         raise InputError(f"{path}: found a folder, expected the name of a file")
+    for folder in path.parents:
+        if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
+            found = "a folder that cannot be written to" if folder.is_dir() else "a file"
+            raise InputError(f"{path}: found that {folder} is {found}, expected a folder for the table")
+        if folder.exists():
+            break
     kinds: dict[str, Any] = {".csv": _CSV, ".parquet": _Parquet, ".fits": _FITS}
     with atomic_path(path) as temporary, ExitStack() as stack:
         writer = kinds[suffix](temporary, stack)

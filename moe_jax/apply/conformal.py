@@ -7,16 +7,15 @@ of at least ``level``, whatever the distributions (Vovk, Gammerman & Shafer 2005
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import scipy
 from jaxtyping import Float, Int
 
-from moe_jax.core.arrays import AnyArray, InputError, require_vectors
+from moe_jax.core.arrays import AnyArray, InputError, by_numpy, require_vectors
 from moe_jax.core.convert import convert_arguments
 
 LEVELS = (0.68, 0.90, 0.95)
@@ -70,17 +69,18 @@ def _rank(n_stars: int, level: float) -> int:
     return int(np.ceil((n_stars + 1) * level - 1e-9))
 
 
-def half_widths(calibration: Calibration, sigma: Float[AnyArray, " N"], group: Int[AnyArray, " N"]) -> Float[jax.Array, "N L"]:
+@by_numpy
+def half_widths(calibration: Calibration, sigma: Float[AnyArray, " N"], group: Int[AnyArray, " N"]) -> Float[AnyArray, "N L"]:
     """Half the width of each star's interval at each level."""
-    return jnp.asarray(calibration.quantiles)[jnp.asarray(group)] * jnp.asarray(sigma)[:, None]
+    return calibration.quantiles[group] * sigma[:, None]
 
 
 def coverage_table(
     residual: Float[AnyArray, " N"],
     half_width: Float[AnyArray, "N L"],
     levels: Float[AnyArray, " L"],
-    groups: dict[str, Int[AnyArray, " N"] | None],
-    names: dict[str, list[str]],
+    groups: Mapping[str, Int[AnyArray, " N"]],
+    names: Mapping[str, Sequence[str]],
 ) -> pd.DataFrame:
     """Actual coverage and mean half-width at each level, for all stars and for each group.
 

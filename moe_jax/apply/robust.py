@@ -3,6 +3,11 @@
 A spectrum is resampled to the pixels of the grid, scaled, and fitted by ``moe_jax.spectra.label_fit``: labels, velocity, broadening
 and a continuum. Where many pixels stand out, they are masked with their surroundings and the star is fitted once more.
 
+Some spectra have a constant added to them (a sky that was subtracted wrongly), or a stretched wavelength scale. Most have not, and
+lose precision where it is fitted. So each is given a probability, from how much it lowers chi2: half of the stars are taken to have
+one, of a normal distribution with the width ``RARE``. The labels are means over both cases. Where a constant is beyond doubt, the
+star is fitted once more with it.
+
 How well a fit describes a spectrum is judged by three chi2: of single pixels, of the residuals' means over 4 pixels, and of those
 over 32. The first one alone says that the stated errors are wrong, and scales the uncertainties. The other two, divided by the
 first, are near 1 unless residuals hang together, as those of lines and continua that the grid does not have.
@@ -10,20 +15,24 @@ first, are near 1 unless residuals hang together, as those of lines and continua
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
 import scipy
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from moe_jax.core.arrays import AnyArray
+from moe_jax.experts.cells import M_H_EDGES, T_EFF_EDGES
 from moe_jax.spectra.fisher import LABEL_UNITS
-from moe_jax.spectra.label_fit import LabelFit, fit_labels, fitted_flux
+from moe_jax.spectra.label_fit import LabelFit, fit_labels
+from moe_jax.spectra.label_model import default_model
 from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.resample import MaskedSpectra, overlaps, resample
 from moe_jax.spectra.simulate import LABEL_LATTICE
 
 POOR_FIT, EMISSION_LINES, VELOCITY_UNCERTAIN, NOT_A_STAR = "poor_fit", "emission_lines", "velocity_uncertain", "not_a_star"
+BLENDED, OUTSIDE_CELLS = "blended", "outside_cells"
 N_CONTINUUM = 9  # terms of the continuum
 SCALES = (4, 32)  # pixels over which residuals are averaged
 LIMITS = (1.09, 1.36)  #: of chi2 at these scales; 0.3 % of good spectra lie above each of them
@@ -32,6 +41,12 @@ EMISSIONS = 3  #: so many lines in emission are flagged
 QUANTILES = (0.93, 1.66, 2.11)  #: of |error| / standard deviation at the levels of ``moe_jax.apply.conformal``
 UNIQUE = 25.0  #: contrast below which the velocity is not unique
 NO_STAR = 12.0  #: contrast below which nothing looks like a star
+RARE = (0.1, 20.0)  #: standard deviations of a constant (of the median flux), and of a stretch (km/s at the ends)
+SECOND_STAR = 13.0  #: decrease of chi2 by a second star, in units of the misfit, above which a star is a blend
+ABSURD = 100.0  #: chi2 above which the errors, or the fit, mean nothing
+COOL = 4250.0  #: K; below, molecules matter that the grid does not have
+SURELY = 0.999  #: probability of lying outside the cells that is flagged
+_CERTAIN = 3.0  # standard deviations of a constant that is fitted
 _MANY_MASKED = 10  # pixels that stand out, above which a star is fitted again
 _RUN, _GROWTH = 4, 5  # so many masked neighbours are a feature, and so many pixels on both sides belong to it
 _LEAST_GOOD = 0.3  # part of the pixels of the grid that a fit needs
@@ -42,6 +57,7 @@ class RobustFit(NamedTuple):
 
     labels: Float[np.ndarray, "N 4"]  #: T_eff (K), log g, [M/H], [alpha/M]
     error: Float[np.ndarray, "N 4"]  #: standard deviations, widened by the misfit
+    plain_error: Float[np.ndarray, " N"]  #: of log g, if there is neither a constant nor a stretch
     velocity: Float[np.ndarray, " N"]  #: km/s, as observed: not barycentric
     velocity_error: Float[np.ndarray, " N"]  #: km/s
     chi2: Float[np.ndarray, " N"]  #: per degree of freedom, of single pixels
@@ -49,8 +65,14 @@ class RobustFit(NamedTuple):
     contrast: Float[np.ndarray, " N"]  #: see ``LabelFit``
     n_masked: Float[np.ndarray, " N"]  #: pixels that were masked since they stand out
     n_emission: Float[np.ndarray, " N"]  #: features of masked pixels above the model
+    blend_gain: Float[np.ndarray, " N"]  #: decrease of chi2 by a second star, in units of the misfit
+    outside: Float[np.ndarray, " N"]  #: probability that the star lies outside the cells of the mixture
     at_edge: Bool[np.ndarray, " N"]  #: whether a label lies at the edge of the grid
     fitted: Bool[np.ndarray, " N"]
+    flux: Float[np.ndarray, "N P"]  #: on the pixels of the grid, scaled to a median of 0.5
+    flux_error: Float[np.ndarray, "N P"]
+    model: Float[np.ndarray, "N P"]  #: the fit
+    used: Int[np.ndarray, "N P"]  #: 1 where a pixel was used, 0 where it stands out, -1 where the file masks it
 
     def flags(self) -> dict[str, Bool[np.ndarray, " N"]]:
         """Which stars have which flag.
@@ -59,7 +81,9 @@ class RobustFit(NamedTuple):
         """
         misfit = self.fitted & (self.scale_chi2 > LIMITS).any(axis=1)
         return {
-            POOR_FIT: misfit & (self.at_edge | (self.error[:, 1] > TOO_UNCERTAIN)),
+            POOR_FIT: (misfit & (self.at_edge | (self.plain_error > TOO_UNCERTAIN))) | (self.fitted & (self.chi2 > ABSURD)),
+            BLENDED: self.fitted & (self.blend_gain > SECOND_STAR),
+            OUTSIDE_CELLS: self.fitted & (self.outside > SURELY),
             EMISSION_LINES: self.fitted & (self.n_emission >= EMISSIONS),
             VELOCITY_UNCERTAIN: self.fitted & (self.contrast < UNIQUE),
             NOT_A_STAR: self.fitted & (self.contrast < NO_STAR),
@@ -86,10 +110,13 @@ def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], n_continuu
     flux, error = (np.where(fitted[:, None] & good, array, fill).astype(np.float32) for array, fill in ((flux, 0.5), (error, 1.0)))
     fit = LabelFit(*map(np.array, fit_labels(flux, error, good, n_continuum=n_continuum)))
     n_masked = fit.n_masked
-    again = np.flatnonzero(fitted & (n_masked > _MANY_MASKED))
+    with np.errstate(all="ignore"):
+        constant = np.abs(fit.rare[:, 0]) > _CERTAIN * fit.rare_error[:, 0] * np.sqrt(np.maximum(fit.chi2, 1.0))
+    again = np.flatnonzero(fitted & ((n_masked > _MANY_MASKED) | constant))
     if len(again):
         kept = good[again] & ~grow(good[again] & ~fit.good[again])
-        for old, new in zip(fit, fit_labels(flux[again], error[again], kept, n_continuum=n_continuum), strict=True):
+        refit = fit_labels(flux[again], error[again], kept, n_continuum=n_continuum, additive=constant[again])
+        for old, new in zip(fit, refit, strict=True):
             old[again] = new
         n_masked = (good & ~fit.good).sum(axis=1)
     unknown = ~np.isfinite(fit.chi2)
@@ -97,13 +124,15 @@ def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], n_continuu
     fit.covariance[unknown] = np.eye(4)
     fit = LabelFit(*(leaf if leaf.dtype == bool else np.nan_to_num(leaf) for leaf in fit))  # of no use, but finite
     n_masked = np.nan_to_num(n_masked)
-    expected, residual = expected_chi2(overlap), np.asarray((flux - fitted_flux(fit)) / error)
+    expected, residual = expected_chi2(overlap), (flux - fit.flux) / error
     ratio = scale_chi2(residual, fit.good) / expected[None, :] / np.maximum(fit.chi2, 1e-30)[:, None]
     stands_out = residual > 3 * np.sqrt(np.maximum(fit.chi2, 1.0))[:, None]  # not the surroundings that were masked with a band
     bright = scipy.ndimage.binary_opening(good & ~fit.good & stands_out, np.ones((1, _RUN), bool))
     n_emission = (np.diff(bright.astype(int), axis=1) > 0).sum(axis=1)
     widening = fit.chi2 * np.maximum(ratio, 1.0).max(axis=1) * expected[-1]
-    labels, covariance = add_prior(fit.labels, fit.covariance * widening[:, None, None])
+    _, plain = add_prior(fit.labels, fit.covariance * widening[:, None, None])
+    labels, covariance = allow_rare(fit, widening, np.array(RARE) * [0.5, 1.0])
+    labels, covariance = add_prior(labels, covariance)
     variance = np.diagonal(covariance, axis1=1, axis2=2)
 
     def known(values: AnyArray) -> np.ndarray:
@@ -112,6 +141,7 @@ def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], n_continuu
     return RobustFit(
         labels=known(labels),
         error=known(np.sqrt(variance)),
+        plain_error=known(np.sqrt(plain[:, 1, 1])),
         velocity=known(fit.velocity),
         velocity_error=known(fit.velocity_error * np.sqrt(widening)),
         chi2=known(fit.chi2),
@@ -119,9 +149,54 @@ def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], n_continuu
         contrast=known(fit.velocity_contrast),
         n_masked=np.where(fitted, n_masked, 0),
         n_emission=n_emission,
+        blend_gain=known(fit.blend_gain / widening),
+        outside=known(outside_cells(labels, np.sqrt(variance))),
         at_edge=np.any(fit.at_edge, axis=1, keepdims=False).reshape(len(flux)),
         fitted=fitted,
+        flux=flux,
+        flux_error=error,
+        model=np.asarray(fit.flux),
+        used=np.where(good, fit.good.astype(np.int8), np.int8(-1)),
     )
+
+
+def allow_rare(
+    fit: LabelFit, widening: Float[np.ndarray, " N"], width: Float[np.ndarray, " 2"]
+) -> tuple[Float[np.ndarray, "N 4"], Float[np.ndarray, "N 4 4"]]:
+    """Mean and covariance of the labels if a constant and a stretch are there with probability 1/2 each, of normal distributions.
+
+    Args:
+        fit: has what a linear step finds of each, with its error, and how the labels follow.
+        widening: factor on all variances.
+        width: standard deviations of the two distributions.
+    """
+    variance = fit.rare_error**2 * widening[:, None]
+    share = width**2 / (width**2 + variance)
+    evidence = 0.5 * np.log1p(-share) + 0.5 * share * fit.rare**2 / variance  # log of the Bayes factor
+    probability = scipy.special.expit(evidence)
+    shift = (share * fit.rare)[..., None] * fit.rare_slope
+    labels = fit.labels + np.einsum("nk,nki->ni", probability, shift)
+    spread = np.einsum("nk,nki,nkj->nij", probability * share * variance, fit.rare_slope, fit.rare_slope)
+    spread += np.einsum("nk,nki,nkj->nij", probability * (1 - probability), shift, shift)
+    low, high = grid_range()
+    return np.clip(labels, low, high), fit.covariance * widening[:, None, None] + spread
+
+
+def outside_cells(labels: Float[np.ndarray, "N 4"], error: Float[np.ndarray, "N 4"]) -> Float[np.ndarray, " N"]:
+    """Probability that labels with normal errors, and within the grid, lie outside the cells of T_eff and [M/H]."""
+    inside = np.ones(len(labels))
+    for i, edges in ((0, T_EFF_EDGES), (2, M_H_EDGES)):
+        box = np.stack([grid_range()[:, i], [edges[0], edges[-1]]])
+        below = scipy.special.ndtr((box[..., None] - labels[:, i]) / np.maximum(error[:, i], 1e-6))
+        whole, own = below[:, 1] - below[:, 0]
+        inside *= np.where(whole > 0, own / np.where(whole > 0, whole, 1.0), 1.0)
+    return 1 - inside
+
+
+@functools.cache
+def grid_range() -> Float[np.ndarray, "2 4"]:
+    """Lowest and highest labels of the grid."""
+    return np.array([(axis[0], axis[-1]) for axis in default_model().axes]).T
 
 
 def add_prior(

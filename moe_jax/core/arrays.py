@@ -54,6 +54,16 @@ def require_vectors(**arrays: AnyArray) -> int:
     return require_same_length(**arrays)
 
 
+def without_offset(y: AnyArray, *others: AnyArray) -> tuple[AnyArray, ...]:
+    """All arrays less the mean of y, if they are float64 of NumPy that JAX will cut to float32; else as they are.
+
+    Without it, a target such as 1e7 +- 1 would keep no digit of its spread.
+    """
+    arrays = (y, *others)
+    cut = jax.dtypes.canonicalize_dtype(y.dtype) != y.dtype and namespace(*arrays) is np
+    return tuple(array - y.mean() for array in arrays) if cut else arrays
+
+
 # On a CPU, BLAS and LAPACK are faster than XLA, and nothing needs to be compiled. What follows lets one function serve both:
 # NumPy runs it on NumPy's arrays, XLA compiles it for others.
 

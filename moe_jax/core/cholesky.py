@@ -21,6 +21,7 @@ from jaxtyping import Float
 from moe_jax.core.arrays import AnyArray
 
 JITTER_GROWTH = (1, 32, 32**2, 32**3)  # while the factorisation fails
+LEAST_PIVOT = 0.5  # of the smallest eigenvalue; a smaller square of the diagonal is rounding
 
 
 def inverse_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike, jitter: ArrayLike | None = None) -> Float[AnyArray, "M M"]:
@@ -64,17 +65,20 @@ def _factorize(matrix: np.ndarray, shift: ArrayLike, jitter: ArrayLike | None) -
         work = np.array(matrix.T, order="F")
         np.fill_diagonal(work, work.diagonal() + (np.asarray(shift) + growth * np.asarray(jitter or 0)))
         factor, failed = _lapack("potrf", work)(work, lower=1, overwrite_a=1, clean=1)
-        if not failed:
+        if not failed and (jitter is None or factor.diagonal().min() ** 2 >= LEAST_PIVOT * (shift + growth * jitter)):
             return factor
-    np.fill_diagonal(factor, np.nan)
+    if failed:
+        np.fill_diagonal(factor, np.nan)
     return factor
 
 
 def shifted_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike, jitter: ArrayLike | None = None) -> Float[jax.Array, "M M"]:
     """Cholesky factor of matrix + (shift + jitter) I, by XLA; only the lower triangle of the matrix is read.
 
-    Rounding scales with the largest eigenvalue, and may make a matrix of low rank indefinite. While the factorisation fails, the
-    jitter is raised to 32 times itself, three times at most; then the factor holds NaN.
+    Rounding scales with the largest eigenvalue, and may make a matrix of low rank indefinite, or nearly so: no square of the
+    factor's diagonal is less than the smallest eigenvalue, which is at least shift + jitter, unless by rounding. While the
+    factorisation fails, or such a square is less than half of that, the jitter is raised to 32 times itself, three times at
+    most. A factor that fails even then holds NaN.
     """
     diagonal, matrix = jnp.arange(len(matrix)), jnp.asarray(matrix)
 
@@ -85,12 +89,17 @@ def shifted_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike, jitter: A
         return factor(jnp.zeros((), matrix.dtype))
     jitter = jnp.asarray(jitter)
     first = factor(jitter)
+
+    def is_bad(found: jax.Array, added: jax.Array) -> jax.Array:
+        pivots = lax.stop_gradient(found)[diagonal, diagonal] ** 2
+        return ~jnp.all(pivots >= LEAST_PIVOT * (lax.stop_gradient(shift) + added))
+
     # Only the last factorisation is differentiated.
     fixed, at, start = lax.stop_gradient((matrix, jnp.asarray(shift, matrix.dtype), jitter))
     grown, _ = lax.while_loop(
         lambda state: state[1] & (state[0] < JITTER_GROWTH[-1] * start),
-        lambda state: (32 * state[0], jnp.isnan(factor(32 * state[0], fixed, at)[-1, -1])),
-        (start, jnp.isnan(lax.stop_gradient(first)[-1, -1])),
+        lambda state: (32 * state[0], is_bad(factor(32 * state[0], fixed, at), 32 * state[0])),
+        (start, is_bad(first, start)),
     )
     result: jax.Array = lax.cond(grown > start, lambda: factor(grown), lambda: first)
     return result

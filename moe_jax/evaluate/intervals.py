@@ -6,6 +6,8 @@ from the influence function, so no jackknife and no second level of resampling i
 - Percentile and basic intervals are too short for small or skewed samples of stars.
 - BCa reads quantiles further out, so it needs more resamples.
 - Studentized intervals grow long if the standard error of a resample may be near 0.
+- All are too short where a few stars of the population carry most of a difference and most samples hold none of them. See
+  ``borrow_spread``.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ import numpy as np
 from jax import lax
 from jax.scipy.special import ndtr, ndtri
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from moe_jax.core.arrays import InputError
+from moe_jax.core.arrays import AnyArray, InputError
 
 IntervalMethod = Literal["percentile", "basic", "bca", "studentized", "symmetric"]
 METHODS: tuple[IntervalMethod, ...] = get_args(IntervalMethod)
@@ -79,6 +81,23 @@ def confidence_interval(resampled: Resampled, method: IntervalMethod, confidence
         width = column_quantiles(jnp.abs(_studentized(resampled)), jnp.stack([1.0 - level, level]))[1] * resampled.standard_error
         return Interval(estimate - width, estimate + width)
     return Interval(*column_quantiles(samples, _bca_probabilities(resampled, tails)))
+
+
+def borrow_spread(resampled: Resampled, size: Int[AnyArray, " C"], n_borrowed: float) -> Resampled:
+    """Standard errors of groups that borrow from all stars, as if each group had further stars with the spread of the whole.
+
+    The variance of a group's influence becomes (n s^2 + m S^2) / (n + m), of its own s^2 and that of all stars S^2. No standard
+    error becomes smaller. Symmetric, studentized and simultaneous intervals become wider in proportion.
+
+    Args:
+        resampled: column 0 is of all stars, the others are of groups.
+        size: n, stars of each column.
+        n_borrowed: m.
+    """
+    error, n = resampled.standard_error, jnp.asarray(size, resampled.standard_error.dtype)
+    spread = jnp.square(error) * n
+    borrowed = jnp.sqrt((n * spread + n_borrowed * spread[0]) / (n + n_borrowed) / n)
+    return resampled._replace(standard_error=jnp.maximum(error, borrowed))
 
 
 def column_quantiles(samples: Float[jax.Array, "B C"], probabilities: jax.Array) -> Float[jax.Array, "2 C"]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from moe_jax.core.arrays import AnyArray, require_vectors
+from moe_jax.core.arrays import AnyArray, require_vectors, without_offset
 from moe_jax.core.convert import convert_arguments
 
 
@@ -32,12 +32,13 @@ def r2_score(y: Float[AnyArray, " N"], prediction: Float[AnyArray, " N"]) -> Flo
         InputError: if the shapes disagree.
     """
     require_vectors(y=y, prediction=prediction)
-    return _r2_score(y, prediction)
+    return _r2_score(*without_offset(y, prediction))
 
 
 @jax.jit
 def _r2_score(y: jax.Array, prediction: jax.Array) -> jax.Array:
-    total = jnp.sum((y - jnp.mean(y)) ** 2)
+    d = y - jnp.mean(y)
+    total = jnp.sum((d - jnp.mean(d)) ** 2)  # centred twice, as the mean of a y with a large offset is rounded
     defined = jnp.max(y) > jnp.min(y)  # exact; the sum of squares of a constant y is rounding error, not 0
     return jnp.where(defined, 1.0 - jnp.sum((y - prediction) ** 2) / jnp.where(defined, total, 1.0), jnp.nan)
 
@@ -46,7 +47,7 @@ def _r2_score(y: jax.Array, prediction: jax.Array) -> jax.Array:
 def mae(y: Float[AnyArray, " N"], prediction: Float[AnyArray, " N"]) -> Float[jax.Array, ""]:
     """Mean absolute error, in the unit of y."""
     require_vectors(y=y, prediction=prediction)
-    return _mae(y, prediction)
+    return _mae(*without_offset(y, prediction))
 
 
 @jax.jit
@@ -58,7 +59,7 @@ def _mae(y: jax.Array, prediction: jax.Array) -> jax.Array:
 def rmse(y: Float[AnyArray, " N"], prediction: Float[AnyArray, " N"]) -> Float[jax.Array, ""]:
     """Root of the mean squared error, in the unit of y."""
     require_vectors(y=y, prediction=prediction)
-    return _rmse(y, prediction)
+    return _rmse(*without_offset(y, prediction))
 
 
 @jax.jit
@@ -72,15 +73,17 @@ def r2_by_group(
 ) -> GroupScores:
     """R2 within each group, relative to the group's own mean. Stars whose group is not 0 .. n_groups - 1 are left out."""
     require_vectors(y=y, prediction=prediction, groups=groups)
-    return _r2_by_group(y, prediction, groups, n_groups)
+    return _r2_by_group(*without_offset(y, prediction), groups, n_groups)
 
 
 @functools.partial(jax.jit, static_argnames="n_groups")
 def _r2_by_group(y: jax.Array, prediction: jax.Array, groups: jax.Array, n_groups: int) -> GroupScores:
     member = groups[None, :] == jnp.arange(n_groups)[:, None]
     n = jnp.sum(member, axis=1)
-    mean = jnp.sum(jnp.where(member, y[None, :], 0.0), axis=1) / jnp.maximum(n, 1)
-    total = jnp.sum(jnp.where(member, y[None, :] - mean[:, None], 0.0) ** 2, axis=1)
+    d = jnp.broadcast_to(y, member.shape)
+    for _ in range(2):
+        d = jnp.where(member, d - (jnp.sum(jnp.where(member, d, 0.0), axis=1) / jnp.maximum(n, 1))[:, None], 0.0)
+    total = jnp.sum(d**2, axis=1)
     residual = jnp.sum(jnp.where(member, (y - prediction)[None, :], 0.0) ** 2, axis=1)
     highest = jnp.max(jnp.where(member, y[None, :], -jnp.inf), axis=1)
     lowest = jnp.min(jnp.where(member, y[None, :], jnp.inf), axis=1)

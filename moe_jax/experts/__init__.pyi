@@ -11,7 +11,6 @@ from .fit import cross_fitted_predictions as cross_fitted_predictions
 from .fit import fit_experts as fit_experts
 from .fit import fit_global as fit_global
 from .fit import predict_experts as predict_experts
-from .joint import backfit_mixture_experts as backfit_mixture_experts
 from .joint import fit_mixture_experts as fit_mixture_experts
 from .local import LocalMixture as LocalMixture
 from .local import fit_local as fit_local

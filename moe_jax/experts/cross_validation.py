@@ -282,8 +282,8 @@ def _dual_residuals(data: Centred, inverse_factor: AnyArray, held: AnyArray) -> 
     """(N,) held-out residuals from the inverse Cholesky factor W of the kernel: (K + alpha I)^-1 = W' W."""
     xp, n = namespace(inverse_factor), len(data.y)
     solution = matmul(inverse_factor.T, matmul(inverse_factor, xp.stack([data.y, data.mask], axis=1)))
-    ones, total = solution[:, 1], (data.mask * solution[:, 1]).sum()
-    a = solution[:, 0] - ones * (data.mask * solution[:, 0]).sum() / total
+    a, ones = solution.T  # a sums to 0, as y does, since a constant is an eigenvector of the kernel
+    total = (data.mask * ones).sum()
     if held.shape[1] == 1:  # leave-one-out
         return a / ((inverse_factor**2).sum(axis=0) - ones**2 / total)
 

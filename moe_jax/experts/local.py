@@ -30,7 +30,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float, Int
 
-from moe_jax.core.arrays import AnyArray, InputError, map_blocks, matmul, require_same_length, to_device
+from moe_jax.core.arrays import AnyArray, InputError, by_numpy, map_blocks, matmul, require_same_length, to_device
 from moe_jax.core.cholesky import shifted_cholesky
 from moe_jax.core.convert import convert_arguments
 
@@ -84,7 +84,7 @@ def median_error(error: Float[AnyArray, "N P"]) -> Float[jax.Array, " N"]:
     One number for a star: its brightness. The errors of single pixels would give its lines away, since its own photon noise
     imprints them.
     """
-    return jnp.asarray(np.median(np.asarray(error)[:, ::16], axis=1))  # NumPy selects where XLA sorts
+    return jax.device_put(np.median(np.asarray(error)[:, ::16], axis=1))  # NumPy selects where XLA sorts
 
 
 @functools.partial(jax.jit, static_argnames="degree")
@@ -167,6 +167,7 @@ def fit_local_experts(
     return LocalExperts(h_mean, axes, variance, y_mean, mean(y_centred**2), covariance, jnp.log(n_stars))
 
 
+@by_numpy
 def project_flux(model: FluxModel, flux: Float[AnyArray, "N P"]) -> Float[jax.Array, "N C"]:
     """Components z of noisy spectra; where the errors follow the template, their noise is that of the star's level in each."""
     projection = (model.components / model.template[None, :]).T
@@ -251,16 +252,15 @@ def fit_local(
         raise InputError(f"error and labels have shapes {error.shape} and {labels.shape}, expected {flux.shape} and ({n}, L)")
     if n < 2 * n_cells:
         raise InputError(f"found {n} stars for {n_cells} cells, expected at least 2 in each on average")
-    noise = median_error(error)
-    if not bool(jnp.min(error) > 0):
-        raise InputError(f"error holds {float(jnp.min(error)):g}, expected positive numbers")
-    if not 1e-8 < float(jnp.median(noise)) < 1e8:
+    flux, error, y, labels, noise_level = map(np.asarray, (flux, error, y, labels, median_error(error)))
+    if not error.min() > 0:
+        raise InputError(f"error holds {error.min():g}, expected positive numbers")
+    if not 1e-8 < np.median(noise_level) < 1e8:
         raise InputError(
-            f"error is {float(jnp.median(noise)):g} in the median, expected 1e-8 to 1e8: divide flux and error by a constant"
+            f"error is {np.median(noise_level):g} in the median, expected 1e-8 to 1e8: divide flux and error by a constant"
         )
     if n_cells < 1 or degree < 1 or not n_components or min(n_components) < 1:
         raise InputError(f"n_cells, degree and n_components are {n_cells}, {degree} and {n_components}, expected at least 1")
-    flux, y, labels, noise_level = map(np.asarray, (flux, y, labels, noise))
     low, high = labels.min(axis=0), labels.max(axis=0)
     scaled = (2 * (labels - low) / np.maximum(high - low, np.finfo(np.float32).tiny) - 1).astype(noise_level.dtype)
     terms = np.asarray(polynomial_terms(scaled, degree))
@@ -284,13 +284,13 @@ def fit_local(
         tried.append(np.mean((np.asarray(predict_local_experts(experts, z * few, noise_level[held]).y) - y[held]) ** 2))
     number = n_components[int(np.argmin(tried))]
     model, clean = fit(np.ones(n, bool))
-    experts = fit_local_experts(clean * (np.arange(most) < number), y, cell, n_cells, rank)
+    experts = jax.tree.map(np.asarray, fit_local_experts(clean * (np.arange(most) < number), y, cell, n_cells, rank))
     model = model._replace(components=model.components[:number], coef=model.coef[:, :number])
     experts = experts._replace(mean=experts.mean[:, :number], axes=experts.axes[:, :, :number])
-    return LocalMixture(to_device(model), to_device(jax.tree.map(np.asarray, experts)), np.array(tried, noise_level.dtype))
+    return LocalMixture(to_device(model), to_device(experts), np.array(tried, noise_level.dtype))
 
 
-@jax.jit
-def error_template(error: Float[AnyArray, "N P"], noise: Float[AnyArray, " N"]) -> Float[jax.Array, " P"]:
+@by_numpy
+def error_template(error: Float[AnyArray, "N P"], noise: Float[AnyArray, " N"]) -> Float[AnyArray, " P"]:
     """Root mean square error of each pixel, in units of the stars' noise levels."""
-    return jnp.sqrt(jnp.mean((jnp.asarray(error) / noise[:, None]) ** 2, axis=0))
+    return ((error / noise[:, None]) ** 2).mean(axis=0) ** 0.5

@@ -4,7 +4,6 @@ from .grid import interpolate_grid as interpolate_grid
 from .grid import load_grid as load_grid
 from .label_fit import LabelFit as LabelFit
 from .label_fit import fit_labels as fit_labels
-from .label_fit import fitted_flux as fitted_flux
 from .label_model import LabelModel as LabelModel
 from .label_model import label_model as label_model
 from .simulate import simulate_survey as simulate_survey

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
@@ -42,8 +41,6 @@ from moe_jax.spectra.label_model import (
 from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.simulate import median_rows
 
-N_REGIONS = 8  #: parts of the wavelength range whose chi2 is given
-
 _PIXEL = float(WAVE[1] - WAVE[0])
 _UNITS = np.array([*LABEL_UNITS.values(), 1.0, 0.1], np.float32)  # of the labels, km/s, broadening
 _SEPARATION = 150.0  # km/s, least distance of a second velocity
@@ -53,7 +50,7 @@ _LEAST_PIXELS = 50  # of a star that is fitted
 _BLOCK = 32  # stars that are fitted together
 _COARSE_STEPS, _FINE_STEPS = 6, 8  # at most, before and after masking
 _COARSE_TOLERANCE, _TOLERANCE = 1e-3, 5e-5  # expected relative decrease of chi2 at which a fit has converged
-_DAMPING = 0.1  # of the first step
+_DAMPING = 1e-2  # of the first step
 _ROUNDING = 3e-7  # relative, of chi2
 _OUTLIER = 5.5  # residual, in standard deviations, at which a pixel is masked
 _N_BLOCKS = 256  # of pixels, whose sums are looked at too
@@ -70,13 +67,17 @@ class LabelFit(NamedTuple):
     velocity_contrast: Float[AnyArray, " N"]  #: how much worse a second velocity is, in chi2; see ``find_velocity``
     broadening: Float[AnyArray, " N"]  #: standard deviation, km/s, by which lines are broader than those of the grid
     chi2: Float[AnyArray, " N"]  #: chi2 per degree of freedom of the pixels used
-    region_chi2: Float[AnyArray, "N 8"]  #: chi2 per pixel in eight equal parts of the wavelength range; NaN without pixels
     n_masked: Int[AnyArray, " N"]  #: pixels masked since they stand out
     converged: Bool[AnyArray, " N"]
     at_edge: Bool[AnyArray, "N 4"]  #: True where a label ended at the edge of the grid
     continuum: Float[AnyArray, "N K"]  #: Chebyshev coefficients of the polynomial
     constant: Float[AnyArray, " N"]  #: flux that is added to the star's; 0 unless asked for
     good: Bool[AnyArray, "N P"]  #: pixels used, as observed
+    flux: Float[AnyArray, "N P"]  #: the fitted model on the pixels as observed
+    rare: Float[AnyArray, "N 2"]  #: what a linear step finds of a constant (flux), and of a stretch (km/s at the red end)
+    rare_error: Float[AnyArray, "N 2"]  #: their standard deviations
+    rare_slope: Float[AnyArray, "N 2 4"]  #: by how much the labels change with them
+    blend_gain: Float[AnyArray, " N"]  #: by how much the light of a second star would lower chi2
 
 
 def fit_labels(
@@ -87,7 +88,7 @@ def fit_labels(
     velocity: Float[AnyArray, " N"] | None = None,
     n_continuum: int = 5,
     broadening: bool = True,
-    additive: bool = False,
+    additive: bool | Bool[AnyArray, " N"] = False,
     model: LabelModel | None = None,
 ) -> LabelFit:
     """Labels of every star by least squares on the model grid, with its velocity, broadening and continuum unknown.
@@ -99,7 +100,8 @@ def fit_labels(
         velocity: known velocities, km/s; by default they are found, within +-600 km/s.
         n_continuum: number K of terms of the polynomial; 1 trusts the flux calibration and fits the amplitude only.
         broadening: whether lines may be broader than those of the grid.
-        additive: whether a constant may be added to the flux, as by a sky that was subtracted wrongly; log g then is less certain.
+        additive: whether a constant may be added to the flux (of each star), as by a sky that was subtracted wrongly; log g then
+            is less certain.
         model: result of ``label_model``; by default that of the grid that ships with the package.
 
     Returns:
@@ -119,6 +121,7 @@ def fit_labels(
     if velocity is not None and np.shape(velocity) != (len(flux),):
         raise InputError(f"velocity has shape {np.shape(velocity)}, expected ({len(flux)},)")
     known = jnp.zeros(len(flux)) if velocity is None else jnp.asarray(velocity, flux.dtype)
+    constant = jnp.broadcast_to(jnp.asarray(additive, flux.dtype), len(flux))
     free = (0, 1, 2, 3, *([4] if velocity is None else []), *([5] if broadening else []))
     devices = devices_for(len(flux))
     arrays = on_all(tuple(model[1:]), devices)
@@ -126,8 +129,10 @@ def fit_labels(
     for start in range(0, len(flux), _BLOCK * len(devices)):
         # The last star fills the last blocks, so that one program serves all numbers of stars.
         rows = np.minimum(np.arange(start, start + _BLOCK * len(devices)), len(flux) - 1)
-        blocks = tuple(array[rows].reshape(len(devices), _BLOCK, *array.shape[1:]) for array in (flux, error, good, known))
-        fits.append(_fit_blocks(on_all(blocks, devices), arrays, model.axes, free, n_continuum, additive, devices))
+        blocks = tuple(
+            array[rows].reshape(len(devices), _BLOCK, *array.shape[1:]) for array in (flux, error, good, known, constant)
+        )
+        fits.append(_fit_blocks(on_all(blocks, devices), arrays, model.axes, free, n_continuum, devices))
     leaves = (np.concatenate(parts).reshape(-1, *parts[0].shape[2:])[: len(flux)] for parts in zip(*fits, strict=True))
     return _without_unknown(LabelFit(*leaves), np.asarray(flux), np.asarray(error), np.asarray(good))
 
@@ -146,14 +151,12 @@ def _without_unknown(fit: LabelFit, flux: np.ndarray, error: np.ndarray, good: n
     return fit._replace(**numbers | {"converged": converged & known})
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "free", "n_continuum", "additive", "devices"))
-def _fit_blocks(
-    blocks: Any, arrays: Any, axes: Any, free: tuple[int, ...], n_continuum: int, additive: bool, devices: Any
-) -> LabelFit:
+@functools.partial(jax.jit, static_argnames=("axes", "free", "n_continuum", "devices"))
+def _fit_blocks(blocks: Any, arrays: Any, axes: Any, free: tuple[int, ...], n_continuum: int, devices: Any) -> LabelFit:
     def fit(block: Any, arrays: Any) -> LabelFit:
-        flux, error, good, known = block
         model = LabelModel(axes, *arrays)
-        return _fit_block(flux, error, good, known, _Problem(model, model.coarse, free, n_continuum, additive))
+        flux, error, good, known, additive = block
+        return _fit_block(flux, error, good, known, additive, _Problem(model, model.coarse, free, n_continuum))
 
     return map_devices(fit, blocks, arrays, devices)
 
@@ -166,6 +169,7 @@ class _Data(NamedTuple):
     offset: jax.Array  # (n, P), by how many pixels the centre of the observed pixel lies beside that of the model, at ``velocity``
     velocity: jax.Array  # (n,), km/s
     drift: jax.Array  # (P,), change of the offset with the velocity
+    additive: jax.Array  # (n,), 1 where a constant is added to the model, else 0
 
 
 class _Problem(NamedTuple):
@@ -175,10 +179,11 @@ class _Problem(NamedTuple):
     pixels: PixelModel
     free: tuple[int, ...]  # parameters that are fitted
     n_continuum: int
-    additive: bool  # whether a constant is added to the model
 
 
-def _fit_block(flux: jax.Array, error: jax.Array, good: jax.Array, known: jax.Array, problem: _Problem) -> LabelFit:
+def _fit_block(
+    flux: jax.Array, error: jax.Array, good: jax.Array, known: jax.Array, additive: jax.Array, problem: _Problem
+) -> LabelFit:
     model, free = problem.model, problem.free
     usable = good & (error > 0) & jnp.isfinite(error) & jnp.isfinite(flux)
     flux = jnp.where(usable, flux, 0.0)
@@ -194,20 +199,28 @@ def _fit_block(flux: jax.Array, error: jax.Array, good: jax.Array, known: jax.Ar
     velocity, contrast = known, jnp.full(len(flux), jnp.inf)
     if 4 in free:
         velocity, contrast = find_velocity(*_flat(flux, observed, smooth), model)
-    data = _at_rest(flux, observed, velocity)
+    data = _at_rest(flux, observed, velocity, additive)
     flat, flat_weight = _flat(data.flux, data.weight, smooth)
     start = _nearest_node(flat, flat_weight, model)
     x = jnp.concatenate([start, velocity[:, None], jnp.full((len(start), 1), 0.3 if 5 in free else 0.0)], axis=1)
     coarse = _coarse_data(data)
     state, kept = _solve(problem, x, coarse, jnp.where(flat_weight > 0, coarse.weight, 0.0), _COARSE_STEPS, _COARSE_TOLERANCE)
     velocity = state.x[:, 4]
-    data = _at_rest(flux, observed, velocity)
+    data = _at_rest(flux, observed, velocity, additive)
     problem = problem._replace(pixels=model.fine)
     kept = jnp.where(jnp.repeat(kept > 0, REBIN, axis=1), data.weight, 0.0)
     state, weight = _solve(problem, state.x, data, kept, _FINE_STEPS, _TOLERANCE)
     n_masked = jnp.sum(usable & (observed == 0), axis=1) + jnp.sum((data.weight > 0) & (weight == 0), axis=1)
-    fit = _report(problem, state, data._replace(weight=weight), usable, contrast, n_masked)
-    return fit._replace(continuum=fit.continuum * scale, constant=fit.constant * scale[:, 0])
+    fit = _report(problem, state, data._replace(weight=weight), usable, contrast, n_masked, smooth)
+    unit = jnp.concatenate([scale, jnp.ones_like(scale)], axis=1)  # of a constant, and of a stretch
+    return fit._replace(
+        continuum=fit.continuum * scale,
+        constant=fit.constant * scale[:, 0],
+        flux=fit.flux * scale,
+        rare=fit.rare * unit,
+        rare_error=fit.rare_error * unit,
+        rare_slope=fit.rare_slope / unit[..., None],
+    )
 
 
 def _continuum(flux: jax.Array, weight: jax.Array) -> jax.Array:
@@ -217,7 +230,7 @@ def _continuum(flux: jax.Array, weight: jax.Array) -> jax.Array:
     robust = weight
     for _ in range(3):
         normal = matmul(robust, products.T).reshape(len(flux), len(terms), len(terms))
-        coef = jnp.linalg.solve(normal, matmul(robust * flux, terms.T)[..., None])[..., 0]
+        coef = _solve_small(normal, matmul(robust * flux, terms.T)[..., None])[..., 0]
         smooth = matmul(coef, terms)
         deviation = jnp.abs(flux - smooth)
         typical = jnp.sum(robust * deviation, axis=1) / jnp.sum(robust, axis=1)
@@ -282,7 +295,7 @@ def _nearest_node(flat: jax.Array, weight: jax.Array, model: LabelModel) -> jax.
     return jnp.stack([jnp.asarray(axis, flat.dtype)[place] for axis, place in zip(model.axes, places, strict=True)], axis=1)
 
 
-def _at_rest(flux: jax.Array, weight: jax.Array, velocity: jax.Array) -> _Data:
+def _at_rest(flux: jax.Array, weight: jax.Array, velocity: jax.Array, additive: jax.Array) -> _Data:
     """Takes for each pixel of the model the observed pixel whose wavelength at rest is nearest; nothing is interpolated."""
     wave = jnp.asarray(WAVE - WAVE[0], flux.dtype)  # in float32, only differences of wavelengths are precise
     stretch = (velocity / LIGHT_SPEED)[:, None]
@@ -296,13 +309,13 @@ def _at_rest(flux: jax.Array, weight: jax.Array, velocity: jax.Array) -> _Data:
     flux, weight = (jnp.take_along_axis(array, index, axis=1) for array in (flux, weight))
     weight = jnp.where(inside & first, weight, 0.0)
     drift = -jnp.asarray(WAVE / (LIGHT_SPEED * _PIXEL), flux.dtype)
-    return _Data(jnp.where(weight > 0, flux, 0.0), weight, offset, velocity, drift)
+    return _Data(jnp.where(weight > 0, flux, 0.0), weight, offset, velocity, drift, additive)
 
 
 def _coarse_data(data: _Data) -> _Data:
     flux, weight = _coarsen(data.flux, data.weight)
     offset, drift = (jnp.mean(x.reshape(*x.shape[:-1], -1, REBIN), axis=-1) / REBIN for x in (data.offset, data.drift))
-    return _Data(flux, weight, offset, data.velocity, drift)
+    return _Data(flux, weight, offset, data.velocity, drift, data.additive)
 
 
 def _weights(nodes: tuple[float, ...], x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -364,34 +377,55 @@ class _State(NamedTuple):
     damping: jax.Array  # (n,)
 
 
-def _polynomial(coef: jax.Array, n_pixels: int) -> jax.Array:
-    return matmul(coef, jnp.asarray(chebyshev_terms(n_pixels, coef.shape[1]), coef.dtype))
+def _solve_small(normal: jax.Array, right: jax.Array) -> jax.Array:
+    """Solves small positive definite systems (n, k, k) for right sides (n, k, m), by Gauss-Jordan elimination.
+
+    LAPACK's batches wait for threads of XLA's pool, and stand still where several devices share it.
+    """
+    k = normal.shape[1]
+    scale = 1.0 / jnp.sqrt(jnp.maximum(jnp.einsum("nii->ni", normal), 1e-30))
+    system = jnp.concatenate([normal * scale[:, None, :] * scale[:, :, None], right * scale[:, :, None]], axis=2)
+    for i in range(k):
+        row = system[:, i] / system[:, i, i][:, None]
+        system = system - system[:, :, i][:, :, None] * row[:, None]
+        system = system.at[:, i].set(row)
+    return system[:, :, k:] * scale[:, :, None]
 
 
 def _evaluate(problem: _Problem, x: jax.Array, data: _Data) -> _State:
     """The state at x."""
     spectrum, derivatives = _spectra(x, data, problem.model, problem.pixels)
-    terms = jnp.asarray(chebyshev_terms(spectrum.shape[1], problem.n_continuum), spectrum.dtype)
-    root = jnp.sqrt(data.weight)
-    columns = (root * spectrum)[:, None] * terms[None]
-    if problem.additive:
-        columns = jnp.concatenate([columns, root[:, None]], axis=1)
-    normal = jnp.einsum("nkp,njp->nkj", columns, columns)
-    eye = jnp.eye(columns.shape[1], dtype=normal.dtype)[None]
-    normal = normal + 1e-6 * jnp.trace(normal, axis1=1, axis2=2)[:, None, None] * eye
-    right = jnp.einsum("nkp,np->nk", columns, root * data.flux)
-    coef = jnp.linalg.solve(normal, right[..., None])[..., 0]
-    coef, constant = coef[:, : problem.n_continuum], coef[:, problem.n_continuum :]
-    polynomial = _polynomial(coef, spectrum.shape[1])
-    flux = polynomial * spectrum + jnp.sum(constant, axis=1)[:, None]
-    residual = root * (data.flux - flux)
-    jacobian = derivatives[:, np.array(problem.free)] * (root * polynomial)[:, None]
-    cross = jnp.einsum("nkp,nip->nki", columns, jacobian)
-    own = jnp.einsum("nip,njp->nij", jacobian, jacobian)
-    reduced = own - jnp.einsum("nki,nkj->nij", cross, jnp.linalg.solve(normal, cross))
+    derivatives = derivatives[:, np.array(problem.free)]
+    n, n_free, n_pixels = derivatives.shape
+    order = np.arange(problem.n_continuum)
+    all_terms = jnp.asarray(chebyshev_terms(n_pixels, 2 * problem.n_continuum - 1), spectrum.dtype)
+    terms = all_terms[: problem.n_continuum]
+    weighted = data.weight * spectrum
+    # Products of Chebyshev polynomials are sums of two others: 2 T_j T_k = T_(j + k) + T_|j - k|.
+    moments = matmul(weighted * spectrum, all_terms.T)
+    normal = 0.5 * (moments[:, order[:, None] + order[None]] + moments[:, np.abs(order[:, None] - order[None])])
+    border = data.additive[:, None] * matmul(weighted, terms.T)
+    corner = jnp.where(data.additive > 0, jnp.sum(data.weight, axis=1), moments[:, 0])
+    normal = jnp.concatenate([normal, border[:, None]], axis=1)
+    normal = jnp.concatenate([normal, jnp.concatenate([border, corner[:, None]], axis=1)[..., None]], axis=2)
+    normal = normal + 1e-6 * jnp.einsum("nii->n", normal)[:, None, None] * jnp.eye(len(order) + 1, dtype=normal.dtype)[None]
+    total = data.additive * jnp.sum(data.weight * data.flux, axis=1)
+    right = jnp.concatenate([matmul(weighted * data.flux, terms.T), total[:, None]], axis=1)
+    coef = _solve_small(normal, right[..., None])[..., 0]
+    coef, constant = coef[:, :-1], coef[:, -1]
+    polynomial = matmul(coef, terms)
+    flux = polynomial * spectrum + constant[:, None]
+    residual = data.flux - flux
+    derivatives = derivatives * polynomial[:, None]
+    jacobian = derivatives * data.weight[:, None]
+    cross = matmul((jacobian * spectrum[:, None]).reshape(-1, n_pixels), terms.T).reshape(n, n_free, -1)
+    cross = jnp.concatenate([cross, data.additive[:, None, None] * jnp.sum(jacobian, axis=2, keepdims=True)], axis=2)
+    cross = jnp.swapaxes(cross, 1, 2)
+    own = jnp.einsum("nip,njp->nij", jacobian, derivatives)
+    reduced = own - jnp.einsum("nki,nkj->nij", cross, _solve_small(normal, cross))
     gradient = jnp.einsum("nip,np->ni", jacobian, residual)
-    chi2 = jnp.sum(jnp.square(residual), axis=1)
-    return _State(x, chi2, reduced, gradient, coef, jnp.sum(constant, axis=1), flux, jnp.full(len(x), _DAMPING, x.dtype))
+    chi2 = jnp.sum(data.weight * jnp.square(residual), axis=1)
+    return _State(x, chi2, reduced, gradient, coef, constant, flux, jnp.full(n, _DAMPING, x.dtype))
 
 
 def _step(problem: _Problem, state: _State) -> tuple[jax.Array, jax.Array]:
@@ -410,7 +444,7 @@ def _step(problem: _Problem, state: _State) -> tuple[jax.Array, jax.Array]:
     diagonal = jnp.where(move, (1.0 + state.damping[:, None]) * jnp.einsum("nii->ni", normal) + 1e-12, 1.0)
     normal = normal * (1.0 - eye) + diagonal[:, :, None] * eye
     gradient = jnp.where(move, state.gradient, 0.0)
-    moved = jnp.linalg.solve(normal, gradient[..., None])[..., 0]
+    moved = _solve_small(normal, gradient[..., None])[..., 0]
     trial = jnp.clip(here + moved * units[None, :], low, high)
     return state.x.at[:, chosen].set(trial), jnp.sum(moved * gradient, axis=1)
 
@@ -502,16 +536,21 @@ def _positive_median(x: jax.Array, n_positive: jax.Array) -> jax.Array:
     return jnp.sqrt(low * high)
 
 
-def _report(problem: _Problem, state: _State, data: _Data, usable: jax.Array, contrast: jax.Array, n_masked: jax.Array) -> LabelFit:
+def _report(
+    problem: _Problem,
+    state: _State,
+    data: _Data,
+    usable: jax.Array,
+    contrast: jax.Array,
+    n_masked: jax.Array,
+    smooth: jax.Array,
+) -> LabelFit:
     free, axes = problem.free, problem.model.axes
-    n, n_pixels = data.flux.shape
-    residual = (data.flux - state.flux) * jnp.sqrt(data.weight)
+    n_pixels = data.flux.shape[1]
     used = data.weight > 0
-    squared = jnp.sum(jnp.square(residual).reshape(n, N_REGIONS, -1), axis=2)
-    n_used = jnp.sum(used.reshape(n, N_REGIONS, -1), axis=2)
-    total = jnp.sum(n_used, axis=1)
     units = jnp.asarray(_UNITS, state.x.dtype)[np.array(free)]
-    covariance = jnp.linalg.inv(state.normal + 1e-12 * jnp.eye(len(free))[None]) * units[None, :, None] * units[None, None, :]
+    eye = jnp.broadcast_to(jnp.eye(len(free), dtype=units.dtype), state.normal.shape)
+    covariance = _solve_small(state.normal + 1e-12 * eye, eye) * units[None, :, None] * units[None, None, :]
     low, high = (jnp.array([axis[i] for axis in axes], state.x.dtype) for i in (0, -1))
     # A last step, which is too small to be tried.
     last, gain = _step(problem, state)
@@ -523,47 +562,74 @@ def _report(problem: _Problem, state: _State, data: _Data, usable: jax.Array, co
     stretch = (data.velocity / LIGHT_SPEED)[:, None]
     place = jnp.round((wave[None, :] - stretch * float(WAVE[0])) / (1.0 + stretch) / _PIXEL).astype(jnp.int32)
     inside = (place >= 0) & (place < n_pixels)
-    good = jnp.take_along_axis(used, jnp.clip(place, 0, n_pixels - 1), axis=1) & inside & usable
+    place = jnp.clip(place, 0, n_pixels - 1)
+    good = jnp.take_along_axis(used, place, axis=1) & inside & usable
     return LabelFit(
         labels,
         covariance[:, :4, :4],
         x[:, 4],
-        jnp.sqrt(covariance[:, 4, 4]) if 4 in free else jnp.zeros(n),
+        jnp.sqrt(covariance[:, 4, 4]) if 4 in free else jnp.zeros(len(x)),
         contrast,
         jnp.sqrt(x[:, 5]) * GRID_WIDTH,
-        jnp.sum(squared, axis=1) / jnp.maximum(total - len(free) - problem.n_continuum - problem.additive, 1),
-        jnp.where(n_used > 0, squared / jnp.maximum(n_used, 1), jnp.nan),
+        state.chi2 / jnp.maximum(jnp.sum(used, axis=1) - len(free) - problem.n_continuum - data.additive, 1),
         n_masked,
         converged,
         (labels <= low[None]) | (labels >= high[None]),
         state.continuum,
         state.constant,
         good,
+        jnp.take_along_axis(state.flux, place, axis=1),
+        *_suspect(problem, state, data, smooth),
     )
 
 
-def fitted_flux(fit: LabelFit, model: LabelModel | None = None) -> Float[np.ndarray, "N P"]:
-    """The fitted model of each spectrum, on the pixels as observed.
+def _suspect(problem: _Problem, state: _State, data: _Data, smooth: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What the residuals say of a constant, of a stretch of the wavelengths, and of a second star: score tests, by linear algebra.
 
-    Args:
-        fit: result of ``fit_labels``.
-        model: as in ``fit_labels``.
+    A second star is a template of the search for the velocity in place of a part of the first star, on coarse pixels. Whatever the
+    parameters of the fit can imitate does not count.
+
+    ``smooth`` is the continuum of the spectra on coarse pixels. The results are ``rare``, ``rare_error``, ``rare_slope`` and
+    ``blend_gain`` of ``LabelFit``.
     """
-    model = default_model() if model is None else model
-    rest = np.asarray(_rest_flux(fit, tuple(model[1:]), model.axes))
-    wave = WAVE[None, :] / (1.0 + fit.velocity[:, None].astype(np.float64) / LIGHT_SPEED)
-    known = np.isfinite(rest).all(axis=1) & np.isfinite(wave).all(axis=1)
-    observed = np.full(rest.shape, np.nan, np.float32)
-    for i in np.flatnonzero(known):
-        observed[i] = scipy.interpolate.CubicSpline(WAVE, rest[i])(wave[i])
-    return observed
+    n_terms, n_pixels = problem.n_continuum, data.flux.shape[1]
+    spectrum, derivatives = _spectra(state.x, data, problem.model, problem.pixels)
+    terms = jnp.asarray(chebyshev_terms(n_pixels, n_terms), spectrum.dtype)
+    derivatives = derivatives * matmul(state.continuum, terms)[:, None]
+    one, weight = jnp.ones_like(spectrum), data.weight
+    stretch = derivatives[:, 4] * jnp.linspace(-1.0, 1.0, n_pixels, dtype=spectrum.dtype)[None]
+    fitted = derivatives[:, np.array(problem.free)]
+    columns = jnp.concatenate([fitted, spectrum[:, None] * terms[None], jnp.stack([one, stretch], axis=1)], axis=1)
+    n_fitted = columns.shape[1] - 2
+    products = jnp.einsum("nip,njp->nij", columns * weight[:, None], columns)
+    score = jnp.einsum("nip,np->ni", columns, weight * (data.flux - state.flux))
+    normal, cross = products[:, :n_fitted, :n_fitted], products[:, :n_fitted, n_fitted:]
+    normal = normal + 1e-6 * jnp.einsum("nii->ni", normal)[:, :, None] * jnp.eye(n_fitted, dtype=normal.dtype)[None]
+    solved = _solve_small(normal, cross)
+    information = jnp.einsum("nkk->nk", products[:, n_fitted:, n_fitted:]) - jnp.einsum("nik,nik->nk", cross, solved)
+    rare_error = 1.0 / jnp.sqrt(jnp.maximum(information, 1e-30))
+    rare = (score[:, n_fitted:] - jnp.einsum("nik,ni->nk", solved, score[:, :n_fitted])) * jnp.square(rare_error)
+    rare = rare * jnp.stack([1.0 - data.additive, jnp.ones_like(data.additive)], axis=1)  # that of a constant was fitted
+    slope = -jnp.swapaxes(solved[:, :4], 1, 2) * jnp.asarray(_UNITS[:4], rare.dtype)[None, None]
 
+    total = jnp.sum(weight.reshape(len(weight), -1, REBIN), axis=2)
 
-@functools.partial(jax.jit, static_argnames="axes")
-def _rest_flux(fit: LabelFit, arrays: Any, axes: Any) -> jax.Array:
-    model = LabelModel(axes, *arrays)
-    nothing = jnp.zeros(fit.good.shape, fit.labels.dtype)
-    x = jnp.concatenate([fit.labels, nothing[:, :1], jnp.square(fit.broadening / GRID_WIDTH)[:, None]], axis=1)
-    data = _Data(nothing, nothing, nothing, x[:, 4], nothing[0])
-    terms = jnp.asarray(chebyshev_terms(nothing.shape[1], fit.continuum.shape[1]))
-    return _spectra(x, data, model, model.fine)[0] * matmul(fit.continuum, terms) + fit.constant[:, None]
+    def rebin(x: jax.Array) -> jax.Array:
+        shape = (*x.shape[:-1], -1, REBIN)
+        return jnp.sum((x * (weight if x.ndim == 2 else weight[:, None])).reshape(shape), axis=-1)
+
+    mean = 1.0 / jnp.where(total > 0, total, 1.0)
+    coarse = rebin(columns[:, :n_fitted])
+    templates = jnp.asarray(problem.model.shifted)[len(problem.model.velocities) // 2]
+    second = smooth[:, None] * (1.0 + templates[None]) - (rebin(state.flux - state.constant[:, None]) * mean)[:, None]
+    overlap = jnp.einsum("nip,ntp->nit", coarse, second)
+    normal = jnp.einsum("nip,njp->nij", coarse * mean[:, None], coarse)
+    normal = normal + 1e-6 * jnp.einsum("nii->ni", normal)[:, :, None] * jnp.eye(n_fitted, dtype=normal.dtype)[None]
+    solved = _solve_small(normal, overlap)
+    residual = rebin(data.flux - state.flux)
+    apart = jnp.einsum("np,ntp->nt", residual, second) - jnp.einsum(
+        "nit,ni->nt", solved, jnp.einsum("nip,np->ni", coarse, residual * mean)
+    )
+    power = jnp.einsum("np,ntp->nt", total, jnp.square(second))
+    information = jnp.maximum(power - jnp.einsum("nit,nit->nt", overlap, solved), 1e-3 * power)
+    return rare, rare_error, slope, jnp.max(jnp.square(jnp.maximum(apart, 0.0)) / information, axis=1)

@@ -22,7 +22,7 @@ from moe_jax.core.arrays import InputError
 from moe_jax.core.files import import_extra
 from moe_jax.spectra.resample import MaskedSpectra
 from moe_jax.spectra.survey_file import require_wave
-from moe_jax.spectra.telescope_file import TelescopeFile, is_fits, mask_unusable, to_angstrom
+from moe_jax.spectra.telescope_file import UNCERTAINTIES, TelescopeFile, error_of, is_fits, mask_unusable, to_angstrom
 
 #: Names of columns and extensions, in small letters.
 NAMES = {
@@ -43,7 +43,9 @@ NAMES = {
         "col3",
     ),
     "ivar": ("ivar", "inverse_variance", "invvar", "flux_ivar"),
+    "variance": ("variance", "var", "flux_variance", "flux_var"),
 }
+_MISSING = ("", "-", "--", "n/a", "na", "null", "none", "masked")  # numbers that are not there, in text
 _LOGARITHMIC = ("loglam", "log_lambda", "logwave")
 _NAME_WITH_UNIT = re.compile(r"\s*(.*?)\s*(?:[\[(]\s*(.*?)\s*[\])]|_(nm|um|aa|angstrom|micron))\s*", re.IGNORECASE)
 
@@ -129,7 +131,7 @@ def _sources(path: Path, parts: Sequence[list[_Field]]) -> list[Source]:
     for fields in (*parts, everything):
         found = {kind: field for kind in NAMES if (field := _find(kind, fields)) is not None}
         if {"wave", "flux"} <= found.keys():
-            for kind in ("error", "ivar") if not {"error", "ivar"} & found.keys() else ():  # an extension of their own
+            for kind in UNCERTAINTIES if found.keys().isdisjoint(UNCERTAINTIES) else ():  # an extension of their own
                 field = _find(kind, everything)
                 if field is not None and np.shape(field.values) == np.shape(found["flux"].values):
                     found[kind] = field
@@ -159,14 +161,16 @@ def _group(path: Path, found: dict[str, _Field]) -> Iterable[LoadedSpectra]:
     field = found["wave"]
     logarithmic = field.name in _LOGARITHMIC or field.unit.lower().startswith("log")
     wave = to_angstrom(path, 10 ** arrays["wave"] if logarithmic else arrays["wave"], "angstrom" if logarithmic else field.unit)
-    error = arrays.get("error")
-    if error is None and "ivar" in arrays:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            error = 1 / np.sqrt(arrays["ivar"])
+    error = error_of(arrays)
     ends = [i for i in range(1, len(wave)) if not np.array_equal(wave[i], wave[i - 1], equal_nan=True)]
     for start, stop in itertools.pairwise([0, *ends, len(wave)]):
         rows = slice(start, stop) if len(wave) > 1 else slice(None)
         there = np.isfinite(wave[start])  # rows of stars of different lengths are filled up
+        if not there[(np.cumsum(there) > 0) & (np.cumsum(there[::-1])[::-1] > 0)].all():
+            place = f"star {start}: {(~there).sum()} of {len(there)} wavelengths"
+            raise InputError(
+                f"{path}: {field.name}: found {place} that are not numbers between those that are, expected all of them"
+            )
         order = np.flatnonzero(there)[np.argsort(wave[start][there])]
         require_wave(path, field.name, wave[start][order])
         yield LoadedSpectra(
@@ -192,7 +196,12 @@ def _fields_of(hdu: Any) -> list[_Field]:
     header, data = hdu.header, np.asarray(hdu.data)
     fields = [_named(hdu.name or "primary", data, header.get("BUNIT"))]
     step = header.get("CDELT1", header.get("CD1_1"))
-    if fields[0].name in NAMES["error"] + NAMES["ivar"] or step is None or "CRVAL1" not in header or data.ndim > 3:
+    if (
+        fields[0].name in [name for kind in UNCERTAINTIES for name in NAMES[kind]]
+        or step is None
+        or "CRVAL1" not in header
+        or data.ndim > 3
+    ):
         return fields
     wave = header["CRVAL1"] + (np.arange(data.shape[-1]) + 1 - header.get("CRPIX1", 1)) * step
     logarithmic = header.get("DC-FLAG") == 1 or "LOG" in str(header.get("CTYPE1", "")).upper() or (2 < wave[0] < 5 and step < 1e-2)
@@ -214,11 +223,18 @@ def _read_text(path: Path) -> list[_Field]:
     rows = [_split(line) for line in lines if line.strip() and line.lstrip()[0] not in "#%"]
     comments = [_split(line.lstrip(" #%")) for line in lines if line.lstrip().startswith(("#", "%"))]
     header = rows.pop(0) if rows and not _is_number(rows[0][0]) else None
-    if not rows or len({len(row) for row in rows}) > 1 or not all(_is_number(cell) for cell in rows[0]):
+    if not any(_is_number(cell) for row in rows for cell in row):
         raise InputError(f"{path}: found a file that is not HDF5, FITS or columns of numbers, expected one with spectra")
+    if odd := next((row for row in rows if len(row) != len(rows[0])), None):
+        raise InputError(f"{path}: found {len(odd)} cells in the line {odd[:3]}, expected {len(rows[0])} like the first")
     if header is None:
         header = next((names for names in reversed(comments) if len(names) == len(rows[0])), None)
     names = header if header is not None and len(header) == len(rows[0]) else [f"col{i + 1}" for i in range(len(rows[0]))]
+    known = [name for kinds in NAMES.values() for name in kinds]
+    for name, column in zip(names, zip(*rows, strict=True), strict=True):
+        text = [cell for cell in column if not _is_number(cell) and cell.lower() not in _MISSING]
+        if text and _named(name, None).name in known:
+            raise InputError(f"{path}: {name}: found {text[0]!r} ({len(text)} such cells), expected numbers")
     columns = zip(*([float(cell) if _is_number(cell) else np.nan for cell in row] for row in rows), strict=True)
     return [_named(name, np.array(column)) for name, column in zip(names, columns, strict=True)]
 

@@ -1,16 +1,17 @@
 """Spectra as a telescope gives them, in HDF5 or FITS files: read in parts, with the unusable pixels masked.
 
-HDF5: ``spectrumdataset/wave`` (P,), ``dataset/arrays/flux/value`` (N, P), and optionally ``dataset/arrays/error/value`` or
-``dataset/arrays/ivar/value`` (N, P): the layout of ``moe_jax.spectra.survey_file``, without labels. FITS (needs astropy): image
-extensions WAVELENGTH (or WAVE), FLUX, and optionally ERROR or IVAR, of the same shapes. Wavelengths are in vacuum. An attribute
-``unit`` of the HDF5 dataset names their unit; without one, the numbers tell Angstrom, nm and um apart.
+HDF5: ``spectrumdataset/wave`` (P,), ``dataset/arrays/flux/value`` (N, P), and optionally ``dataset/arrays/error/value``, or in its
+place ``ivar`` or ``variance`` (N, P): the layout of ``moe_jax.spectra.survey_file``, without labels. FITS (needs astropy): image
+extensions WAVELENGTH (or WAVE), FLUX, and optionally ERROR, IVAR or VARIANCE (or VAR), of the same shapes. Wavelengths are in
+vacuum, and increase or decrease. An attribute ``unit`` of the HDF5 dataset names their unit; without one, the numbers tell
+Angstrom, nm and um apart.
 
-A pixel is masked where its flux or error is not finite, its error is not positive, or its inverse variance is not positive.
+A pixel is masked where its flux or error is not finite, or its error, inverse variance or variance is not positive.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,16 @@ from moe_jax.spectra.survey_file import ERROR_FIELD, FLUX_FIELD, WAVE_FIELD, req
 
 IVAR_FIELD = "dataset/arrays/ivar/value"
 FITS_SUFFIXES = (".fits", ".fit", ".fits.gz", ".fz")
-_FITS_NAMES = {"wave": ("WAVELENGTH", "WAVE"), "flux": ("FLUX",), "error": ("ERROR",), "ivar": ("IVAR",)}
+_FITS_NAMES = {
+    "wave": ("WAVELENGTH", "WAVE"),
+    "flux": ("FLUX",),
+    "error": ("ERROR",),
+    "ivar": ("IVAR",),
+    "variance": ("VARIANCE", "VAR"),
+}
 _HDF5_NAMES = {"wave": (WAVE_FIELD,), "flux": (FLUX_FIELD,), "error": (ERROR_FIELD,), "ivar": (IVAR_FIELD,)}
+_HDF5_NAMES["variance"] = ("dataset/arrays/variance/value",)
+UNCERTAINTIES = ("error", "ivar", "variance")  #: what may stand for the errors; the first that is there is used
 
 _UNITS = dict.fromkeys(("angstrom", "angstroms", "aa", "a", "0.1nm"), 1.0)
 _UNITS |= dict.fromkeys(("nm", "nanometer", "nanometers", "nanometre", "nanometres"), 10.0) | {"m": 1e10}
@@ -61,8 +70,8 @@ class TelescopeFile:
             for kind in ("wave", "flux"):
                 if kind not in fields:
                     raise InputError(f"{path}: {' or '.join(all_names[kind])}: found nothing, expected an array of numbers")
-            if "error" in fields:
-                fields.pop("ivar", None)  # both say the same, and the errors need no conversion
+            for kind in [kind for kind in UNCERTAINTIES if kind in fields][1:]:
+                fields.pop(kind)  # they say the same
             for kind, field in fields.items():
                 require_numbers(self.path, field, arrays[field], 1 if kind == "wave" else 2)
             wave, flux = arrays[fields["wave"]], arrays[fields["flux"]]
@@ -71,26 +80,36 @@ class TelescopeFile:
                     f"{path}: {fields['flux']} has shape {tuple(flux.shape)}, expected (N, {wave.shape[0]}), at least one star of "
                     f"at least 2 pixels, as {fields['wave']} has {wave.shape[0]}"
                 )
-            for kind in fields.keys() & {"error", "ivar"}:
+            for kind in fields.keys() & set(UNCERTAINTIES):
                 if (shape := tuple(arrays[fields[kind]].shape)) != tuple(flux.shape):
                     expected = f"expected {tuple(flux.shape)} like {fields['flux']}"
                     raise InputError(f"{path}: {fields[kind]} has shape {shape}, {expected}")
             attributes = getattr(wave, "attrs", {})
-            unit = str(attributes.get("unit", attributes.get("units", "")))
+            unit = attributes.get("unit", attributes.get("units", ""))
+            unit = unit.decode("utf-8", "replace") if isinstance(unit, bytes) else str(unit)
             self.wave = to_angstrom(self.path, np.asarray(wave[...], np.float64), unit)
+            self._order = slice(None, None, -1 if (np.diff(self.wave) < 0).all() else 1)
+            self.wave = self.wave[self._order]
             self.n_stars = int(flux.shape[0])
-        self.has_errors = "error" in fields or "ivar" in fields
+        self.has_errors = not fields.keys().isdisjoint(UNCERTAINTIES)
         require_wave(self.path, fields["wave"], self.wave)
 
     def read(self, start: int, stop: int) -> MaskedSpectra:
         """The stars ``start`` to ``stop - 1``, float32. Errors are NaN where the file has neither errors nor ivar."""
         with _open(self.path) as arrays:
             stars = {kind: arrays[field][start:stop] for kind, field in self._fields.items() if kind != "wave"}
-        values = {kind: np.asarray(array, np.float32) for kind, array in stars.items()}
-        if "ivar" in values:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                values["error"] = np.reciprocal(np.sqrt(values["ivar"]))
-        return mask_unusable(values["flux"], values.get("error"))
+        values = {kind: np.asarray(array, np.float64 if kind in UNCERTAINTIES else np.float32) for kind, array in stars.items()}
+        values = {kind: array[:, self._order] for kind, array in values.items()}
+        return mask_unusable(values["flux"], error_of(values))
+
+
+def error_of(values: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """Errors from the first of ``UNCERTAINTIES`` that is there; not finite, or not positive, where there is none."""
+    kind = next((kind for kind in UNCERTAINTIES if kind in values), None)
+    if kind is None or kind == "error":
+        return values.get("error")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.sqrt(values[kind]) if kind == "variance" else 1 / np.sqrt(values[kind])
 
 
 def to_angstrom(path: Path, wave: np.ndarray, unit: str) -> np.ndarray:
@@ -109,8 +128,11 @@ def to_angstrom(path: Path, wave: np.ndarray, unit: str) -> np.ndarray:
 
 
 def is_fits(path: Path) -> bool:
-    """Whether a file is FITS, by its suffix."""
-    return path.name.lower().endswith(FITS_SUFFIXES)
+    """Whether a file is FITS, by its suffix or its first bytes."""
+    if path.name.lower().endswith(FITS_SUFFIXES) or not path.is_file():
+        return path.name.lower().endswith(FITS_SUFFIXES)
+    with path.open("rb") as file:
+        return file.read(9) == b"SIMPLE  ="
 
 
 def mask_unusable(flux: Float[AnyArray, "N P"], error: Float[AnyArray, "N P"] | None) -> MaskedSpectra:

@@ -16,6 +16,7 @@ from experiments.pipeline.spoilings import Exposure, shift, slope
 from experiments.predict import PredictConfig, main
 from moe_jax import InputError, load_model, predict_model
 from moe_jax.apply.application import MANY_MASKED, NOT_PREDICTED, UNLIKE_TRAINING, apply_model, needs_scaling, prepare_application
+from moe_jax.experts.cells import assign_cells
 from moe_jax.spectra.resample import MaskedSpectra, overlaps, resample
 from moe_jax.spectra.survey_file import ERROR_FIELD, FLUX_FIELD, WAVE_FIELD
 from moe_jax.spectra.telescope_file import IVAR_FIELD, TelescopeFile
@@ -214,8 +215,11 @@ def test_the_answer_of_the_fit(model, small_survey):
     application = prepare_application(model, model.wave)
     assert application.answer == "fit"  # the model was trained on spectra of the grid
     found, true = apply_model(application, spectra, first_star=7), small_survey.labels
-    kept = (found["flags"] == "").to_numpy()
+    kept = found["flags"].isin(["", "outside_cells"]).to_numpy()  # the fit's log g holds there too
     assert kept.mean() > 0.95
+    outside = np.asarray(assign_cells(true.T_eff, true.M_H))[:60] < 0
+    flagged = found["flags"] == "outside_cells"
+    assert flagged[~outside].mean() < 0.05 < flagged[outside].mean()  # some covered stars lie on an edge of the cells
     residual = (found["log_g"] - np.asarray(true.log_g)[:60])[kept]
     assert np.sqrt(np.mean(residual**2)) < 0.4
     assert np.sqrt(np.mean((found["mixture_log_g"] - np.asarray(true.log_g)[:60]) ** 2)) > 0.6
@@ -314,3 +318,18 @@ def test_several_files_and_patterns(trained, spectra, tmp_path, table):
     np.testing.assert_allclose(found["log_g"][300:], table["log_g"][:2], atol=2e-4)
     with pytest.raises(InputError, match="found no file of such a name"):
         main(PredictConfig(trained / "model", (tmp_path / "nothing-*.csv",), output))
+
+
+def test_figures_of_the_stars_that_are_asked_for(trained, tmp_path):
+    for name, plots, expected in (("a.csv", "2", [0, 1]), ("b.csv", "7,3", [3, 7]), ("c.csv", "5,", [5])):
+        predict(trained, trained.parent / "observed.h5", tmp_path / name, plots=plots, chunk_stars=150)
+        folder = tmp_path / f"{name[0]}_plots"
+        assert sorted(path.name for path in folder.iterdir()) == [f"observed_{star}.png" for star in expected]
+    with pytest.raises(InputError, match="plots: found 'two', expected a number of stars, or their numbers"):
+        PredictConfig(trained / "model", (tmp_path / "in.h5",), tmp_path / "out.csv", plots="two")
+
+
+def test_a_table_below_a_file(trained, tmp_path):
+    (tmp_path / "plain").write_text("")
+    with pytest.raises(InputError, match=r"plain/deep/out\.csv: found that .*plain is a file, expected a folder"):
+        predict(trained, trained.parent / "observed.h5", tmp_path / "plain" / "deep" / "out.csv")

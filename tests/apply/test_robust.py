@@ -1,9 +1,11 @@
 """What is judged of a fit, against brute force; how well the fits do is tested with ``predict``."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from moe_jax.apply.robust import SCALES, add_prior, expected_chi2, grow, scale_chi2
+from moe_jax.apply.robust import RARE, SCALES, add_prior, allow_rare, expected_chi2, grow, outside_cells, scale_chi2
 from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.resample import overlaps
 from moe_jax.spectra.simulate import LABEL_LATTICE
@@ -53,3 +55,28 @@ def test_features_grow_and_single_pixels_do_not():
     out[0, [3, 20, 21, 22, 23, 24, 40, 41]] = True
     grown = np.flatnonzero(grow(out)[0])
     assert list(grown) == [3, *range(15, 30), 40, 41]
+
+
+def test_rare_nuisances_are_averaged_over(rng):
+    """Against a mean over draws: half of the stars have no constant, the others one of a normal distribution."""
+    n, width, error, slope = 400_000, RARE[0], 0.07, 3.0
+    constant = np.where(rng.random(n) < 0.5, 0.0, rng.normal(0, width, n))
+    found = constant + rng.normal(0, error, n)
+    fit = SimpleNamespace(
+        rare=np.array([[0.1, 0.0]]),
+        rare_error=np.array([[error, 1e9]]),
+        rare_slope=np.array([[[0, slope, 0, 0], [0, 0, 0, 0]]], float),
+        labels=np.array([[5000.0, 3.0, -1.0, 0.0]]),
+        covariance=np.eye(4)[None] * 1e-4,
+    )
+    labels, covariance = allow_rare(fit, np.ones(1), np.array(RARE))
+    alike = constant[np.abs(found - 0.1) < 0.005]
+    assert labels[0, 1] - 3.0 == pytest.approx(slope * alike.mean(), abs=0.01)
+    assert covariance[0, 1, 1] - 1e-4 == pytest.approx(slope**2 * alike.var(), rel=0.05)
+
+
+def test_stars_outside_the_cells():
+    """At the lower edge of [M/H]: in the middle of it one half, far on either side all or nothing, and never beyond the grid."""
+    labels = np.array([[5000.0, 3.0, m, 0.0] for m in (-2.0, -2.45, -1.0, 0.7)] + [[6000.0, 3.0, -1.0, 0.0]])
+    error = np.array([[100.0, 0.2, 0.05, 0.1]] * 5)
+    np.testing.assert_allclose(outside_cells(labels, error), [0.5, 1, 0, 1, 0], atol=1e-3)

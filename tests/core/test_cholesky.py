@@ -28,3 +28,13 @@ def test_not_positive_definite(matrix, dtype):
     for array in (-matrix, jnp.asarray(-matrix)):
         assert np.isnan(np.asarray(inverse_cholesky(array, 0.0))).any()
         assert np.isnan(np.asarray(cholesky_solver(array, 0.0, np.zeros((), dtype))(array[:, 0]))).all()
+
+
+@pytest.mark.parametrize(("lowest", "growth"), [(-0.3, 1), (-0.9, 32), (-3.0, 32), (-40.0, 1024), (-2_000.0, 32**3)])
+def test_the_jitter_grows_until_the_factor_is_sound(lowest, growth, dtype):
+    """An eigenvalue that rounding has made negative (in jitters): the factor fails, or keeps too little of its place."""
+    jitter = dtype.type(2.0**-12)
+    matrix = np.diag(np.array([1.0, 1.0, lowest * jitter, 1.0], dtype))
+    for array in (matrix, jnp.asarray(matrix)):
+        inverse = np.asarray(inverse_cholesky(array, 0.0, jitter))
+        np.testing.assert_allclose(np.diagonal(inverse) ** -2, np.diagonal(matrix) + growth * jitter, rtol=1e-3)

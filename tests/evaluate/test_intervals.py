@@ -5,8 +5,14 @@ import pytest
 import scipy.stats
 
 from moe_jax import InputError, bootstrap_delta_r2
-from moe_jax.evaluate.bootstrap import resample_gain, resample_rows, squared_error_gain
-from moe_jax.evaluate.intervals import METHODS, Resampled, column_quantiles, confidence_interval, simultaneous_interval
+from moe_jax.evaluate import intervals
+from moe_jax.evaluate.bootstrap import resample_gain, resample_rows, squared_error_gain, summarize
+from moe_jax.evaluate.intervals import METHODS, Resampled, borrow_spread
+
+# One program each; step by step they are a hundred.
+confidence_interval = jax.jit(intervals.confidence_interval, static_argnames="method")
+simultaneous_interval = jax.jit(intervals.simultaneous_interval)
+column_quantiles = jax.jit(intervals.column_quantiles)
 
 
 def delta(y, p, b, axis=-1):
@@ -21,10 +27,10 @@ def stars(rng):
     return y, y + 0.3 * rng.normal(size=816), y + 0.2 * rng.exponential(size=816) ** 1.5
 
 
-def resampled_of(stars, B, groups=None, n_groups=0):
+def resampled_of(stars, B, groups=None, n_groups=0, seed=4):
     y, p, b = map(jnp.asarray, stars)
     groups = jnp.zeros(len(y), int) if groups is None else jnp.asarray(groups)
-    return resample_gain(jax.random.key(4), y, squared_error_gain(y, p, b), groups, B, n_groups)
+    return resample_gain(jax.random.key(seed), y, squared_error_gain(y, p, b), groups, B, n_groups)
 
 
 @pytest.mark.slow
@@ -108,6 +114,32 @@ def test_simultaneous_intervals_hold_all_groups_of_normal_statistics(rng, x64):
     np.testing.assert_allclose(simultaneous_interval(resampled, 0.95).high, 2.0 * known, rtol=0.01)
 
 
+def test_borrowed_spread_by_hand(stars, x64):
+    """A quiet group of 4 stars borrows 12 of the whole; a loud one keeps its own, and m = 0 changes nothing."""
+    errors = jnp.array([0.2, 0.5, 3.0])
+    resampled = Resampled(jnp.zeros(3), errors, jnp.zeros(3), jnp.zeros((5, 3)), jnp.ones((5, 3)))
+    size = np.array([100, 4, 4])
+    # variances of the influences: 100 x .04 = 4, 4 x .25 = 1, 4 x 9 = 36
+    expected = [0.2, np.sqrt((4 * 1 + 12 * 4) / 16 / 4), 3.0]
+    np.testing.assert_allclose(borrow_spread(resampled, size, 12).standard_error, expected)
+    np.testing.assert_allclose(borrow_spread(resampled, size, 0).standard_error, errors)
+    y, prediction, baseline = stars
+    groups = np.where(np.arange(len(y)) < 30, 0, 1)
+    baseline = np.where(groups == 0, prediction + 1e-3, baseline)
+    key = jax.random.key(2)
+    own, borrowed = (
+        bootstrap_delta_r2(key, y, prediction, baseline, method="symmetric", groups=groups, n_resamples=200, n_borrowed=m)
+        for m in (0, 10)
+    )
+    for part in ("groups", "simultaneous"):
+        widths = [np.asarray(getattr(b, part).high - getattr(b, part).low) for b in (own, borrowed)]
+        assert widths[1][0] > 5 * widths[0][0]
+        assert widths[1][1] == pytest.approx(widths[0][1], rel=0.05)
+    np.testing.assert_array_equal(own.overall.low, borrowed.overall.low)
+    with pytest.raises(InputError, match="n_borrowed is 5 with the method 'basic', expected the method symmetric or studentized"):
+        bootstrap_delta_r2(key, y, prediction, baseline, n_borrowed=5)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_level_next_to_1_gives_the_widest_interval_that_the_samples_hold(method, rng, dtype):
     samples = rng.normal(size=(1_000, 2)).astype(dtype)
@@ -127,13 +159,14 @@ def test_identical_methods_have_no_width(method, stars, dtype):
     assert not np.any(result.simultaneous.high)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_all_methods_agree_on_many_ordinary_stars(method, rng, x64):
+def test_all_methods_agree_on_many_ordinary_stars(rng, x64):
     y = rng.uniform(1, 5, 20_000)
-    p, b = y + rng.normal(0, 0.3, 20_000), y + rng.normal(0, 0.33, 20_000)
-    result = bootstrap_delta_r2(jax.random.key(0), y, p, b, n_resamples=4_000, method=method).overall
-    expected = float(result.estimate) + 1.96 * float(result.standard_error) * np.array([-1, 1])
-    np.testing.assert_allclose([result.low, result.high], expected, atol=0.1 * float(result.standard_error))
+    resampled = resampled_of((y, y + rng.normal(0, 0.3, 20_000), y + rng.normal(0, 0.33, 20_000)), 4_000, seed=0)
+    error = float(resampled.standard_error[0])
+    expected = float(resampled.estimate[0]) + 1.96 * error * np.array([-1, 1])
+    for method in METHODS:
+        result = summarize(resampled, 0.95, method).overall
+        np.testing.assert_allclose([result.low, result.high], expected, atol=0.1 * error, err_msg=method)
 
 
 def test_bad_method(stars):

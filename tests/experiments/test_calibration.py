@@ -39,6 +39,7 @@ def test_spectra_as_observed_are_left_as_they_are(observed):
         np.testing.assert_allclose(ours.flux(5, 60), ours.read(5, 60)[0])
 
 
+@pytest.mark.slow
 def test_intervals_cover_what_they_promise_for_both_kinds_of_noise(trained, observed, tmp_path):
     """Calibrated on 450 other stars with simulated noise, and out-of-fold on 550 spectra as observed: some 2 points of error."""
     regress_gate.main(with_options(SMALL, **observed, output_dir=tmp_path, use_cache=False))

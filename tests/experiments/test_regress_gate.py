@@ -16,7 +16,6 @@ from small_run import SMALL, with_options
 
 from experiments import make_survey, regress_gate
 from experiments.build_lte_grid import PRESETS as BUILD_PRESETS
-from experiments.measure_interpolation import PRESETS as INTERPOLATION_PRESETS
 from experiments.pipeline.config import draw_keys
 from experiments.pipeline.methods import METHODS
 from experiments.pipeline.observation import observe
@@ -224,7 +223,7 @@ def test_bad_config(change, message):
         with_options(regress_gate.PRESETS["default"], **change)
 
 
-@pytest.mark.parametrize("presets", [regress_gate.PRESETS, make_survey.PRESETS, BUILD_PRESETS, INTERPOLATION_PRESETS])
+@pytest.mark.parametrize("presets", [regress_gate.PRESETS, make_survey.PRESETS, BUILD_PRESETS])
 def test_every_preset_loads_from_the_command_line(presets):
     for name, config in presets.items():
         assert config.preset == name

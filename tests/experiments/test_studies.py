@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -30,9 +28,7 @@ from experiments import (
     train_jointly,
 )
 from experiments.runner.command_line import parse_config
-from experiments.runner.provenance import command_of
 from moe_jax import GateConfig, InputError
-from moe_jax.evaluate.intervals import METHODS
 
 pytestmark = pytest.mark.slow
 
@@ -79,19 +75,6 @@ def config_of(name, folder):
     return with_options(config, **(tiny | own | places))
 
 
-#: Run by the command line that their report names, in a process of their own. Late in a worker that had compiled hundreds of
-#: programs, jaxlib 0.10.2 crashed when it wrote the compiled training of `train_jointly` to the compilation cache.
-APART = ("train_jointly",)
-
-
-def run_apart(name, folder):
-    config = config_of(name, folder)
-    places = ["--output-dir", str(folder / name), "--cache-dir", str(folder / "cache")]
-    command = command_of(name, config, STUDIES[name][0].PRESETS).split()
-    done = subprocess.run([sys.executable, *command[1:], *places], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.fixture(scope="session", params=STUDIES)
 def study(request, run_study):
     return run_study(request.param)
@@ -100,7 +83,7 @@ def study(request, run_study):
 @pytest.fixture(scope="session")
 def run_study(folder, once):
     def run(name):
-        once(folder / name, lambda _: run_apart(name, folder) if name in APART else STUDIES[name][0].main(config_of(name, folder)))
+        once(folder / name, lambda _: STUDIES[name][0].main(config_of(name, folder)))
         return folder / name
 
     return run
@@ -141,7 +124,7 @@ def test_the_inequality_is_reported(run_study):
 def test_coverage_table(folder, tmp_path):
     config = with_options(config_of("calibrate_bootstrap", folder), output_dir=tmp_path / "out")
     tables = calibrate_bootstrap.main(config).tables
-    assert set(tables["coverage"]["method"]) == set(METHODS)
+    assert set(tables["coverage"]["method"]) == set(calibrate_bootstrap.CANDIDATES)
     overall = tables["coverage"][tables["coverage"]["stars"] == "all stars"]
     total = overall["coverage"] + overall["truth_below"] + overall["truth_above"]
     np.testing.assert_allclose(total, 1.0)

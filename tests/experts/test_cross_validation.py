@@ -12,11 +12,10 @@ def relative_error(ours, theirs):
 
 
 def brute_force(x, y, alphas, folds):
-    predictions = np.zeros((len(alphas), len(y)))
-    for i, alpha in enumerate(alphas):
-        for fold in np.unique(folds):
-            held = folds == fold
-            predictions[i, held] = Ridge(alpha=alpha, solver="svd").fit(x[~held], y[~held]).predict(x[held])
+    predictions, targets = np.zeros((len(alphas), len(y))), np.repeat(y[:, None], len(alphas), axis=1)
+    for fold in np.unique(folds):
+        held = folds == fold
+        predictions[:, held] = Ridge(alpha=alphas, solver="svd").fit(x[~held], targets[~held]).predict(x[held]).T
     return predictions
 
 

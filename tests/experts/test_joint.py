@@ -1,10 +1,8 @@
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
-from moe_jax import InputError, fit_weighted_ridge, predict_ridge
-from moe_jax.experts.joint import backfit_mixture_experts, fit_mixture_experts, mixture_objective
+from moe_jax import InputError, fit_mixture_experts, fit_weighted_ridge
 
 
 @pytest.fixture(params=[(60, 12), (40, 90)], ids=["N > P", "N < P"])
@@ -34,37 +32,15 @@ def test_closed_form_against_the_normal_equations(problem, x64):
     np.testing.assert_allclose(experts.intercept, intercept, atol=1e-8)
 
 
-def test_backfitting_agrees_with_the_closed_form(problem, x64):
+def test_a_known_kernel_changes_nothing(problem, x64):
+    """Whatever x is centred about: each expert has an intercept of its own."""
     x, y, weights = problem
-    closed = fit_mixture_experts(x, y, weights, 2.0)
-    fitted = backfit_mixture_experts(x, y, weights, 2.0, max_sweeps=3_000, tolerance=1e-16)
-    np.testing.assert_allclose(fitted.experts.coef, closed.coef, atol=1e-6)
-    np.testing.assert_allclose(fitted.experts.intercept, closed.intercept, atol=1e-6)
-    best = mixture_objective(closed, x, y, weights, 2.0)
-    np.testing.assert_allclose(fitted.objective[int(fitted.n_sweeps)], best, rtol=1e-9)
-
-
-def test_the_objective_never_rises(problem, dtype):
-    x, y, weights = (array.astype(dtype) for array in problem)
-    fitted = backfit_mixture_experts(x, y, weights, 1.0, max_sweeps=60, tolerance=0.0)
-    history = np.asarray(fitted.objective)[: int(fitted.n_sweeps) + 1]
-    assert len(history) > 10
-    assert (np.diff(history) <= 20 * np.finfo(dtype).eps * history[:-1]).all()
-    assert history[-1] < 0.5 * history[0]
-    np.testing.assert_allclose(history[-1], mixture_objective(fitted.experts, x, y, weights, 1.0), rtol=1e-3)
-
-
-def test_folds_are_held_out(problem, x64, rng):
-    x, y, weights = problem
-    folds = rng.permutation(len(y)) % 3
-    fitted = backfit_mixture_experts(x, y, weights, 2.0, folds=folds, max_sweeps=3_000, tolerance=1e-16)
-    alone = backfit_mixture_experts(x, y, weights, 2.0, max_sweeps=3_000, tolerance=1e-16)
-    np.testing.assert_allclose(fitted.experts.coef, alone.experts.coef, atol=1e-6)
-    for fold in range(3):
-        train, held = folds != fold, folds == fold
-        oracle = fit_mixture_experts(x[train], y[train], weights[train], 2.0)
-        np.testing.assert_allclose(fitted.by_fold.coef[fold], oracle.coef, atol=1e-6)
-        np.testing.assert_allclose(fitted.out_of_fold[held], predict_ridge(oracle, x[held]), atol=1e-5)
+    x = x - x.mean(axis=0) - 0.3
+    part = np.arange(len(y)) % 3 > 0
+    ours = fit_mixture_experts(x[part], y[part], weights[part], 0.7, kernel=(x @ x.T)[np.ix_(part, part)])
+    coef, intercept = brute_force(x[part], y[part], weights[part], 0.7)
+    np.testing.assert_allclose(ours.coef, coef, atol=1e-9)
+    np.testing.assert_allclose(ours.intercept, intercept, atol=1e-8)
 
 
 def test_one_expert_is_a_ridge_and_hard_weights_are_one_ridge_each(problem, x64):
@@ -74,7 +50,7 @@ def test_one_expert_is_a_ridge_and_hard_weights_are_one_ridge_each(problem, x64)
     np.testing.assert_allclose(one.coef[0], oracle.coef_, atol=1e-9)
     np.testing.assert_allclose(one.intercept[0], oracle.intercept_, atol=1e-8)
     hard = np.eye(3)[weights.argmax(axis=1)]
-    experts = backfit_mixture_experts(x, y, hard, 3.0, max_sweeps=50, tolerance=1e-15).experts
+    experts = fit_mixture_experts(x, y, hard, 3.0)
     for k in range(3):
         own = hard[:, k] == 1
         oracle = Ridge(alpha=3.0).fit(x[own], y[own])
@@ -104,8 +80,8 @@ def test_bad_input(problem):
     with pytest.raises(InputError, match="weights have shape"):
         fit_mixture_experts(x, y, weights[:5], 1.0)
     with pytest.raises(InputError, match="alpha is -1"):
-        backfit_mixture_experts(x, y, weights, -1.0)
-    with pytest.raises(InputError, match="folds holds 1 different"):
-        backfit_mixture_experts(x, y, weights, 1.0, folds=jnp.zeros(len(y), int))
+        fit_mixture_experts(x, y, weights, -1.0)
+    with pytest.raises(InputError, match="kernel has shape"):
+        fit_mixture_experts(x, y, weights, 1.0, kernel=np.eye(3))
     with pytest.raises(InputError, match="sample_weight holds"):
         fit_weighted_ridge(x, y, -np.ones(len(y)), 1.0)

@@ -21,6 +21,7 @@ def mixture(rng):
     return features, predictions, (weights * predictions).sum(axis=1), weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", [LinearGate(), MLPGate(16)])
 def test_vmap_over_keys_equals_single_runs(gate, mixture):
     features, predictions, y, _ = mixture

@@ -7,7 +7,7 @@ from scipy.optimize import least_squares
 
 import moe_jax
 from moe_jax import InputError, fit_labels, interpolate_grid, load_grid
-from moe_jax.spectra.label_fit import fitted_flux
+from moe_jax.spectra.label_fit import _solve_small
 from moe_jax.spectra.label_model import LIGHT_SPEED
 from moe_jax.spectra.pixels import WAVE
 
@@ -113,6 +113,45 @@ def test_an_added_constant_is_found(stars):
     np.testing.assert_allclose(other.constant - one.constant, 0.1, atol=0.02)
 
 
+def test_what_the_residuals_say_is_what_a_fit_finds(stars, fit):
+    """A linear step towards a constant leads where the fit with a constant ends; good spectra have neither that nor a stretch."""
+    _, flux, error = stars
+    assert np.abs(fit.rare / fit.rare_error).max() < 4.5
+    np.testing.assert_allclose((fit.rare / fit.rare_error).std(axis=0), 1, atol=0.35)
+    certain = fit.rare_error[:, 0] < 0.02
+    fitted = fit_labels(flux[certain] + np.float32(0.02), error[certain], additive=True)
+    step = fit_labels(flux[certain] + np.float32(0.02), error[certain])
+    np.testing.assert_allclose(fitted.constant, step.rare[:, 0], atol=0.02)
+    shifted = step.labels + step.rare[:, :1] * step.rare_slope[:, 0]
+    deviation = np.sqrt(np.einsum("nii->ni", fitted.covariance))
+    assert np.median(np.abs(shifted - fitted.labels) / deviation, axis=0).max() < 0.3
+
+
+def test_a_stretch_is_found(stars, fit):
+    """Wavelengths that are wrong by 10 km/s at the red end, and by -10 km/s at the blue one."""
+    _, flux, error = stars
+    wrong = WAVE / (1 + 10 / LIGHT_SPEED * np.linspace(-1, 1, len(WAVE)))
+    stretched = fit_labels(CubicSpline(WAVE, flux, axis=1, extrapolate=True)(wrong).astype(np.float32), error)
+    assert np.median(stretched.rare[:, 1] - fit.rare[:, 1]) == pytest.approx(10, abs=1.5)
+
+
+def test_a_second_star_is_seen(stars, fit):
+    """Pairs of bright stars that differ; the same star twice is none."""
+    labels, flux, error = stars
+    bright = np.flatnonzero(np.median(flux / error, axis=1) > 40)
+    hot, cool = bright[labels[bright, 0] > 5000][:6], bright[labels[bright, 0] < 4800][:6]
+    n = min(len(hot), len(cool))
+    pairs = fit_labels(0.5 * (flux[hot[:n]] + flux[cool[:n]]), np.float32(np.sqrt(0.5)) * error[hot[:n]])
+    assert np.median(pairs.blend_gain) > 15
+    assert np.quantile(fit.blend_gain, 0.9) < 13
+
+
+def test_small_systems(rng):
+    root = rng.normal(size=(5, 6, 9))
+    normal, right = (root @ root.transpose(0, 2, 1)).astype(np.float32), rng.normal(size=(5, 6, 2)).astype(np.float32)
+    np.testing.assert_allclose(_solve_small(normal, right), np.linalg.solve(normal, right), rtol=2e-3, atol=2e-3)
+
+
 def test_the_unit_of_the_flux_does_not_matter(stars, fit):
     _, flux, error = (array[:4] for array in stars)
     tiny = fit_labels(flux * np.float32(1e-17), error * np.float32(1e-17))
@@ -140,7 +179,7 @@ def test_pixels_without_an_error_are_not_used(stars):
 
 def test_the_model_of_the_flux_follows_the_spectrum(stars, fit):
     _, flux, error = stars
-    residual = (flux - fitted_flux(fit)) / error
+    residual = (flux - fit.flux) / error
     np.testing.assert_allclose((np.where(fit.good, residual, 0) ** 2).sum(axis=1) / fit.good.sum(axis=1), fit.chi2, rtol=5e-3)
 
 
@@ -162,6 +201,6 @@ def test_a_star_of_which_nothing_is_known_has_no_labels(stars):
     assert np.isnan(fit.chi2[:2]).all()
     assert not fit.converged[:2].any()
     assert np.isfinite(fit.labels[2]).all()
-    observed = fitted_flux(fit)
+    observed = fit.flux
     assert np.isnan(observed[:2]).all()
     assert np.isfinite(observed[2]).all()

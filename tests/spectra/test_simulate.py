@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,11 +8,13 @@ import pytest
 import moe_jax
 from moe_jax import InputError, load_grid, simulate_survey
 from moe_jax.gates.features import line_features, line_pixels
+from moe_jax.spectra import simulate
 from moe_jax.spectra.grid import reconstruct_nodes
 from moe_jax.spectra.pixels import WAVE
-from moe_jax.spectra.simulate import LABEL_LATTICE, draw_labels, flux_error, median_rows, model_flux
+from moe_jax.spectra.simulate import LABEL_LATTICE, draw_labels, flux_error, median_rows
 from moe_jax.spectra.sky import oh_lines, sky_variance, throughput
 
+model_flux = jax.jit(functools.partial(simulate.model_flux, load_grid()))
 BANDS = ((7240, 7600), (7700, 8100), (8280, 8500), (8760, 8900))
 
 
@@ -80,7 +84,7 @@ def test_sky():
 
 def test_a_star_at_a_node_is_the_node():
     nodes = reconstruct_nodes(load_grid())
-    flux = model_flux(load_grid(), *(jnp.array([value]) for value in (4500.0, 2.0, 0.5, 0.125)))[0]
+    flux = model_flux(*(jnp.array([value]) for value in (4500.0, 2.0, 0.5, 0.125)))[0]
     node = np.asarray(nodes.norm[2, 1, 6, 1] * jnp.exp(nodes.log_continuum[2, 1, 6, 1]))
     np.testing.assert_allclose(flux, 0.5 * node / np.median(node), atol=2e-5)
 
@@ -88,8 +92,7 @@ def test_a_star_at_a_node_is_the_node():
 def equivalent_width(T_eff, log_g, M_H):
     """Of Ca II 8542, in pixels."""
     labels = (jnp.asarray(label.ravel(), jnp.float32) for label in (T_eff, log_g, M_H, 0 * M_H))
-    flux = model_flux(load_grid(), *labels)
-    return np.asarray(line_features(flux, line_pixels(WAVE)))[:, 3].reshape(T_eff.shape)
+    return np.asarray(line_features(np.asarray(model_flux(*labels)), line_pixels(WAVE)))[:, 3].reshape(T_eff.shape)
 
 
 @pytest.mark.slow

@@ -136,8 +136,57 @@ def test_the_sentence_says_what_there_is(tmp_path):
     with pytest.raises(InputError, match="found wavelengths in 'Hz', expected Angstrom"):
         open_spectra(tmp_path / "frequency.fits")
     (tmp_path / "in.csv").write_text("wave,flux\n1,2\n3\n")
-    with pytest.raises(InputError, match=r"in\.csv: found a file that is not HDF5, FITS or columns of numbers"):
+    with pytest.raises(InputError, match=r"in\.csv: found 1 cells in the line \['3'\], expected 2 like the first"):
         open_spectra(tmp_path / "in.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("wave,flux\n7000,cloud\n7001,1\n", r"in\.csv: flux: found 'cloud' \(1 such cells\), expected numbers"),
+        ("some words\nand more\n", "found a file that is not HDF5, FITS or columns of numbers"),
+        ("wave,flux\n7000,1\nnan,1\n7002,1\nnan,1\n7004,1\n", "wave: found star 0: 2 of 5 wavelengths that are not numbers"),
+    ],
+)
+def test_odd_text(tmp_path, text, sentence):
+    (tmp_path / "in.csv").write_text(text)
+    with pytest.raises(InputError, match=sentence):
+        open_spectra(tmp_path / "in.csv")
+
+
+def test_a_number_that_is_missing_is_masked(tmp_path):
+    (tmp_path / "in.csv").write_text("name,wave,flux\nsun,7000,--\nsun,7001,1\nsun,7002,2\n")
+    (source,) = open_spectra(tmp_path / "in.csv")
+    assert source.read(0, 1).good.tolist() == [[False, True, True]]
+
+
+def test_fits_under_another_name(tmp_path):
+    path, _ = by_pixel(tmp_path / "in")
+    (source,) = open_spectra(path.rename(tmp_path / "in.csv"))
+    np.testing.assert_allclose(source.wave, WAVE)
+
+
+def test_hdf5_that_decreases_with_a_unit_in_bytes_and_a_variance(tmp_path):
+    with h5py.File(tmp_path / "in.h5", "w") as file:
+        file[WAVE_FIELD], file[FLUX_FIELD] = WAVE[::-1] / 10, FLUX[:, ::-1]
+        file["dataset/arrays/variance/value"] = np.linspace(1, 2, FLUX.size).reshape(FLUX.shape)
+        file[WAVE_FIELD].attrs["unit"] = np.bytes_(b"nm")
+    (source,) = open_spectra(tmp_path / "in.h5")
+    np.testing.assert_allclose(source.wave, WAVE)
+    found = source.read(1, 2)
+    np.testing.assert_allclose(found.flux, FLUX[1:], rtol=1e-6)
+    np.testing.assert_allclose(found.error[0] ** 2, np.linspace(1, 2, FLUX.size).reshape(FLUX.shape)[1, ::-1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "values"), [("VAR", ERROR**2), ("VARIANCE", ERROR**2), ("IVAR", ERROR**-2.0)])
+def test_variances(tmp_path, name, values):
+    """As an image beside the flux, and as a column."""
+    hdus = [fits.PrimaryHDU(), fits.ImageHDU(WAVE, name="WAVE"), fits.ImageHDU(FLUX, name="FLUX"), fits.ImageHDU(values, name=name)]
+    fits.HDUList(hdus).writeto(tmp_path / "image.fits")
+    Table({"wave": WAVE, "flux": FLUX[0], name: values[0]}).write(tmp_path / "table.fits")
+    for file in ("image.fits", "table.fits"):
+        (source,) = open_spectra(tmp_path / file)
+        np.testing.assert_allclose(source.read(0, 1).error, ERROR[:1], rtol=1e-5)
 
 
 def test_air_to_vacuum():
