@@ -283,7 +283,7 @@ def compute(config: RegressGateConfig, stages: Stages) -> Results:
     mixture = model_of(results.prepared, regression_gates(config)[CHOSEN.name], results.fits[CHOSEN].params)
     model, notes = add_uncertainty(config.data, config.calibration, results.prepared, mixture, stages)
     print_table(results)
-    model, local, more_notes = add_local(config.data, config.local, config.calibration, model, stages)
+    model, local, more_notes = add_local(config.data, config.local, config.calibration, model, stages, config.output.cache)
     local_tables: dict[str, pd.DataFrame] = {}
     local_sections: list[str] = []
     if local is not None:

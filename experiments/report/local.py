@@ -7,6 +7,7 @@ import pandas as pd
 
 from experiments.pipeline.calibration import LabelledPrediction
 from experiments.pipeline.config import DataConfig, draw_keys
+from experiments.pipeline.local import NOT_CALIBRATED
 from experiments.report.markdown import interval, table_markdown
 from moe_jax.apply.conformal import LEVELS
 from moe_jax.core.arrays import AnyArray
@@ -50,7 +51,9 @@ def judge_local(
         f"{scores['r2'][1]:.4f}, {interval(gain, low, high)} from the mixture of nine ridges with the "
         f"cross-fitted MLP gate (R2 {scores['r2'][0]:.4f}). They are in the model: `predict --answer local`.",
     ]
-    if stars.half_width.shape[1]:
+    if not stars.half_width.shape[1]:
+        sections.append(f"Their intervals are {NOT_CALIBRATED}.")
+    else:
         tables["local_coverage"] = stars.coverage(np.asarray(LEVELS))
         of_level = tables["local_coverage"]["level"] == LEVELS[0]
         sections += [

@@ -27,7 +27,7 @@ from moe_jax.spectra.survey_file import FLUX_FIELD, WAVE_FIELD
 
 pytestmark = pytest.mark.slow
 
-TABLES = ("overall", "per_bin", "bootstrap", "predictions")
+TABLES = ("overall", "per_bin", "bootstrap", "predictions", "local", "local_coverage")
 FIGURES = ("r2_comparison", "per_bin_delta", "mean_weights", "bootstrap", "loss_curves", "predicted_against_true")
 
 
@@ -103,9 +103,25 @@ def test_the_model_predicts_what_the_run_predicted(results, surveys):
     assert model.provenance["test_r2"] == pytest.approx(cross_fitted["r2"].iloc[0], rel=1e-6)
 
 
+def test_the_local_experts_of_the_model_are_those_of_the_tables(results, surveys):
+    """The saved experts, applied to the noisy test spectra, have the R2 and the coverage that the run reports."""
+    test = observe(draw_keys(SMALL.data.seed).test_noise, load_survey(surveys / "test.h5"), SMALL.data)
+    star = pd.read_csv(results / "predictions.csv")["star"].to_numpy()
+    answer = predict_model(load_model(results / "model"), *test.read(0, test.n_stars)).local
+    log_g, predicted = np.asarray(test.labels.log_g)[star], np.asarray(answer.log_g)[star]
+    scores = pd.read_csv(results / "local.csv").set_index("method")
+    assert scores.loc["local linear experts", "r2"] == pytest.approx(1 - np.mean((log_g - predicted) ** 2) / log_g.var(), abs=1e-4)
+    assert scores["delta_r2"].iloc[1] == pytest.approx(scores["r2"].iloc[1] - scores["r2"].iloc[0], abs=1e-5)
+    coverage = pd.read_csv(results / "local_coverage.csv")
+    inside = np.mean(np.abs(log_g - predicted)[:, None] <= np.asarray(answer.half_width)[star], axis=0)
+    np.testing.assert_allclose(coverage[coverage["by"] == "all"]["coverage"], inside, atol=1.1 / len(star))
+    assert f"R2 {scores['r2'].iloc[1]:.4f}" in (results / "report.md").read_text()
+
+
 def test_same_seed_same_tables_and_the_cache_changes_nothing(results, tmp_path):
     regress_gate.main(with_options(SMALL, output_dir=tmp_path / "second", cache_dir=results.parent / "cache"))
     assert read(tmp_path / "second") == read(results)
+    assert list((results.parent / "cache").glob("local-*.npz"))
     assert "experts, cross-validated" not in json.loads((tmp_path / "second" / "run.json").read_text())["seconds"]
 
 
@@ -121,7 +137,10 @@ def test_another_seed_draws_all_anew():
 def test_files_give_the_same_tables_without_a_cache(results, surveys, tmp_path):
     files = {"train_file": surveys / "train.h5", "test_file": surveys / "test.h5"}
     regress_gate.main(with_options(SMALL, **files, output_dir=tmp_path / "files", use_cache=False))
-    assert read(tmp_path / "files") == read(results)
+    # No stars are left to calibrate the local experts on, and so there is no coverage.
+    first = read(results)
+    assert {name: (tmp_path / "files" / f"{name}.csv").read_text() for name in TABLES[:-1]} == {n: first[n] for n in TABLES[:-1]}
+    assert "Their intervals are not calibrated: no stars were left" in (tmp_path / "files" / "report.md").read_text()
 
 
 def edit(path, change):
