@@ -1,6 +1,6 @@
 """Experts and gate trained together: experts for the mixture in closed form, the gate on what they predict, and so on.
 
-    python -m experiments.train_jointly                  8,000 training stars, 4 gate seeds; TIME
+    python -m experiments.train_jointly                  8,000 training stars, 4 gate seeds
     python -m experiments.train_jointly --preset smoke   small; about a minute
 
 Every choice (penalty, epochs and rate of the gradient) is made on stars that were held out. The time of a fit grows with the cube
