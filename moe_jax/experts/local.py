@@ -43,23 +43,23 @@ _BATCH = 256  # stars that are predicted at a time
 class FluxModel(NamedTuple):
     """Spectra as polynomials in the labels, in C components: clean flux = mean + template * (h @ components)."""
 
-    mean: Float[jax.Array, " P"]  #: weighted mean flux of the training stars
-    template: Float[jax.Array, " P"]  #: error of each pixel in units of a star's noise level
-    components: Float[jax.Array, "C P"]  #: unit vectors of flux / template, the strongest first
-    term_mean: Float[jax.Array, " M"]  #: weighted mean of the polynomial's terms
-    coef: Float[jax.Array, "M C"]  #: h = (terms - term_mean) @ coef
+    mean: Float[AnyArray, " P"]  #: weighted mean flux of the training stars
+    template: Float[AnyArray, " P"]  #: error of each pixel in units of a star's noise level
+    components: Float[AnyArray, "C P"]  #: unit vectors of flux / template, the strongest first
+    term_mean: Float[AnyArray, " M"]  #: weighted mean of the polynomial's terms
+    coef: Float[AnyArray, "M C"]  #: h = (terms - term_mean) @ coef
 
 
 class LocalExperts(NamedTuple):
     """Local linear experts, and what their gate needs."""
 
-    mean: Float[jax.Array, "K C"]
-    axes: Float[jax.Array, "K R C"]  #: unit vectors
-    variance: Float[jax.Array, "K R"]  #: of the clean spectra along the axes
-    y: Float[jax.Array, " K"]
-    y_variance: Float[jax.Array, " K"]
-    covariance: Float[jax.Array, "K R"]  #: of the clean spectra along the axes with y
-    log_count: Float[jax.Array, " K"]  #: of the training stars
+    mean: Float[AnyArray, "K C"]
+    axes: Float[AnyArray, "K R C"]  #: unit vectors
+    variance: Float[AnyArray, "K R"]  #: of the clean spectra along the axes
+    y: Float[AnyArray, " K"]
+    y_variance: Float[AnyArray, " K"]
+    covariance: Float[AnyArray, "K R"]  #: of the clean spectra along the axes with y
+    log_count: Float[AnyArray, " K"]  #: of the training stars
 
 
 class LocalPrediction(NamedTuple):
@@ -168,7 +168,7 @@ def fit_local_experts(
 
 
 @by_numpy
-def project_flux(model: FluxModel, flux: Float[AnyArray, "N P"]) -> Float[jax.Array, "N C"]:
+def project_flux(model: FluxModel, flux: Float[AnyArray, "N P"]) -> Float[AnyArray, "N C"]:
     """Components z of noisy spectra; where the errors follow the template, their noise is that of the star's level in each."""
     projection = (model.components / model.template[None, :]).T
     return matmul(flux, projection) - matmul(model.mean[None, :], projection)
@@ -279,12 +279,12 @@ def fit_local(
     z = np.asarray(project_flux(model, flux[held]))
     tried = []
     for number in n_components:
-        few = np.arange(most) < number  # the others are set to zero, so that all numbers share one program
+        few = np.arange(clean.shape[1]) < number  # the others are set to zero, so that all numbers share one program
         experts = fit_local_experts(clean * few, y, np.where(held, -1, cell), n_cells, rank)
         tried.append(np.mean((np.asarray(predict_local_experts(experts, z * few, noise_level[held]).y) - y[held]) ** 2))
     number = n_components[int(np.argmin(tried))]
     model, clean = fit(np.ones(n, bool))
-    experts = jax.tree.map(np.asarray, fit_local_experts(clean * (np.arange(most) < number), y, cell, n_cells, rank))
+    experts = jax.tree.map(np.asarray, fit_local_experts(clean * (np.arange(clean.shape[1]) < number), y, cell, n_cells, rank))
     model = model._replace(components=model.components[:number], coef=model.coef[:, :number])
     experts = experts._replace(mean=experts.mean[:, :number], axes=experts.axes[:, :, :number])
     return LocalMixture(to_device(model), to_device(experts), np.array(tried, noise_level.dtype))
