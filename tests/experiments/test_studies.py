@@ -51,7 +51,7 @@ STUDIES = {
     "cover_all": (cover_all, {"n_seeds": 2, "gate": QUICK}),
     "calibrate_bootstrap": (calibrate_bootstrap, {"n_population": 600, "n_sets": (60,), "set_sizes": (200,), "gate": QUICK}),
     "replicate": (replicate, {"n_surveys": 2, "n_draws": 2, "n_seeds": 2, "n_sets": 2, "gate": QUICK, "global_alphas": ()}),
-    "train_jointly": (train_jointly, {"joint_alphas": (1.0,), "n_rounds": 1, "n_rounds": 1, "gradient_epochs": 2, "gate": QUICK}),
+    "train_jointly": (train_jointly, {"joint_alphas": (1.0,), "n_rounds": 1, "gradient_epochs": 2, "gate": QUICK}),
     "calibrate_uncertainty": (
         calibrate_uncertainty,
         {"gate": QUICK, "calibration": SMALL.calibration, "n_floor": 100},
