@@ -148,7 +148,7 @@ def load_data(config: JointConfig, prepared: Prepared) -> Data:
     folds = np.asarray(assign_folds(draw_keys(config.data.seed).folds, train.cell, config.data.experts.n_folds))
     y, features, test_y, test_features = map(jnp.asarray, (train.log_g, train.features, test.log_g, test.features))
     mean = jnp.mean(flux, axis=0)
-    flux, test_flux = flux - mean, test_flux - mean
+    flux, test_flux = flux - mean[None, :], test_flux - mean[None, :]
     return Data(flux, np.asarray(matmul(flux, flux.T)), y, features, folds, test_flux, test_y, test_features)
 
 
