@@ -45,7 +45,7 @@ LEAST_SCALING = 100  # with fewer stars the factors stay at 1
 LEAST_KEPT = 600  # fewer stars of a training file are not kept to calibrate on: a cell would have less than 60
 SCALED = 0.05  # spectra whose medians scatter by less than this part were scaled to a common median
 MAG_EDGES = (20.5, 21.0, 21.5, 22.0, 22.5)
-MAG_NAMES = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(MAG_EDGES)]
+MAG_NAMES = tuple(f"{low:g} to {high:g}" for low, high in itertools.pairwise(MAG_EDGES))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -10,19 +9,19 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int, PRNGKeyArray
 
+from experiments.pipeline.calibration import MAG_EDGES
+from experiments.pipeline.calibration import MAG_NAMES as MAGNITUDES
 from experiments.pipeline.config import BootstrapOptions
 from moe_jax.core.arrays import AnyArray
 from moe_jax.evaluate.bootstrap import bootstrap_delta_r2
 from moe_jax.experts.cells import CELL_NAMES
 
 ALL_STARS = "all"
-_EDGES = np.arange(20.5, 22.6, 0.5)
-MAGNITUDES = tuple(f"{low:g} to {high:g}" for low, high in itertools.pairwise(_EDGES))
 
 
 def magnitude_bins(mag: Float[AnyArray, " N"]) -> Int[np.ndarray, " N"]:
     """(N,) numbers of the bins ``MAGNITUDES``; those of brighter and fainter stars are the first and the last."""
-    bins: np.ndarray = np.digitize(np.asarray(mag), _EDGES[1:-1])
+    bins: np.ndarray = np.digitize(np.asarray(mag), MAG_EDGES[1:-1])
     return bins
 
 
@@ -57,9 +56,7 @@ def pair_table(
                 y,
                 predictions[method],
                 predictions[baseline],
-                n_resamples=options.n_resamples,
-                confidence_level=options.confidence_level,
-                method=options.interval_method,
+                **options.arguments,
                 groups=group,
                 n_groups=len(names),
             )

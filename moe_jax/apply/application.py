@@ -66,6 +66,7 @@ def prepare_application(
         InputError: for a model without uncertainties, or wavelengths that cover less than half of the model's pixels or no
             pixel of a line.
     """
+    model = model if answer == "local" else model._replace(local=None)  # its local experts are not asked
     if model.uncertainty is None:
         raise InputError("the model has no uncertainties, expected one that a present version of regress_gate has written")
     if answer == "local" and model.local is None:
