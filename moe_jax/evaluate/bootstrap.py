@@ -33,9 +33,8 @@ from moe_jax.evaluate.intervals import (
 DEFAULT_METHOD: IntervalMethod = "basic"
 
 # Resamples are summed in tiles, each one matmul of a fixed shape.
-RESAMPLES_IN_TILE = 64  # at most; fewer where N is large
+RESAMPLES_IN_TILE = 1024  # at most; fewer where N is large
 COUNTS_IN_TILE = 2**23  # at most, where N is below this number
-COUNTS_AT_ONCE = 2**20  # counts that are drawn together, if a tile has fewer
 
 
 class Difference(NamedTuple):
@@ -266,13 +265,8 @@ def resample_gain(
     Resamples are summed in tiles, whose size depends on N alone. Therefore only the results take more memory with more
     resamples, and a resample's numbers do not depend on which others are computed with it.
     """
-    tile = min(max(COUNTS_IN_TILE // len(y), 1), RESAMPLES_IN_TILE)
-    at_once = max(COUNTS_AT_ONCE // (tile * len(y)), 1)
-    n_tiles = -(-n_resamples // tile)
-    if n_tiles > at_once:
-        n_tiles = -(-n_tiles // at_once) * at_once
     columns, estimate, error, acceleration = _columns(y, gain, groups, n_groups)
-    samples, errors = _resample(key, y, columns, (n_tiles, tile), n_resamples)
+    samples, errors = _resample(key, y, columns, n_resamples)
     return Resampled(estimate, error, acceleration, samples, errors)
 
 
@@ -298,34 +292,28 @@ def _columns(y: jax.Array, gain: jax.Array, groups: jax.Array, n_groups: int) ->
     return columns, estimate, error, acceleration
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "n_resamples"))
-def _resample(
-    key: jax.Array, y: jax.Array, columns: jax.Array, shape: tuple[int, int], n_resamples: int
-) -> tuple[jax.Array, jax.Array]:
-    """Delta R2 and standard errors of B resamples, (B, 1 + G) each, from (tiles, tile) keys of which the last may be left over."""
-    n, (n_tiles, n_in_tile) = len(y), shape
-    keys = jax.random.split(key, n_tiles * n_in_tile)
-    member = columns[0] > 0
+@functools.partial(jax.jit, static_argnames="n_resamples")
+def _resample(key: jax.Array, y: jax.Array, columns: jax.Array, n_resamples: int) -> tuple[jax.Array, jax.Array]:
+    """Delta R2 and standard errors of B resamples, (B, 1 + G) each."""
+    n = len(y)
 
-    def tile(counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-        counts = counts.astype(y.dtype)
+    def count(rows: jax.Array) -> jax.Array:
+        return jnp.zeros(n, y.dtype).at[rows].add(1.0, mode="promise_in_bounds")
+
+    def tile(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # One resample after another: XLA's CPU code for a scatter of all of them is several times slower within a loop.
+        counts = lax.map(count, jax.vmap(lambda key: resample_rows(key, n))(keys))
         sums = jnp.einsum("bn,mgn->mbg", counts, columns, precision=lax.Precision.HIGHEST)
         drawn, _, squares, *_ = sums
         ss_total = squares - sums[1] ** 2 / jnp.maximum(drawn, 1.0)
         # For a constant y, ss_total is rounding error. Only if some ss_total is that small, the exact test is run.
         surely_defined = ss_total > 8.0 * n * jnp.finfo(y.dtype).eps * squares
-        defined = lax.cond(jnp.all(surely_defined), lambda: surely_defined, lambda: _is_not_constant(y, member, counts))
+        defined = lax.cond(jnp.all(surely_defined), lambda: surely_defined, lambda: _is_not_constant(y, columns[0] > 0, counts))
         return _delta_and_error(sums, defined)
 
-    def tiles(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rows = jax.vmap(lambda key: resample_rows(key, n))(keys.reshape(-1))
-        first = n * jnp.arange(len(rows))[:, None]
-        counts = jnp.zeros(rows.size, jnp.int32).at[(rows + first).reshape(-1)].add(1, mode="promise_in_bounds")
-        results: tuple[jax.Array, jax.Array] = lax.map(tile, counts.reshape(*keys.shape, n))
-        return results
-
-    at_once = min(max(COUNTS_AT_ONCE // (n_in_tile * n), 1), n_tiles)
-    samples, errors = lax.map(tiles, keys.reshape(n_tiles // at_once, at_once, n_in_tile))
+    n_in_tile = min(max(COUNTS_IN_TILE // n, 1), RESAMPLES_IN_TILE)
+    n_tiles = -(-n_resamples // n_in_tile)
+    samples, errors = lax.map(tile, jax.random.split(key, n_tiles * n_in_tile).reshape(n_tiles, n_in_tile))
     return samples.reshape(-1, samples.shape[-1])[:n_resamples], errors.reshape(-1, errors.shape[-1])[:n_resamples]
 
 
