@@ -5,6 +5,8 @@ from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 from typing import Any
 
+import moe_jax  # noqa: F401  before NumPy: see there
+
 #: Packages that help, and the check of a command line, do not need.
 LOADED_WHEN_USED = ("pandas", "optax", "h5py", "scipy")
 

@@ -94,7 +94,7 @@ def sections_of(table: pd.DataFrame) -> list[str]:
     return [
         "Seconds are medians; the ratio is the median over pairs that were timed in turns in one run, with its range. compile_s is "
         "what the first call took longer; over_floor compares with the row's dense linear algebra alone: for the experts one "
-        "float32 Gram matrix and per alpha one potrf and one potri by SciPy's LAPACK; for the gates their multiplications at "
+        "float32 syrk and per alpha one potrf and one potri by SciPy's LAPACK; for the gates their multiplications at "
         "the rate of a large matrix product.",
         table_markdown(shown, formats),
         "![Ratios](ratios.png)",

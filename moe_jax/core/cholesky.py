@@ -21,6 +21,7 @@ from jaxtyping import Float
 from moe_jax.core.arrays import AnyArray
 
 JITTER_GROWTH = (1, 32, 32**2, 32**3)  # while the factorisation fails
+ROWS_CLEARED = 256  # at a time
 LEAST_PIVOT = 0.5  # of the smallest eigenvalue; a smaller square of the diagonal is rounding
 
 
@@ -64,9 +65,13 @@ def _factorize(matrix: np.ndarray, shift: ArrayLike, jitter: ArrayLike | None) -
     for growth in JITTER_GROWTH if jitter is not None else (0,):
         work = np.array(matrix.T, order="F")
         np.fill_diagonal(work, work.diagonal() + (np.asarray(shift) + growth * np.asarray(jitter or 0)))
-        factor, failed = _lapack("potrf", work)(work, lower=1, overwrite_a=1, clean=1)
+        factor, failed = _lapack("potrf", work)(work, lower=1, overwrite_a=1, clean=0)
         if not failed and (jitter is None or factor.diagonal().min() ** 2 >= LEAST_PIVOT * (shift + growth * jitter)):
-            return factor
+            break
+    for first in range(0, len(factor), ROWS_CLEARED):  # LAPACK leaves the matrix above the diagonal; its own clearing is slower
+        rest = slice(first, first + ROWS_CLEARED)
+        factor[:first, rest] = 0
+        factor[rest, rest] = np.tril(factor[rest, rest])
     if failed:
         np.fill_diagonal(factor, np.nan)
     return factor

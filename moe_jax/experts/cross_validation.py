@@ -258,6 +258,11 @@ def _gather(array: Any, rows: AnyArray) -> Any:
     return taken
 
 
+def _sum_of_squares(rows: AnyArray) -> AnyArray:
+    """Of each row; NumPy's einsum forms no array of all squares."""
+    return np.einsum("ij,ij->i", rows, rows) if namespace(rows) is np else (rows**2).sum(axis=1)
+
+
 def _hold_out_each(hold_out: Callable[[Any], AnyArray], data: Centred, held: AnyArray, *more: Any) -> AnyArray:
     """(N,) what ``hold_out`` gives for the rows of each fold, which are followed by the fold's part of each of ``more``."""
     n, xp = len(data.y), namespace(data.y)
@@ -285,7 +290,7 @@ def _dual_residuals(data: Centred, inverse_factor: AnyArray, held: AnyArray) -> 
     a, ones = solution.T  # a sums to 0, as y does, since a constant is an eigenvector of the kernel
     total = (data.mask * ones).sum()
     if held.shape[1] == 1:  # leave-one-out
-        return a / ((inverse_factor**2).sum(axis=0) - ones**2 / total)
+        return a / (_sum_of_squares(inverse_factor.T) - ones**2 / total)
 
     def hold_out(fold: tuple[AnyArray]) -> AnyArray:
         (rows,) = fold
@@ -306,7 +311,7 @@ def _primal_residuals(data: Centred, inverse_factor: AnyArray, held: AnyArray) -
     residual = data.y - matmul(whitened, matmul(whitened.T, data.y[:, None]))[:, 0]
     # The intercept adds 1 / n to the hat matrix.
     if held.shape[1] == 1:  # leave-one-out
-        return residual / (1.0 - (whitened**2).sum(axis=1) - 1.0 / n_stars)
+        return residual / (1.0 - _sum_of_squares(whitened) - 1.0 / n_stars)
 
     def hold_out(fold: tuple[AnyArray]) -> AnyArray:
         (rows,) = fold
