@@ -61,7 +61,7 @@ def label_model(grid: SpectralGrid) -> LabelModel:
     """
     node_coef = np.asarray(grid.norm_coef, np.float64).reshape(-1, grid.norm_coef.shape[-1])[:, :_N_SOURCE]
     source = np.vstack([grid.norm_mean[None], grid.norm_basis[:_N_SOURCE]]).astype(np.float64)
-    blurred = np.stack([_broaden(source, variance) for variance in BROADENING_NODES])
+    blurred = _broadened(source)
     scale = np.concatenate([[1.0], np.sqrt(np.mean(node_coef**2, axis=0))])
     deviation = blurred.copy()
     deviation[:, 0] -= source[0]
@@ -94,17 +94,21 @@ def label_model(grid: SpectralGrid) -> LabelModel:
     )
 
 
-def _broaden(spectra: np.ndarray, variance: float) -> np.ndarray:
-    """Spectra (n, P) filtered by a Gaussian of this variance, in units of GRID_WIDTH^2, on a fine grid of log wavelength."""
-    if variance == 0:
-        return spectra
+def _broadened(spectra: np.ndarray) -> np.ndarray:
+    """(S, n, P) spectra (n, P) filtered by Gaussians of the variances ``BROADENING_NODES``, on a fine grid of log wavelength."""
     log_wave = np.log(WAVE)
     even = np.linspace(log_wave[0], log_wave[-1], 2 * len(WAVE))
-    sigma = np.sqrt(variance) * GRID_WIDTH / LIGHT_SPEED / (even[1] - even[0])
-    filtered = scipy.ndimage.gaussian_filter1d(
-        scipy.interpolate.CubicSpline(log_wave, spectra, axis=1)(even), sigma, axis=1, mode="nearest"
-    )
-    return scipy.interpolate.CubicSpline(even, filtered, axis=1)(log_wave)
+    fine = scipy.interpolate.make_interp_spline(log_wave, spectra, axis=1)(even)
+
+    def broaden(variance: float) -> np.ndarray:
+        if variance == 0:
+            return spectra
+        sigma = np.sqrt(variance) * GRID_WIDTH / LIGHT_SPEED / (even[1] - even[0])
+        filtered = scipy.ndimage.gaussian_filter1d(fine, sigma, axis=1, mode="nearest")
+        on_pixels: np.ndarray = scipy.interpolate.make_interp_spline(even, filtered, axis=1)(log_wave)
+        return on_pixels
+
+    return np.stack([broaden(variance) for variance in BROADENING_NODES])
 
 
 def _rebin(spectra: np.ndarray) -> np.ndarray:
