@@ -47,7 +47,7 @@ _SEPARATION = 150.0  # km/s, least distance of a second velocity
 _N_PARTS = 64  # of a flattened spectrum; those of the grid have means from -0.32 to 0.10
 _FAINTEST, _BRIGHTEST = -0.4, 0.25
 _LEAST_PIXELS = 50  # of a star that is fitted
-_BLOCK = 32  # stars that are fitted together
+_BLOCK = 16  # stars that are fitted together; more waste steps on those that have converged, fewer waste matrix products
 _COARSE_STEPS, _FINE_STEPS = 6, 8  # at most, before and after masking
 _COARSE_TOLERANCE, _TOLERANCE = 1e-3, 5e-5  # expected relative decrease of chi2 at which a fit has converged
 _DAMPING = 1e-2  # of the first step
@@ -318,6 +318,7 @@ def _coarse_data(data: _Data) -> _Data:
     return _Data(flux, weight, offset, data.velocity, drift, data.additive)
 
 
+@functools.partial(jax.jit, static_argnames="nodes")  # so that it is traced once
 def _weights(nodes: tuple[float, ...], x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``spline_weights`` and their derivatives."""
     return jax.jvp(lambda x: spline_weights(np.array(nodes), x), (x,), (jnp.ones_like(x),))
@@ -377,6 +378,7 @@ class _State(NamedTuple):
     damping: jax.Array  # (n,)
 
 
+@jax.jit  # so that each shape is traced once
 def _solve_small(normal: jax.Array, right: jax.Array) -> jax.Array:
     """Solves small positive definite systems (n, k, k) for right sides (n, k, m), by Gauss-Jordan elimination.
 
