@@ -37,7 +37,7 @@ from moe_jax.core.convert import convert_arguments
 PENALTY = 1e-3  # of the polynomial's coefficients, per unit of weight: for the rounding of float32 more than for the fit
 N_COMPONENTS = (10, 14, 20, 28)
 _LEAST_VARIANCE = 1e-6  # of an expert's answer, in units of the variance between experts: a cell of few stars may have none
-_BATCH = 256  # stars that are predicted at a time
+_BATCH = 128  # stars that are predicted at a time
 
 
 class FluxModel(NamedTuple):
@@ -185,22 +185,28 @@ def predict_local_experts(experts: LocalExperts, z: Float[AnyArray, "N C"], nois
 
 @jax.jit
 def _predict_block(experts: LocalExperts, stars: tuple[jax.Array, jax.Array]) -> LocalPrediction:
-    """``predict_local_experts`` of some stars. The experts are the last dimension, along which a CPU works on several at once."""
+    """``predict_local_experts`` of some stars. All sums over axes are written out: a CPU then needs one pass over (N, K) numbers."""
     z, s2 = stars[0], stars[1][:, None] ** 2
     k, r, c = experts.axes.shape
     axes = jnp.swapaxes(experts.axes, 0, 1)
-    u = matmul(z, axes.reshape(r * k, c).T).reshape(-1, r, k) - jnp.sum(axes * experts.mean[None], axis=2)[None]
-    total = 1 + experts.variance.T[None] / s2[:, :, None]  # in units of s^2
-    inverse = 1 / total
+    u = matmul(z, axes.reshape(r * k, c).T)
+    u_mean = jnp.sum(axes * experts.mean[None], axis=2)
     # |z|^2 and log s^2 are the same for all cells.
     square = jnp.sum(experts.mean**2, axis=1)[None, :] - 2 * matmul(z, experts.mean.T)
-    distance = (square - jnp.sum(u**2 * (1 - inverse), axis=1)) / s2 + jnp.sum(jnp.log(total), axis=1)
-    weights = jax.nn.softmax(experts.log_count[None, :] - 0.5 * distance, axis=1)
-    slope = experts.covariance.T[None] * inverse
-    answer = experts.y[None, :] + jnp.sum(slope * u, axis=1) / s2
+    logs, slopes, explained, total = (jnp.zeros_like(square) for _ in range(4))
+    for j in range(r):
+        u_j = u[:, j * k : (j + 1) * k] - u_mean[j][None, :]
+        ratio = 1 + experts.variance[:, j][None, :] / s2  # in units of s^2
+        square -= u_j**2 * (1 - 1 / ratio)
+        total = total * ratio if j % 2 else ratio  # one logarithm for two axes
+        logs += jnp.log(total) if j % 2 or j == r - 1 else 0
+        slope = experts.covariance[:, j][None, :] / ratio
+        slopes += slope * u_j
+        explained += slope * experts.covariance[:, j][None, :]
+    weights = jax.nn.softmax(experts.log_count[None, :] - 0.5 * (square / s2 + logs), axis=1)
+    answer = experts.y[None, :] + slopes / s2
     y = jnp.sum(weights * answer, axis=1)
-    within = experts.y_variance[None, :] - jnp.sum(slope * experts.covariance.T[None], axis=1) / s2
-    within = jnp.maximum(within, _LEAST_VARIANCE * jnp.var(experts.y))
+    within = jnp.maximum(experts.y_variance[None, :] - explained / s2, _LEAST_VARIANCE * jnp.var(experts.y))
     return LocalPrediction(y, jnp.sqrt(jnp.sum(weights * (within + (answer - y[:, None]) ** 2), axis=1)))
 
 
