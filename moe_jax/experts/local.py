@@ -185,7 +185,7 @@ def predict_local_experts(experts: LocalExperts, z: Float[AnyArray, "N C"], nois
 
 @jax.jit
 def _predict_block(experts: LocalExperts, stars: tuple[jax.Array, jax.Array]) -> LocalPrediction:
-    """``predict_local_experts`` of some stars. All sums over axes are written out: a CPU then needs one pass over (N, K) numbers."""
+    """``predict_local_experts`` of some stars. Sums over axes are written out: a CPU then needs one pass over (N, K) numbers."""
     z, s2 = stars[0], stars[1][:, None] ** 2
     k, r, c = experts.axes.shape
     axes = jnp.swapaxes(experts.axes, 0, 1)
