@@ -196,10 +196,11 @@ def _predict_block(experts: LocalExperts, stars: tuple[jax.Array, jax.Array]) ->
     logs, slopes, explained, total = (jnp.zeros_like(square) for _ in range(4))
     for j in range(r):
         u_j = u[:, j * k : (j + 1) * k] - u_mean[j][None, :]
-        ratio = 1 + experts.variance[:, j][None, :] / s2  # in units of s^2
+        ratio = 1 + jnp.divide(experts.variance[:, j][None, :], s2)  # in units of s^2
         square -= u_j**2 * (1 - 1 / ratio)
         total = total * ratio if j % 2 else ratio  # one logarithm for two axes
-        logs += jnp.log(total) if j % 2 or j == r - 1 else 0
+        if j % 2 or j == r - 1:
+            logs += jnp.log(total)
         slope = experts.covariance[:, j][None, :] / ratio
         slopes += slope * u_j
         explained += slope * experts.covariance[:, j][None, :]
