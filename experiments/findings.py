@@ -166,14 +166,17 @@ def entropy_differences(weights: np.ndarray, classify: np.ndarray) -> pd.DataFra
 def write_findings(config: FindingsConfig, evidence: Evidence, command: str) -> str:
     """FINDINGS.md, from the evidence and the tables of the other experiments."""
     folder = config.results_dir
-    experiments = ("converge_gate", "control_gate", "ablate_gate", "train_jointly", "cover_all")
-    converge, control, ablate, joint, cover = (read(folder, experiment, "variants") for experiment in experiments)
+    experiments = ("converge_gate", "control_gate", "ablate_gate", "cover_all")
+    converge, control, ablate, cover = (read(folder, experiment, "variants") for experiment in experiments)
     intervals, components, differences = (read(folder, "replicate", name) for name in ("intervals", "components", "differences"))
     ranking, coverage = (read(folder, "calibrate_bootstrap", table) for table in ("ranking", "coverage"))
     scale, choices = (read(folder, "scale", table) for table in ("scale", "choices"))
     pairs, methods = (read(folder, "compare_methods", table) for table in ("pairs", "methods"))
-    more, leaks = read(folder, "converge_gate", "more_training"), read(folder, "measure_leakage", "differences")
-    runs = {name: json.loads((folder / name / "default" / "run.json").read_text()) for name in ("replicate", "scale")}
+    more = read(folder, "converge_gate", "more_training")
+    leaks, joint = (read(folder, experiment, "differences") for experiment in ("measure_leakage", "train_jointly"))
+    runs = {
+        name: json.loads((folder / name / "default" / "run.json").read_text()) for name in ("replicate", "scale", "train_jointly")
+    }
     over, settings = claims.design(differences), runs["scale"]["config"]
     n_test = settings.get("data", settings)["n_test"]  # results of an older code name all options side by side
     judged = [
@@ -188,7 +191,7 @@ def write_findings(config: FindingsConfig, evidence: Evidence, command: str) -> 
     ]
     ours = claims.table_of_claims([claims.nine_ridges_compete(pairs, methods), claims.local_experts_suffice(pairs, methods)])
     others = [
-        *claims.about_gates(converge, leaks, control, ablate, joint, cover),
+        *claims.about_gates(converge, leaks, control, ablate, joint, runs["train_jointly"]["config"]["data"]["n_train"], cover),
         *claims.about_intervals(components, ranking, coverage),
     ]
     cells = evidence.cells.rename(columns={"n_test": "test stars"})

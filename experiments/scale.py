@@ -259,10 +259,11 @@ def overfit(size: tuple[float, int], rows: pd.DataFrame) -> str:
     noise, n_train = size
     if linear["test_mse"] <= soft["test_mse"]:
         return ""
+    gap, gap_of_soft = (row["test_mse"] / row["train_mse"] - 1 for row in (linear, soft))
     return (
-        f"With {n_train:,} stars and noise {noise:g} the converged linear gate is worse than the classification gate, as it is "
-        f"fitted too closely: its test error is {linear['test_mse'] / linear['train_mse'] - 1:.0%} above its training error "
-        f"(classification gate: {soft['test_mse'] / soft['train_mse'] - 1:+.0%}), and the penalty changes its R2 by "
+        f"With {n_train:,} stars and noise {noise:g} the converged linear gate is worse than the classification gate. It is "
+        f"{'' if gap > gap_of_soft else 'not '}fitted more closely: its test error is {gap:+.0%} from its training error "
+        f"(classification gate: {gap_of_soft:+.0%}), and the penalty changes its R2 by "
         f"{penalised['r2'] - linear['r2']:+.4f}."
     )
 

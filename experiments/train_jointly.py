@@ -25,6 +25,7 @@ from experiments.pipeline.gates import gate_keys, mix_by_class
 from experiments.pipeline.observation import observe_surveys
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
+from experiments.report.claims import JOINT_QUESTIONS
 from experiments.report.markdown import interval, table_markdown
 from experiments.report.results import Results, Study
 from experiments.report.variants import compare_by, variants_results
@@ -48,12 +49,8 @@ FROZEN, ONE_ROUND, ALL_ROUNDS, GRADIENT, LEAKY = (
     "joint experts, one round, by a gate that saw all folds",
 )
 #: Pairs that are compared over seeds and test stars, and what their difference says.
-QUESTIONS = {
-    "joint experts against frozen ones": (ONE_ROUND, FROZEN),
-    "further rounds": (ALL_ROUNDS, ONE_ROUND),
-    "gradients after one round": (GRADIENT, ONE_ROUND),
-    "a gate that saw the held-out fold": (LEAKY, ONE_ROUND),
-}
+PAIRS = ((ONE_ROUND, FROZEN), (ALL_ROUNDS, ONE_ROUND), (GRADIENT, ONE_ROUND), (LEAKY, ONE_ROUND))
+QUESTIONS = dict(zip(JOINT_QUESTIONS, PAIRS, strict=True))
 
 
 @dataclass(frozen=True)

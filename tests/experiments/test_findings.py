@@ -327,17 +327,26 @@ def results(tmp_path):
             for source, share in sources.items()
         ),
         "calibrate_bootstrap/ranking": pd.DataFrame(
-            [(816, "all stars", "basic", True), (816, "by cell", "bca", True), (816, "by cell", "basic", False)],
-            columns=["set_size", "stars", "method", "chosen"],
+            [
+                (816, "all stars", "basic", True, False),
+                (816, "all stars", "bca", False, True),
+                (816, "by cell", "bca", True, False),
+                (816, "by cell", "wide", False, True),
+                (816, "by cell", "basic", False, False),
+            ],
+            columns=["set_size", "stars", "method", "chosen", "safest"],
         ),
         "calibrate_bootstrap/coverage": pd.DataFrame(
             [
-                ("basic", "all stars", 0.951),
-                ("percentile", "all stars", 0.931),
-                ("bca", "Cool Solar", 0.8),
-                ("basic", "Mid Solar", 0.1),
+                ("basic", "all stars", 0.951, 9.0),
+                ("percentile", "all stars", 0.931, 9.0),
+                ("bca", "Cool Solar", 0.8, 1.0),
+                ("bca", "Hot Solar", 0.9, 3.0),
+                ("wide", "Cool Solar", 0.97, 1.0),
+                ("wide", "Hot Solar", 0.92, 4.0),
+                ("basic", "Mid Solar", 0.1, 1.0),
             ],
-            columns=["method", "stars", "coverage"],
+            columns=["method", "stars", "coverage", "mean_width"],
         ).assign(level=0.95, set_size=816, comparison="MLP"),
         "control_gate/variants": pd.DataFrame(
             difference(d - 0.01, d + 0.01, form=form, inputs=inputs) | {"r2": 0.8 + d} for form, inputs, d in controls
@@ -346,8 +355,9 @@ def results(tmp_path):
             difference(r2 - 0.81, r2 - 0.79, changed=changed, value=value) | {"variant": f"{value} {changed}", "r2": r2} | widths
             for changed, value, r2 in changes
         ),
-        "train_jointly/variants": pd.DataFrame(
-            difference(0.1, 0.2, variant=v) | {"r2": r2} for v, r2 in (("joint experts, one round", 0.91), ("last", 0.9))
+        "train_jointly/differences": pd.DataFrame(
+            difference(low, low + 0.2, question=question) | {"n_seeds": 4, "n_test": 90}
+            for question, low in zip(claims.JOINT_QUESTIONS, (0.1, -0.1, -0.4, 0.3), strict=True)
         ),
         "cover_all/variants": pd.DataFrame(
             difference(0.1, 0.2, variant=v) | {"r2": r2, "standard_error": e} for v, r2, e in (("a", 0.9, 0.01), ("b", 0.8, 0.0))
@@ -364,6 +374,7 @@ def results(tmp_path):
         table.to_csv(folder / f"{file}.csv", index=False)
     (tmp_path / "replicate" / "default" / "run.json").write_text(json.dumps({"stars_in_a_test_set": 832}))
     (tmp_path / "scale" / "default" / "run.json").write_text(json.dumps({"config": {"data": {"n_test": 10_000}}}))
+    (tmp_path / "train_jointly" / "default" / "run.json").write_text(json.dumps({"config": {"data": {"n_train": 8_000}}}))
     return tmp_path
 
 
@@ -394,13 +405,16 @@ def test_the_whole_page(results):
         "(R2 0.9000 against 0.8000). From the 13 features alone it reaches 0.7000; constant weights reach 0.6000",
         "Without the principal components: -0.2000 [-0.2100, -0.1900]. The best width is 256 hidden units: +0.1000 [+0.0776, "
         "+0.1224], corrected for 2 choices",
-        "One closed-form round reaches R2 0.9100",
-        "All rounds and gradients end at 0.9000: alternating adds nothing",
+        "together** (8,000 training stars, 4 gate seeds). One closed-form round differs from frozen experts by +0.2000 [",
+        "Alternating shows no difference: further rounds differ from the first by +0.0000 [-0.1000, +0.1000], gradients after "
+        "it by -0.3000 [-0.4000, -0.2000]. Experts without a fold that are given the weights of a gate which saw it differ from "
+        "those without that leak by +0.4000",
         "together: a, R2 0.9000",
         "corrected for 1 choices",
         "test stars 50% [0%, 90%], survey 20% [0%, 90%], noise draw 0% [0%, 90%], gate seed 10% [0%, 90%]; the rest are",
         "At 816 stars the report's percentile intervals hold the truth 93.1% of the time, the basic intervals 95.1%. By cell, the "
-        "bca intervals do best; at worst (Cool Solar, MLP) they hold it 80.0%",
+        "bca intervals do best; at worst (Cool Solar, MLP) they hold it 80.0% of the time. The safest are those that are wide: "
+        "92.0% at worst (Hot Solar), and +25% in width on average.",
         "| in-sample | Cool Metal-poor | 90 | +0.0100 [+0.0000, +0.0200] | 1,234 |",
     ):
         assert sentence in text
@@ -441,6 +455,18 @@ def test_the_method_is_chosen_on_the_first_half():
     ranking = calibrate_bootstrap.rank_methods(coverage, "first half")
     assert ranking[ranking["chosen"]][["stars", "method"]].to_numpy().tolist() == [["all stars", "basic"], ["by cell", "basic"]]
     np.testing.assert_allclose(ranking["rms_error"], [1, 2, 1, 2])
+
+
+def test_rare_stars_that_carry_the_difference():
+    """Two of 200 stars of the cell gain 99 each, the others 1: half of the difference. A test set misses both of 400 by chance."""
+    cell = np.repeat([3, 5], 200)
+    gain = np.where(np.arange(400) % 200 < 2, 99.0, 1.0)
+    gain[200:] = 7.0
+    pair = calibrate_bootstrap.PAIRS[1]
+    population = calibrate_bootstrap.Population(np.zeros(400), cell, np.stack([np.zeros(400), gain, np.ones(400)]))
+    text = calibrate_bootstrap.rare_stars(population, CELL_NAMES[3], pair, (100, 400))
+    assert f"In {CELL_NAMES[3]}, the 2 stars of 200 that gain most carry 50% of the difference ({pair})" in text
+    assert "and 61% of those of 100 and 13% of those of 400 test sets hold none of them" in text
 
 
 def test_other_results_are_needed(tmp_path):
