@@ -1,11 +1,15 @@
 """The experiments, each a command: ``python -m experiments.NAME --help``."""
 
+import gc
 import sys
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 from typing import Any
 
 import moe_jax  # noqa: F401  before NumPy: see there
+
+# Imports create some 100,000 objects, none of which is garbage. By default Python would look through them two hundred times.
+gc.set_threshold(50_000)
 
 #: Packages that help, and the check of a command line, do not need.
 LOADED_WHEN_USED = ("pandas", "optax", "h5py", "scipy")
