@@ -260,11 +260,11 @@ def overfit(size: tuple[float, int], rows: pd.DataFrame) -> str:
     if linear["test_mse"] <= soft["test_mse"]:
         return ""
     gap, gap_of_soft = (row["test_mse"] / row["train_mse"] - 1 for row in (linear, soft))
+    why = "as it is fitted too closely" if gap > gap_of_soft else "but is not fitted more closely"
     return (
-        f"With {n_train:,} stars and noise {noise:g} the converged linear gate is worse than the classification gate. It is "
-        f"{'' if gap > gap_of_soft else 'not '}fitted more closely: its test error is {gap:+.0%} from its training error "
-        f"(classification gate: {gap_of_soft:+.0%}), and the penalty changes its R2 by "
-        f"{penalised['r2'] - linear['r2']:+.4f}."
+        f"With {n_train:,} stars and noise {noise:g} the converged linear gate is worse than the classification gate, {why}: "
+        f"its test error is {abs(gap):.0%} {'above' if gap > 0 else 'below'} its training error (classification gate: "
+        f"{gap_of_soft:+.0%}), and the penalty changes its R2 by {penalised['r2'] - linear['r2']:+.4f}."
     )
 
 

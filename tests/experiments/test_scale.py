@@ -24,14 +24,17 @@ def test_last_step_is_that_of_experts_at_the_edge():
 
 @pytest.mark.parametrize(
     ("train_mse", "said"),
-    [(0.5, "It is fitted more closely: its test error is +60% from its training error"), (0.9, "It is not fitted more closely")],
+    [
+        (0.5, ", as it is fitted too closely: its test error is 60% above its training error"),
+        (0.9, ", but is not fitted more closely: its test error is 11% below its training error"),
+    ],
 )
 def test_overfit(train_mse, said):
     columns = ["method", "train_mse", "test_mse", "r2"]
     rows = [("soft", 0.6, 0.72, 0.5), ("linear", train_mse, 0.8, 0.4), ("linear, penalised", 0.6, 0.7, 0.55)]
     table = pd.DataFrame(rows, columns=columns)
     text = scale.overfit((1.0, 4000), table)
-    assert text.startswith("With 4,000 stars and noise 1 the converged linear gate is worse than the classification gate.")
+    assert text.startswith("With 4,000 stars and noise 1 the converged linear gate is worse than the classification gate, ")
     assert said in text
     assert "(classification gate: +20%), and the penalty changes its R2 by +0.1500." in text
     table.loc[1, "test_mse"] = 0.7
