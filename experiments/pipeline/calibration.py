@@ -17,7 +17,7 @@ from experiments.pipeline.config import DataConfig, draw_keys
 from experiments.pipeline.observation import SLICE, Observation, observe, observe_surveys
 from experiments.pipeline.stars import Prepared
 from experiments.runner.stages import Stages
-from moe_jax.apply.conformal import LEVELS, Calibration, calibrate, coverage_table
+from moe_jax.apply.conformal import LEVELS, calibrate, coverage_table, no_calibration
 from moe_jax.apply.model import Model, Uncertainty, predict_model
 from moe_jax.apply.novelty import fit_feature_range
 from moe_jax.apply.uncertainty import (
@@ -166,7 +166,7 @@ def fit_uncertainty(config: DataConfig, settings: CalibrationConfig, prepared: P
         flux_median=np.asarray(median.mean() if scaled else np.nan, dtype),
         feature_range=fit_feature_range(covered.features, covered.cell, n_experts),
         part_scales=np.ones(len(PredictiveVariance._fields), dtype),
-        calibration=Calibration(np.zeros(0, dtype), np.zeros((n_experts, 0), dtype), np.zeros(n_experts, dtype)),
+        calibration=no_calibration(n_experts, dtype),
     )
 
 

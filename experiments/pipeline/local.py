@@ -14,7 +14,7 @@ from experiments.pipeline.observation import Observation, observe_surveys
 from experiments.runner.cache import Cache
 from experiments.runner.command_line import require_at_least
 from experiments.runner.stages import Stages
-from moe_jax.apply.conformal import Calibration, calibrate
+from moe_jax.apply.conformal import Calibration, calibrate, no_calibration
 from moe_jax.apply.model import LocalModel, Model
 from moe_jax.core.arrays import InputError, to_device
 from moe_jax.experts.local import LocalMixture, fit_local
@@ -76,8 +76,7 @@ def add_local(
         except InputError as reason:
             return model, None, [f"no local linear experts were fitted: {reason}"]
         n_groups, dtype = config.n_experts, np.asarray(mixture.experts.y).dtype
-        none = Calibration(np.zeros(0, dtype), np.zeros((n_groups, 0), dtype), np.zeros(n_groups, dtype))
-        model = model._replace(local=LocalModel(mixture, none))
+        model = model._replace(local=LocalModel(mixture, no_calibration(n_groups, dtype)))
         held = observe_calibration_stars(config, calibration)
         if held is not None:
             stars = predict_labelled(model, *held, local=True)

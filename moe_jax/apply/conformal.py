@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import scipy
 from jaxtyping import Float, Int
+from numpy.typing import DTypeLike
 
 from moe_jax.core.arrays import AnyArray, InputError, by_numpy, require_vectors
 from moe_jax.core.convert import convert_arguments
@@ -27,6 +28,11 @@ class Calibration(NamedTuple):
     levels: Float[AnyArray, " L"]
     quantiles: Float[AnyArray, "K L"]  #: of each group; of all stars where a group has too few for the level
     n_stars: Float[AnyArray, " K"]  #: held-out stars of each group
+
+
+def no_calibration(n_groups: int, dtype: DTypeLike) -> Calibration:
+    """Of a model for which no stars were held out: it has no levels."""
+    return Calibration(np.zeros(0, dtype), np.zeros((n_groups, 0), dtype), np.zeros(n_groups, dtype))
 
 
 @convert_arguments("score", "group")

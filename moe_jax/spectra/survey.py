@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PRNGKeyArray
 
 from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.core.convert import convert_arguments
 
 _NOISE_BATCH = 256
 
@@ -66,6 +67,7 @@ class Spectra(Protocol):
         """(n, P) clean flux and (n, P) error of the stars ``start`` to ``stop - 1``."""
 
 
+@convert_arguments()
 def add_noise(
     key: PRNGKeyArray, flux: Float[AnyArray, "N P"], error: Float[AnyArray, "N P"], noise_level: ArrayLike
 ) -> Float[jax.Array, "N P"]:
