@@ -129,7 +129,7 @@ def simulate_population(config: CalibrateConfig, prepared: Prepared, stages: Sta
     with stages.steps("population", len(sizes)) as advance:
         for i, size in enumerate(sizes):
             key_stars, key_noise = jax.random.split(jax.random.fold_in(keys.test, 1_000 + i))
-            survey = simulate_survey(key_stars, size, label_sampling=config.data.label_sampling)
+            survey = simulate_survey(key_stars, size, label_sampling=config.data.label_sampling, resolution=config.data.resolution)
             flux = add_noise(key_noise, jnp.asarray(survey.flux), jnp.asarray(survey.error), config.data.noise_level)
             features = compute_features(prepared.model, flux, survey.wave)
             yhat = predict_experts(prepared.experts, flux)

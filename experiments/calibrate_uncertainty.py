@@ -45,7 +45,9 @@ from moe_jax.experts.cells import CELL_NAMES
 from moe_jax.gates.networks import LinearGate, MLPGate
 from moe_jax.gates.routing import route_oracle, route_soft
 from moe_jax.gates.training import GateConfig, fit_gate
+from moe_jax.spectra.broadening import broaden_grid
 from moe_jax.spectra.fisher import fisher_information, log_g_floor
+from moe_jax.spectra.grid import load_grid
 from moe_jax.spectra.survey import Labels
 
 
@@ -102,8 +104,9 @@ def floor_table(config: UncertaintyConfig, prepared: Prepared, model: Model, tes
     rows = np.flatnonzero(np.asarray(prepared.test.cell) >= 0)
     rows = rows[rows < config.n_floor]
     chosen = prepared.test.select(rows)
+    grid = broaden_grid(load_grid(), config.data.resolution)
     information = [
-        fisher_information(Labels(*(jnp.asarray(column)[part] for column in test.labels)), error)
+        fisher_information(Labels(*(jnp.asarray(column)[part] for column in test.labels)), error, grid)
         for part, _, error in test.slices(0, int(rows.max()) + 1)
     ]
     floor, bayes = (log_g_floor(np.concatenate(information)[rows], prior=prior) for prior in (False, True))
@@ -177,7 +180,7 @@ def compute(config: UncertaintyConfig, stages: Stages) -> Results:
     with stages("MLP gate"):
         stars, key = prepared.gate_stars(), draw_keys(config.data.seed).gates
         fit = jax.block_until_ready(fit_gate(key, config.mlp, stars.features, stars.predictions, stars.log_g, config.gate))
-    mixture = model_of(prepared, config.mlp, fit.params)
+    mixture = model_of(prepared, config.mlp, fit.params, config.data.resolution)
     model, notes = add_uncertainty(config.data, config.calibration, prepared, mixture, stages)
     assert model.uncertainty is not None
     calibration = model.uncertainty.calibration

@@ -50,7 +50,9 @@ from moe_jax.gates.networks import LinearGate, MLPGate
 from moe_jax.gates.routing import route_soft
 from moe_jax.gates.training import GateConfig, fit_gate
 from moe_jax.mixture import fit_moe, predict_moe
+from moe_jax.spectra.broadening import broaden_grid
 from moe_jax.spectra.fisher import LABEL_UNITS, cramer_rao
+from moe_jax.spectra.grid import load_grid
 from moe_jax.spectra.label_fit import fit_labels
 from moe_jax.spectra.survey import Labels
 
@@ -366,7 +368,8 @@ def run(fit: Callable[[], Predict], test: Spectra, seconds: float) -> Fitted:
 def floor_row(config: CompareConfig, test: Spectra) -> dict[str, Any]:
     """The row of the Cramer-Rao floor, from the first test stars."""
     n = min(config.n_floor, len(test.flux))
-    floor = cramer_rao(jax.tree.map(lambda label: label[:n], test.labels), test.error[:n], prior=True)
+    grid = broaden_grid(load_grid(), config.data.resolution)
+    floor = cramer_rao(jax.tree.map(lambda label: label[:n], test.labels), test.error[:n], grid, prior=True)
     mse = float(np.mean(floor**2))
     return {"variant": FLOOR, "r2": 1 - mse / float(np.var(test.labels.log_g)), "rms": mse**0.5}
 

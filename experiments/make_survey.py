@@ -21,6 +21,7 @@ from experiments.pipeline.observation import observe
 from experiments.pipeline.surveys import open_surveys
 from experiments.runner.command_line import run_command
 from experiments.runner.stages import Stages, console
+from moe_jax.spectra.grid import GRID_RESOLUTION
 from moe_jax.spectra.simulate import LabelSampling
 from moe_jax.spectra.survey import Spectra
 from moe_jax.spectra.survey_file import save_spectra
@@ -38,6 +39,8 @@ class MakeSurveyConfig:
     """Test stars."""
     label_sampling: LabelSampling = "lattice"
     """How labels are drawn."""
+    resolution: float = GRID_RESOLUTION
+    """Resolution of the spectra."""
     noise_level: float = 0.0
     """Factor on the errors. 0: clean spectra, as regress_gate reads them to draw the noise itself. Above 0: noisy spectra, as
     predict reads them; their noise is the same that regress_gate draws with this seed and noise level."""
@@ -57,6 +60,7 @@ def main(config: MakeSurveyConfig) -> None:
         n_train=config.n_train,
         n_test=config.n_test,
         label_sampling=config.label_sampling,
+        resolution=config.resolution,
         seed=config.seed,
         noise_level=config.noise_level,
     )

@@ -54,7 +54,7 @@ import tyro
 from experiments.report.figures import plot_fit
 from experiments.runner.command_line import require_at_least, run_command
 from experiments.runner.stages import Stages, console
-from moe_jax.apply.application import Application, apply_model, needs_scaling, prepare_application
+from moe_jax.apply.application import SAME_WAVE, Application, apply_model, needs_scaling, prepare_application
 from moe_jax.apply.catalogue import open_catalogue, require_suffix
 from moe_jax.apply.model import Model
 from moe_jax.apply.model_file import load_model
@@ -84,6 +84,8 @@ class PredictConfig:
     as fast as the mixture; auto: the fit's if the model was trained on simulated spectra."""
     air: bool = False
     """The wavelengths of the files are in air."""
+    resolution: float | None = None
+    """Resolution of the spectra, if it is not that of the model. Sharper ones are degraded to it. Below it only the fit answers."""
     plots: str = ""
     """Stars of each file whose fit is drawn, in the folder OUT_plots: 5 for the first five, or their numbers, as in 3,17 or 3,."""
     chunk_stars: int = 2_048
@@ -148,7 +150,7 @@ def _draw(config: PredictConfig, application: Application, spectra: MaskedSpectr
     folder = config.output.with_name(f"{config.output.stem}_plots")
     folder.mkdir(parents=True, exist_ok=True)
     rows = np.array(wanted) - first
-    fit = fit_robustly(MaskedSpectra(*(array[rows] for array in spectra)), application.wave)
+    fit = fit_robustly(MaskedSpectra(*(array[rows] for array in spectra)), application.wave, resolution=application.resolution)
     for i, (star, row) in enumerate(zip(wanted, rows, strict=True)):
         if fit.fitted[i]:
             star_table = table.iloc[row]
@@ -177,12 +179,16 @@ def files_of(given: Path) -> list[Path]:
 def _prepare(config: PredictConfig, model: Model, path: Path, source: Source, quiet: bool) -> Application:
     """The model ready for the spectra of a source; says once a file how these are treated."""
     wave = air_to_vacuum(source.wave) if config.air else source.wave
-    application = prepare_application(model, wave, str(path), None if config.answer == "auto" else config.answer)
+    application = prepare_application(model, wave, str(path), None if config.answer == "auto" else config.answer, config.resolution)
     scale = config.scale == "always"
     if config.scale == "auto":
         scale = needs_scaling(application, source.read(0, min(SCALE_SAMPLE, source.n_stars)))
     notes = []
-    if application.overlap is not None:
+    if application.resolution > model.resolution:
+        notes.append(f"resolution {application.resolution:g}, degraded to the {model.resolution:g} of the model")
+    elif application.resolution < model.resolution:
+        notes.append(f"resolution {application.resolution:g}; the mixture knows {model.resolution:g} only: its columns do not hold")
+    if len(wave) != len(model.wave) or not np.allclose(wave, model.wave, rtol=0, atol=SAME_WAVE):
         notes.append(
             f"{len(wave)} pixels from {wave[0]:.2f} to {wave[-1]:.2f} Angstrom, resampled to the {len(model.wave)} of the model"
         )

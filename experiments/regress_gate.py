@@ -280,7 +280,7 @@ def compute(config: RegressGateConfig, stages: Stages) -> Results:
     results = run(config, stages)
     with stages("figures"):
         drawn = draw_figures(results, config.bootstrap.confidence_level)
-    mixture = model_of(results.prepared, regression_gates(config)[CHOSEN.name], results.fits[CHOSEN].params)
+    mixture = model_of(results.prepared, regression_gates(config)[CHOSEN.name], results.fits[CHOSEN].params, config.data.resolution)
     model, notes = add_uncertainty(config.data, config.calibration, results.prepared, mixture, stages)
     print_table(results)
     model, local, more_notes = add_local(config.data, config.local, config.calibration, model, stages, config.output.cache)

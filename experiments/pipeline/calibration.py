@@ -68,7 +68,7 @@ class CalibrationConfig:
             raise InputError(f"calibration.n_training is {self.n_training}, expected at least 100")
 
 
-def model_of(prepared: Prepared, gate: Gate, gate_params: Params) -> Model:
+def model_of(prepared: Prepared, gate: Gate, gate_params: Params, resolution: float) -> Model:
     """The mixture of the prepared experts with a gate; its uncertainty and provenance are still to come."""
     return Model(
         wave=np.asarray(prepared.wave),
@@ -79,6 +79,7 @@ def model_of(prepared: Prepared, gate: Gate, gate_params: Params) -> Model:
         gate_params=gate_params,
         classification_params=prepared.classifier.params,
         provenance={},
+        resolution=resolution,
     )
 
 
@@ -106,7 +107,7 @@ def observe_calibration_stars(config: DataConfig, settings: CalibrationConfig) -
     path = settings.file or config.train_file
     spectra: Spectra
     if path is None:
-        spectra = SimulatedSpectra(key_stars, settings.n_stars, label_sampling=config.label_sampling)
+        spectra = SimulatedSpectra(key_stars, settings.n_stars, label_sampling=config.label_sampling, resolution=config.resolution)
     else:
         spectra = SurveyFile(path, start + settings.n_stars, config.label_columns)
     return (observe(key_noise, spectra, config), start) if spectra.n_stars > start else None

@@ -18,6 +18,8 @@ from moe_jax.experts.cells import N_CELLS
 from moe_jax.gates.classifier import C_GRID
 from moe_jax.gates.networks import MLPGate
 from moe_jax.gates.training import GateConfig
+from moe_jax.spectra.broadening import require_resolution
+from moe_jax.spectra.grid import GRID_RESOLUTION
 from moe_jax.spectra.simulate import LabelSampling
 
 Coverage = Literal["cells", "edge_clamp", "tenth_expert"]
@@ -66,6 +68,8 @@ class DataConfig:
     """How simulated labels are drawn."""
     test_sampling: LabelSampling | None = None
     """How the labels of simulated test stars are drawn; None: as those of the training stars."""
+    resolution: float = GRID_RESOLUTION
+    """Resolution of the spectra: that to which simulated ones are degraded, or that of the files."""
     train_file: Path | None = None
     """HDF5 survey to train on, instead of a simulated one."""
     test_file: Path | None = None
@@ -88,6 +92,10 @@ class DataConfig:
             if (number := getattr(self, name)) < (file is None):
                 raise InputError(f"{name} is {number}, expected at least 1 without a file, and at least 0 (all stars) with one")
         require_at_least(self, noise_draw=0, chunk_stars=0)
+        if self.train_file is None:
+            require_resolution(self.resolution)
+        elif not 0 < self.resolution < np.inf:
+            raise InputError(f"resolution is {self.resolution}, expected a positive number")
         if any(pair.count("=") != 1 for pair in self.columns.split(",") if pair):
             raise InputError(f"columns is {self.columns!r}, expected LABEL=COLUMN,LABEL=COLUMN")
         if not 0 <= self.noise_level < np.inf:

@@ -17,7 +17,7 @@ from moe_jax.spectra.survey_file import WAVE_FIELD, SurveyFile
 
 #: The part of a configuration on which its surveys depend.
 survey_settings = operator.attrgetter(
-    "n_train", "n_test", "label_sampling", "test_sampling", "train_file", "test_file", "columns", "seed", "test_seed"
+    "n_train", "n_test", "label_sampling", "test_sampling", "resolution", "train_file", "test_file", "columns", "seed", "test_seed"
 )
 
 
@@ -29,8 +29,9 @@ def open_surveys(config: DataConfig) -> tuple[Spectra, Spectra]:
     if config.train_file is None or config.test_file is None:
         test_key = draw_keys(config.seed if config.test_seed is None else config.test_seed).test
         test_sampling = config.test_sampling or config.label_sampling
-        simulated = SimulatedSpectra(draw_keys(config.seed).train, config.n_train, label_sampling=config.label_sampling)
-        return simulated, SimulatedSpectra(test_key, config.n_test, label_sampling=test_sampling)
+        train_key, R = draw_keys(config.seed).train, config.resolution
+        simulated = SimulatedSpectra(train_key, config.n_train, label_sampling=config.label_sampling, resolution=R)
+        return simulated, SimulatedSpectra(test_key, config.n_test, label_sampling=test_sampling, resolution=R)
     train = SurveyFile(config.train_file, config.n_train or None, config.label_columns)
     test = SurveyFile(config.test_file, config.n_test or None, config.label_columns)
     for path, survey in ((config.train_file, train), (config.test_file, test)):

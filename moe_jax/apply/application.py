@@ -25,12 +25,18 @@ from moe_jax.apply.model import Model, Uncertainty, predict_model, with_variance
 from moe_jax.apply.robust import COOL, QUANTILES, RobustFit, fit_robustly
 from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.gates.features import LINE_WINDOWS, SIDEBAND
+from moe_jax.spectra.broadening import broadening_width
+from moe_jax.spectra.grid import GRID_RESOLUTION
+from moe_jax.spectra.label_model import BROADENING_NODES
 from moe_jax.spectra.resample import LEAST_OVERLAP, MaskedSpectra, overlaps, pixel_edges, resample
 
 UNLIKE_TRAINING, MANY_MASKED, NOT_PREDICTED = "unlike_training", "many_masked", "not_predicted"
 MANY = 0.1  # a star is flagged if a larger part of its pixels, or of those in one line window, is masked
 TOO_MANY = 0.5  # nothing is predicted if a larger part of a star's pixels is masked
 SAME_WAVE = 1e-3  # Angstrom; wavelengths that differ by less count as the same
+SAME_RESOLUTION = 0.98  # resolutions that differ by less than 2 % count as the same
+#: Of spectra that the fit of the model grid can describe.
+LEAST_RESOLUTION = GRID_RESOLUTION / np.sqrt(1 + BROADENING_NODES[-1])
 SAME_SCALE = 0.02  # spectra are on the training scale if their typical median differs by less than this part, and ...
 SCALE_SCATTER = 0.1  # ... the medians of more than half of them differ by less than this part
 MEDIAN_ERROR = 1.2533  # standard deviation of a median in units of that of the mean, for normal errors: sqrt(pi / 2)
@@ -47,11 +53,16 @@ class Application(NamedTuple):
     overlap: scipy.sparse.csr_matrix | None  #: see ``overlaps``; None where the wavelengths are those of the model
     wave: Float[np.ndarray, " Q"]  #: wavelengths of the spectra
     answer: Answer  #: what the column log_g holds
+    resolution: float  #: of the spectra
     scale: bool = False  #: whether each spectrum is scaled to the median of the training spectra
 
 
 def prepare_application(
-    model: Model, wave: Float[AnyArray, " Q"], source: str = "wave", answer: Answer | None = None
+    model: Model,
+    wave: Float[AnyArray, " Q"],
+    source: str = "wave",
+    answer: Answer | None = None,
+    resolution: float | None = None,
 ) -> Application:
     """Checks that a model fits the wavelengths of spectra, and sets up the resampling where its own differ.
 
@@ -61,10 +72,11 @@ def prepare_application(
         source: name of the file or argument in error messages.
         answer: whether log g is that of the fit of the model grid, that of the mixture, or that of the model's local linear
             experts. By default it is the fit's if the model was trained on simulated spectra, which are made from this grid.
+        resolution: of the spectra, if it is not that of the model. Sharper spectra are degraded to it.
 
     Raises:
-        InputError: for a model without uncertainties, or wavelengths that cover less than half of the model's pixels or no
-            pixel of a line.
+        InputError: for a model without uncertainties, wavelengths that cover less than half of the model's pixels or no
+            pixel of a line, or a resolution at which whatever gives the answer was not trained.
     """
     model = model if answer == "local" else model._replace(local=None)  # its local experts are not asked
     if model.uncertainty is None:
@@ -74,9 +86,11 @@ def prepare_application(
     wave, target = np.asarray(wave, np.float64), np.asarray(model.wave, np.float64)
     data = model.provenance.get("config", {}).get("data", {"train_file": "unknown"})
     answer = answer or ("mixture" if data["train_file"] else "fit")
-    if wave.shape == target.shape and np.allclose(wave, target, rtol=0, atol=SAME_WAVE):
-        return Application(model, model.uncertainty, None, wave, answer)
-    overlap = overlaps(wave, target)
+    resolution = _require_resolution(model, answer, source, resolution)
+    width = broadening_width(resolution, model.resolution)
+    if not width and wave.shape == target.shape and np.allclose(wave, target, rtol=0, atol=SAME_WAVE):
+        return Application(model, model.uncertainty, None, wave, answer, resolution)
+    overlap = overlaps(wave, target, width)
     covered = np.asarray(overlap.sum(axis=1)).ravel() >= LEAST_OVERLAP * np.diff(pixel_edges(target))
     lows, highs = zip(*LINE_WINDOWS.values(), strict=True)
     lines = [(target >= low - SIDEBAND) & (target <= high + SIDEBAND) for low, high in LINE_WINDOWS.values()]
@@ -85,7 +99,22 @@ def prepare_application(
             f"{source}: found {wave[0]:g} to {wave[-1]:g} Angstrom, which cover {covered.mean():.0%} of the model's pixels, "
             f"expected most of {target[0]:g} to {target[-1]:g}, and the lines from {min(lows):g} to {max(highs):g}"
         )
-    return Application(model, model.uncertainty, overlap, wave, answer)
+    return Application(model, model.uncertainty, overlap, wave, answer, resolution)
+
+
+def _require_resolution(model: Model, answer: Answer, source: str, resolution: float | None) -> float:
+    """The resolution of the spectra; raises an ``InputError`` where these are too blurred for the answer."""
+    if resolution is None:
+        return model.resolution
+    if not 0 < resolution < np.inf:
+        raise InputError(f"{source}: resolution is {resolution}, expected a positive number")
+    if answer == "fit":
+        lowest, advice = LEAST_RESOLUTION, "the least that the fit of the model grid knows"
+    else:
+        lowest, advice = model.resolution, f"that of the model; train one with `regress_gate --resolution {resolution:g}`"
+    if resolution < SAME_RESOLUTION * lowest:
+        raise InputError(f"{source}: resolution is {resolution:g}, expected at least {lowest:.0f}, {advice}")
+    return resolution
 
 
 def needs_scaling(application: Application, spectra: MaskedSpectra) -> bool:
@@ -184,7 +213,7 @@ def apply_model(application: Application, spectra: MaskedSpectra, first_star: in
     raised = {UNLIKE_TRAINING: usable & ~(distance <= 1)}
     table = mixture
     if application.answer == "fit":
-        fit = fit_robustly(spectra, application.wave)
+        fit = fit_robustly(spectra, application.wave, resolution=application.resolution)
         usable &= fit.fitted
         raised = fit.flags()
         n_masked += fit.n_masked.astype(int)

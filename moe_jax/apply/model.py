@@ -20,6 +20,7 @@ from moe_jax.gates.features import FeatureModel, LinePixels, features_of_pixels,
 from moe_jax.gates.networks import Gate, LinearGate
 from moe_jax.gates.optimize import Params
 from moe_jax.gates.routing import route_soft
+from moe_jax.spectra.grid import GRID_RESOLUTION
 from moe_jax.spectra.resample import fill_masked
 
 
@@ -62,6 +63,7 @@ class Model(NamedTuple):
     provenance: dict[str, Any]  #: how the model was made; anything that JSON can hold
     uncertainty: Uncertainty | None = None
     local: LocalModel | None = None
+    resolution: float = GRID_RESOLUTION  #: of the spectra that it was trained on
 
 
 class LocalAnswer(NamedTuple):

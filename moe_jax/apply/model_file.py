@@ -22,6 +22,7 @@ from moe_jax.experts.ridge import Ridge
 from moe_jax.gates.features import FEATURE_NAMES, LINE_WINDOWS, SIDEBAND, FeatureModel
 from moe_jax.gates.networks import Gate, LinearGate, MLPGate
 from moe_jax.gates.optimize import Params
+from moe_jax.spectra.grid import GRID_RESOLUTION
 
 SCHEMA_VERSION = 3
 
@@ -60,7 +61,7 @@ def save_model(folder: Path | str, model: Model) -> None:
     trees = (model.wave, model.experts, model.global_ridge, model.features, model.gate_params, model.classification_params)
     leaves = name_leaves(dict(zip(_KINDS, (*trees, model.uncertainty, model.local), strict=True)))
     gate = _describe_gate(model.gate)
-    _assemble(folder / ARRAYS, model.gate, leaves, model.provenance)
+    _assemble(folder / ARRAYS, model.gate, leaves, model.provenance, model.resolution)
     data = save({_NAME_IN_FILE.get(path, path): array for path, array in leaves.items()})
     meaning = {
         "schema_version": SCHEMA_VERSION,
@@ -70,6 +71,7 @@ def save_model(folder: Path | str, model: Model) -> None:
         "cells": list(CELL_NAMES),
         "T_eff_edges": list(T_EFF_EDGES),
         "M_H_edges": list(M_H_EDGES),
+        "resolution": model.resolution,
         "provenance": model.provenance,
     }
     for name, content in ((ARRAYS, data), (MEANING, (json.dumps(meaning, indent=2) + "\n").encode())):
@@ -102,10 +104,13 @@ def load_model(folder: Path | str) -> Model:
         raise InputError(f"{path}: found a file that is not safetensors ({reason}), expected one") from reason
     leaves = {_NAME_IN_TREE.get(name, name): array for name, array in arrays.items()}
     gate = _read_gate(folder / MEANING, meaning["gate"])
-    return _assemble(path, gate, leaves, meaning["provenance"])
+    resolution = meaning.get("resolution", GRID_RESOLUTION)  # models were made without it, at that of the grid
+    if not isinstance(resolution, int | float) or not 0 < resolution < np.inf:
+        raise InputError(f"{folder / MEANING}: resolution: found {resolution!r}, expected a positive number")
+    return _assemble(path, gate, leaves, meaning["provenance"], resolution)
 
 
-def _assemble(path: Path, gate: Gate, leaves: dict[str, np.ndarray], provenance: dict[str, Any]) -> Model:
+def _assemble(path: Path, gate: Gate, leaves: dict[str, np.ndarray], provenance: dict[str, Any], resolution: float) -> Model:
     """The model of its arrays; raises an ``InputError`` where one has another shape or type, or is not finite."""
     sizes = _require_layers(path, gate, leaves)
     # There are as many local experts as it pleases them.
@@ -113,8 +118,9 @@ def _assemble(path: Path, gate: Gate, leaves: dict[str, np.ndarray], provenance:
     for name, array in leaves.items():
         if not name.startswith("global/") and name != "uncertainty/flux_median" and not np.isfinite(array).all():
             raise InputError(f"{path}: {name} holds numbers that are not finite, expected a trained model")
-    experts, global_ridge, features, gate_params, classification_params, *optional = jax.device_put(trees)
-    return Model(wave, experts, global_ridge, features, gate, gate_params, classification_params, provenance, *optional)
+    experts, global_ridge, features, gate_params, classification_params, uncertainty, local = jax.device_put(trees)
+    params = (gate, gate_params, classification_params)
+    return Model(wave, experts, global_ridge, features, *params, provenance, uncertainty, local, resolution)
 
 
 def _require_layers(path: Path, gate: Gate, leaves: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:

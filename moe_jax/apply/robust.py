@@ -24,7 +24,9 @@ from jaxtyping import Bool, Float, Int
 
 from moe_jax.core.arrays import AnyArray
 from moe_jax.experts.cells import M_H_EDGES, T_EFF_EDGES
+from moe_jax.spectra.broadening import broadening_width
 from moe_jax.spectra.fisher import LABEL_UNITS
+from moe_jax.spectra.grid import GRID_RESOLUTION
 from moe_jax.spectra.label_fit import LabelFit, fit_labels
 from moe_jax.spectra.label_model import default_model
 from moe_jax.spectra.pixels import WAVE
@@ -90,16 +92,21 @@ class RobustFit(NamedTuple):
         }
 
 
-def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], n_continuum: int = N_CONTINUUM) -> RobustFit:
+def fit_robustly(
+    spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], n_continuum: int = N_CONTINUUM, resolution: float = GRID_RESOLUTION
+) -> RobustFit:
     """Fits the model grid to spectra as a telescope gives them.
 
     Args:
         spectra: on any scale; where errors are not known, they are taken as a hundredth of the median flux.
         wave: their wavelengths, vacuum Angstrom.
         n_continuum: number of terms of the continuum.
+        resolution: of the spectra. Sharper ones than the grid's are degraded to its resolution; how blurred the others are is
+            fitted.
     """
-    same = len(wave) == len(WAVE) and np.allclose(wave, WAVE, rtol=0, atol=1e-3)
-    overlap = scipy.sparse.identity(len(WAVE), format="csr") if same else overlaps(wave, WAVE)
+    width = broadening_width(resolution, GRID_RESOLUTION)
+    same = not width and len(wave) == len(WAVE) and np.allclose(wave, WAVE, rtol=0, atol=1e-3)
+    overlap = scipy.sparse.identity(len(WAVE), format="csr") if same else overlaps(wave, WAVE, width)
     median = np.array([np.median(flux[good]) if good.any() else np.nan for flux, good in zip(*spectra[::2], strict=True)])
     fitted = median > 0
     scale = np.where(fitted, 2 * median, 1.0)[:, None]

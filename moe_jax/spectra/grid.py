@@ -22,6 +22,7 @@ from jaxtyping import Float
 from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.core.files import atomic_path
 
+GRID_RESOLUTION = 5000.0  #: wavelength over the full width at half maximum of a line profile
 GRID_FILE = Path(__file__).parent / "data" / "lte_grid.npz"
 
 

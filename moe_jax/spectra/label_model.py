@@ -11,11 +11,12 @@ from jaxtyping import Float
 from numpy.polynomial import chebyshev
 
 from moe_jax.core.arrays import AnyArray
-from moe_jax.spectra.grid import SpectralGrid, load_grid
+from moe_jax.spectra.broadening import broaden
+from moe_jax.spectra.grid import GRID_RESOLUTION, SpectralGrid, load_grid
 from moe_jax.spectra.pixels import WAVE
 
 LIGHT_SPEED = 299792.458  # km/s
-GRID_WIDTH = LIGHT_SPEED / 5000.0 / np.sqrt(8.0 * np.log(2.0))  #: standard deviation of the grid's line profile, km/s
+GRID_WIDTH = LIGHT_SPEED / GRID_RESOLUTION / np.sqrt(8.0 * np.log(2.0))  #: standard deviation of the grid's line profile, km/s
 BROADENING_NODES = (0.0, 0.5, 1.25, 2.5, 4.5, 8.0)  #: variance added to the line profile, in units of GRID_WIDTH^2
 MAX_VELOCITY = 600.0  #: km/s
 REBIN = 4  # pixels of a coarse pixel
@@ -61,7 +62,7 @@ def label_model(grid: SpectralGrid) -> LabelModel:
     """
     node_coef = np.asarray(grid.norm_coef, np.float64).reshape(-1, grid.norm_coef.shape[-1])[:, :_N_SOURCE]
     source = np.vstack([grid.norm_mean[None], grid.norm_basis[:_N_SOURCE]]).astype(np.float64)
-    blurred = _broadened(source)
+    blurred = broaden(source, [np.sqrt(variance) * GRID_WIDTH / LIGHT_SPEED for variance in BROADENING_NODES])
     scale = np.concatenate([[1.0], np.sqrt(np.mean(node_coef**2, axis=0))])
     deviation = blurred.copy()
     deviation[:, 0] -= source[0]
@@ -92,23 +93,6 @@ def label_model(grid: SpectralGrid) -> LabelModel:
         shifted.astype(np.float32),
         velocities.astype(np.float32),
     )
-
-
-def _broadened(spectra: np.ndarray) -> np.ndarray:
-    """(S, n, P) spectra (n, P) filtered by Gaussians of the variances ``BROADENING_NODES``, on a fine grid of log wavelength."""
-    log_wave = np.log(WAVE)
-    even = np.linspace(log_wave[0], log_wave[-1], 2 * len(WAVE))
-    fine = scipy.interpolate.make_interp_spline(log_wave, spectra, axis=1)(even)
-
-    def broaden(variance: float) -> np.ndarray:
-        if variance == 0:
-            return spectra
-        sigma = np.sqrt(variance) * GRID_WIDTH / LIGHT_SPEED / (even[1] - even[0])
-        filtered = scipy.ndimage.gaussian_filter1d(fine, sigma, axis=1, mode="nearest")
-        on_pixels: np.ndarray = scipy.interpolate.make_interp_spline(even, filtered, axis=1)(log_wave)
-        return on_pixels
-
-    return np.stack([broaden(variance) for variance in BROADENING_NODES])
 
 
 def _rebin(spectra: np.ndarray) -> np.ndarray:

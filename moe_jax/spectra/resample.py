@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from moe_jax.core.arrays import AnyArray, InputError, by_numpy, map_rows, matmul, namespace
 
 LEAST_OVERLAP = 0.5  # part of a new pixel that good pixels must cover; otherwise it is masked
+GAUSSIAN_REACH = 4  # standard deviations
 _FILL_SHRINKAGE = 1e-6
 
 
@@ -44,8 +45,14 @@ def air_to_vacuum(wave: Float[AnyArray, " P"]) -> Float[np.ndarray, " P"]:
     return vacuum
 
 
-def overlaps(wave: Float[AnyArray, " Q"], target: Float[AnyArray, " P"]) -> scipy.sparse.csr_matrix:
+def overlaps(wave: Float[AnyArray, " Q"], target: Float[AnyArray, " P"], width: float = 0.0) -> scipy.sparse.csr_matrix:
     """(P, Q) widths, in Angstrom, of the overlap of each target pixel with each given pixel.
+
+    Args:
+        wave: wavelengths of the given pixels.
+        target: wavelengths of the new pixels.
+        width: standard deviation, in ln wavelength, of a Gaussian with which the given spectra are convolved first; its weights
+            then stand in place of the overlaps, with the same sum for each target pixel.
 
     Raises:
         InputError: for fewer than two wavelengths, or wavelengths that do not increase.
@@ -55,10 +62,22 @@ def overlaps(wave: Float[AnyArray, " Q"], target: Float[AnyArray, " P"]) -> scip
             raise InputError(f"{name} holds {len(grid)} wavelengths, expected at least 2, increasing")
     given, wanted = pixel_edges(wave), pixel_edges(target)
     cuts = np.unique(np.concatenate([given, wanted]))
-    middle, width = 0.5 * (cuts[1:] + cuts[:-1]), np.diff(cuts)
+    middle, common = 0.5 * (cuts[1:] + cuts[:-1]), np.diff(cuts)
     column, row = (np.searchsorted(edges, middle, side="right") - 1 for edges in (given, wanted))
     both = (column >= 0) & (column < len(wave)) & (row >= 0) & (row < len(target))
-    return scipy.sparse.csr_matrix((width[both], (row[both], column[both])), shape=(len(target), len(wave)))
+    matrix = scipy.sparse.csr_matrix((common[both], (row[both], column[both])), shape=(len(target), len(wave)))
+    return matrix @ _gaussian(np.asarray(wave, np.float64), width) if width else matrix
+
+
+def _gaussian(wave: np.ndarray, width: float) -> scipy.sparse.csr_matrix:
+    """(Q, Q) weights of a convolution with a Gaussian; the sum of each row is 1."""
+    log_wave = np.log(wave)
+    first, last = (np.searchsorted(log_wave, log_wave + far) for far in (-GAUSSIAN_REACH * width, GAUSSIAN_REACH * width))
+    row = np.repeat(np.arange(len(wave)), last - first)
+    column = np.arange(len(row)) - np.repeat(np.cumsum(last - first) - last, last - first)
+    weight = np.exp(-0.5 * ((log_wave[column] - log_wave[row]) / width) ** 2) * np.diff(pixel_edges(wave))[column]
+    weight /= np.bincount(row, weight)[row]
+    return scipy.sparse.csr_matrix((weight, (row, column)), shape=(len(wave), len(wave)))
 
 
 def resample(

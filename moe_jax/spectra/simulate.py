@@ -12,7 +12,8 @@ from jax import lax
 from jaxtyping import Float, PRNGKeyArray
 
 from moe_jax.core.arrays import AnyArray, InputError, map_blocks, to_device
-from moe_jax.spectra.grid import SpectralGrid, interpolate_grid, load_grid
+from moe_jax.spectra.broadening import broaden_grid
+from moe_jax.spectra.grid import GRID_RESOLUTION, SpectralGrid, interpolate_grid, load_grid
 from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.sky import sky_variance, throughput
 from moe_jax.spectra.survey import Labels, Survey, mean_snr
@@ -114,7 +115,12 @@ def flux_error(mag: Float[AnyArray, " N"], flux: Float[AnyArray, "N P"]) -> Floa
 
 
 def simulate_survey(
-    key: PRNGKeyArray, n_stars: int, *, label_sampling: LabelSampling = "lattice", grid: SpectralGrid | None = None
+    key: PRNGKeyArray,
+    n_stars: int,
+    *,
+    label_sampling: LabelSampling = "lattice",
+    grid: SpectralGrid | None = None,
+    resolution: float = GRID_RESOLUTION,
 ) -> Survey:
     """Draws a survey: labels, noise-free spectra scaled to median 0.5, and their errors at noise level 1.
 
@@ -126,11 +132,13 @@ def simulate_survey(
         n_stars: N.
         label_sampling: ``"lattice"`` (one continuous label a star) or ``"uniform"``.
         grid: model spectra; by default those that ship with the package.
+        resolution: R of the spectra, no higher than that of the grid.
 
     Raises:
-        InputError: for fewer than one star, another sampling, or a grid that does not span the labels.
+        InputError: for fewer than one star, another sampling, a grid that does not span the labels, or a resolution that it
+            does not have.
     """
-    source = SimulatedSpectra(key, n_stars, label_sampling=label_sampling, grid=grid)
+    source = SimulatedSpectra(key, n_stars, label_sampling=label_sampling, grid=grid, resolution=resolution)
     flux, error = source.read(0, n_stars)
     return Survey(source.wave, flux, error, source.labels._replace(snr=mean_snr(flux, error)))
 
@@ -146,13 +154,19 @@ class SimulatedSpectra:
     n_stars: int
 
     def __init__(
-        self, key: PRNGKeyArray, n_stars: int, *, label_sampling: LabelSampling = "lattice", grid: SpectralGrid | None = None
+        self,
+        key: PRNGKeyArray,
+        n_stars: int,
+        *,
+        label_sampling: LabelSampling = "lattice",
+        grid: SpectralGrid | None = None,
+        resolution: float = GRID_RESOLUTION,
     ) -> None:
         if n_stars < 1:
             raise InputError(f"n_stars is {n_stars}, expected at least 1")
         if label_sampling not in ("lattice", "uniform"):
             raise InputError(f"label_sampling is {label_sampling!r}, expected 'lattice' or 'uniform'")
-        grid = load_grid() if grid is None else grid
+        grid = broaden_grid(load_grid() if grid is None else grid, resolution)
         self._axes = tuple(tuple(map(float, np.asarray(axis))) for axis in grid[:4])
         self._components = tuple(grid[4:])
         for name, axis in zip(SpectralGrid._fields[:4], self._axes, strict=True):

@@ -9,6 +9,7 @@ from moe_jax import InputError, LinearGate, MLPGate, load_model, predict_model, 
 from moe_jax.apply.conformal import Calibration
 from moe_jax.apply.model import LocalModel, Model
 from moe_jax.apply.model_file import ARRAYS, MEANING
+from moe_jax.spectra.grid import GRID_RESOLUTION
 
 
 @pytest.fixture(scope="module", params=[LinearGate(), MLPGate(16)], ids=["linear", "MLP"])
@@ -36,6 +37,16 @@ def test_round_trip_is_bit_exact(model, tmp_path):
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [MEANING, ARRAYS]
     save_model(tmp_path / "again", loaded)
     assert (tmp_path / "again" / ARRAYS).read_bytes() == (tmp_path / "model" / ARRAYS).read_bytes()
+
+
+def test_resolution_is_written_and_read(model, tmp_path):
+    save_model(tmp_path, model._replace(resolution=2500.0))
+    assert load_model(tmp_path).resolution == 2500
+    spoil_json(resolution=None)(tmp_path)  # as models were written before
+    assert load_model(tmp_path).resolution == GRID_RESOLUTION
+    spoil_json(resolution="high")(tmp_path)
+    with pytest.raises(InputError, match="model.json: resolution: found 'high', expected a positive number"):
+        load_model(tmp_path)
 
 
 def test_predictions_are_those_of_the_pieces(model, noisy_flux, survey, tmp_path):

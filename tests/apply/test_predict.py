@@ -6,6 +6,7 @@ import sys
 import threading
 
 import h5py
+import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from astropy.table import Table
 
 from experiments.pipeline.spoilings import Exposure, shift, slope
 from experiments.predict import PredictConfig, main
-from moe_jax import InputError, load_model, predict_model
+from moe_jax import InputError, load_model, predict_model, simulate_survey
 from moe_jax.apply.application import MANY_MASKED, NOT_PREDICTED, UNLIKE_TRAINING, apply_model, needs_scaling, prepare_application
 from moe_jax.experts.cells import assign_cells
 from moe_jax.spectra.resample import MaskedSpectra, overlaps, resample
@@ -170,6 +171,34 @@ def test_other_pixels_are_resampled(model, spectra, table):
     found = apply_model(application, other)
     assert np.abs(found["log_g"] - table["log_g"]).median() < 0.3 * table["uncertainty"].median()
     assert (found["n_masked"] <= 2).all()
+
+
+def test_sharper_spectra_are_degraded(model):
+    """They are predicted as spectra that were simulated at the model's resolution."""
+    blurred = model._replace(resolution=2500.0)
+    keys = jax.random.key(8), 100
+    sharp, like = (simulate_survey(*keys, resolution=resolution) for resolution in (5000, 2500))
+    sharp, like = (
+        MaskedSpectra(np.asarray(s.flux), 0.05 * np.asarray(s.error), np.ones(s.flux.shape, bool)) for s in (sharp, like)
+    )
+    found = apply_model(prepare_application(blurred, model.wave, "wave", "mixture", 5000.0), sharp)
+    expected = apply_model(prepare_application(blurred, model.wave, "wave", "mixture"), like)
+    wrong = apply_model(prepare_application(model, model.wave, "wave", "mixture", 5000.0), sharp)
+    off, off_if_not = (np.abs(table["log_g"] - expected["log_g"]) for table in (found, wrong))
+    assert off.median() < 0.2 * off_if_not.median()
+    assert (found["uncertainty"] > 0).all()
+
+
+def test_resolutions_at_which_the_answer_was_not_trained(model):
+    sentence = r"night.h5: resolution is 2700, expected at least 5000, that of the model; train one with `regress_gate --resolution"
+    with pytest.raises(InputError, match=sentence):
+        prepare_application(model, model.wave, "night.h5", "mixture", 2700.0)
+    assert prepare_application(model, model.wave, "night.h5", "fit", 2700.0).overlap is None
+    assert prepare_application(model, model.wave, "night.h5", "mixture", 4950.0).overlap is None
+    with pytest.raises(InputError, match="night.h5: resolution is 1200, expected at least 1667, the least that the fit"):
+        prepare_application(model, model.wave, "night.h5", "fit", 1200.0)
+    with pytest.raises(InputError, match="resolution is nan, expected a positive number"):
+        prepare_application(model, model.wave, "night.h5", "fit", np.nan)
 
 
 def test_noise_of_resampled_pixels_is_that_of_the_observed_ones(model, spectra):

@@ -9,12 +9,14 @@ import pytest
 from experiments import regress_gate
 from experiments.pipeline import calibration
 from experiments.pipeline.calibration import CalibrationConfig, keep_calibration_stars, observe_calibration_stars
-from experiments.pipeline.config import DataConfig
+from experiments.pipeline.config import DataConfig, draw_keys
 from experiments.pipeline.stars import Stars, finish
 from experiments.pipeline.surveys import open_surveys
 from experiments.runner.command_line import parse_config
 from experiments.runner.stages import Stages
 from moe_jax import InputError, Survey, save_survey, simulate_survey
+
+SHARP = np.asarray(simulate_survey(draw_keys(0).train, 3).flux)
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +27,20 @@ def files(tmp_path_factory):
         whole = simulate_survey(jax.random.key(n_stars), n_stars)
         save_survey(folder / f"{name}.h5", Survey(whole.wave[::8], whole.flux[:, ::8], whole.error[:, ::8], whole.labels))
     return ["--train-file", str(folder / "train.h5"), "--test-file", str(folder / "test.h5")]
+
+
+def test_resolution_is_that_of_all_stars():
+    config = DataConfig(n_train=3, n_test=2, resolution=1500)
+    simulated = simulate_survey(draw_keys(0).train, 3, resolution=1500)
+    calibration_stars, _ = observe_calibration_stars(config, CalibrationConfig(n_stars=4))
+    for spectra in (*open_surveys(config), calibration_stars.spectra):
+        flux = np.asarray(spectra.read(0, 2)[0])
+        assert np.abs(np.diff(flux, 2, axis=1)).max() < 0.5 * np.abs(np.diff(SHARP, 2, axis=1)).max()
+    np.testing.assert_array_equal(open_surveys(config)[0].read(0, 3)[0], simulated.flux)
+    with pytest.raises(InputError, match="resolution is 7000, expected 500 to 5000"):
+        DataConfig(resolution=7000)
+    with pytest.raises(InputError, match="resolution is -1, expected a positive number"):
+        DataConfig(resolution=-1, train_file="a.h5", test_file="b.h5")
 
 
 @pytest.mark.parametrize("preset", regress_gate.PRESETS)
