@@ -138,6 +138,7 @@ def passes(tests: list[str], file: str = "pyproject.toml", old: str = "", new: s
         for name in ("moe_jax", "experiments", "tests", "pyproject.toml"):
             source = ROOT / name
             (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
+        (copy / "results").symlink_to(ROOT / "results")
         if old:
             (copy / file).write_text((copy / file).read_text().replace(old, new))
         environment = os.environ | {"PYTHONPATH": folder, "JAX_PLATFORMS": "cpu"}

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from moe_jax.core.arrays import AnyArray, InputError, matmul
+from moe_jax.core.arrays import AnyArray, InputError, matmul, to_host
 from moe_jax.core.parallel import devices_for, map_devices, on_all
 from moe_jax.spectra.fisher import LABEL_UNITS
 from moe_jax.spectra.grid import spline_weights
@@ -47,7 +47,8 @@ _SEPARATION = 150.0  # km/s, least distance of a second velocity
 _N_PARTS = 64  # of a flattened spectrum; those of the grid have means from -0.32 to 0.10
 _FAINTEST, _BRIGHTEST = -0.4, 0.25
 _LEAST_PIXELS = 50  # of a star that is fitted
-_BLOCK = 16  # stars that are fitted together; more waste steps on those that have converged, fewer waste matrix products
+_BLOCK = 64  # stars that are prepared together, and ...
+_AT_ONCE = 8  # ... those of them that make a step together
 _COARSE_STEPS, _FINE_STEPS = 6, 8  # at most, before and after masking
 _COARSE_TOLERANCE, _TOLERANCE = 1e-3, 5e-5  # expected relative decrease of chi2 at which a fit has converged
 _DAMPING = 1e-2  # of the first step
@@ -110,8 +111,8 @@ def fit_labels(
     Raises:
         InputError: for shapes that disagree, or pixels other than those of the grid.
     """
-    flux, error = jnp.asarray(flux), jnp.asarray(error)
-    good = jnp.ones(flux.shape, bool) if good is None else jnp.asarray(good)
+    flux, error = to_host(flux, error)
+    good = np.ones(flux.shape, bool) if good is None else to_host(good)[0]
     model = default_model() if model is None else model
     if flux.ndim != 2 or flux.shape[1] != len(WAVE) or len(flux) == 0:
         raise InputError(f"flux has shape {flux.shape}, expected (N, {len(WAVE)}) on the pixels of the model grid")
@@ -120,8 +121,8 @@ def fit_labels(
             raise InputError(f"{name} has shape {array.shape}, expected {flux.shape} like flux")
     if velocity is not None and np.shape(velocity) != (len(flux),):
         raise InputError(f"velocity has shape {np.shape(velocity)}, expected ({len(flux)},)")
-    known = jnp.zeros(len(flux)) if velocity is None else jnp.asarray(velocity, flux.dtype)
-    constant = jnp.broadcast_to(jnp.asarray(additive, flux.dtype), len(flux))
+    known = np.zeros(len(flux), flux.dtype) if velocity is None else np.asarray(velocity, flux.dtype)
+    constant = np.broadcast_to(np.asarray(additive, flux.dtype), len(flux))
     free = (0, 1, 2, 3, *([4] if velocity is None else []), *([5] if broadening else []))
     devices = devices_for(len(flux))
     arrays = on_all(tuple(model[1:]), devices)
@@ -452,53 +453,70 @@ def _step(problem: _Problem, state: _State) -> tuple[jax.Array, jax.Array]:
 
 
 class _Progress(NamedTuple):
+    """Of n stars."""
+
     state: _State
     weight: jax.Array  # (n, P), of the pixels that are used
-    n_steps: jax.Array  # since the last masking
-    masked: jax.Array  # whether pixels have been masked
+    n_steps: jax.Array  # (n,) since the star's pixels were masked
+    masked: jax.Array  # (n,) whether they have been
+    active: jax.Array  # (n,) whether the star goes on
 
 
 def _solve(
     problem: _Problem, x: jax.Array, data: _Data, weight: jax.Array, max_steps: int, tolerance: float
 ) -> tuple[_State, jax.Array]:
-    """Levenberg-Marquardt, masking of the pixels that stand out, and Levenberg-Marquardt again.
+    """Levenberg-Marquardt, masking of the pixels that stand out, and Levenberg-Marquardt again, for each star by itself.
 
-    Either stops where none of the stars expects to lower its chi2 by more than the tolerance times chi2. A star whose weights
-    have changed has an infinite chi2, which makes it stay where it is and be evaluated again.
+    Either stops where the star does not expect to lower its chi2 by more than the tolerance times chi2. A star whose weights have
+    changed has an infinite chi2, which makes it stay where it is and be evaluated again. Stars need different numbers of steps:
+    each step is one of the first ``_AT_ONCE`` stars that still go on.
 
     Returns:
         The state, and the weights that it belongs to.
     """
     n, f = len(x), len(problem.free)
-
-    def moving(state: _State) -> jax.Array:
-        return jnp.isinf(state.chi2) | (_step(problem, state)[1] > tolerance * state.chi2)
+    n_at_once = min(_AT_ONCE, n)
 
     def iterate(progress: _Progress) -> _Progress:
+        chosen = jnp.argsort(~progress.active)[:n_at_once]  # a stable sort
+        old = jax.tree.map(lambda leaf: leaf[chosen], progress)
+        per_star = {name: array[chosen] for name, array in data._asdict().items() if name != "drift"}
+        new = advance(old, data._replace(**per_star))
+
+        def put(whole: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+            rows = progress.active[chosen].reshape(-1, *[1] * (old.ndim - 1))
+            return whole.at[chosen].set(jnp.where(rows, new, old), mode="promise_in_bounds", unique_indices=True)
+
+        moved: _Progress = jax.tree.map(put, progress, old, new)
+        return moved
+
+    def advance(progress: _Progress, stars: _Data) -> _Progress:
+        """One step of some stars, which have all of their weights."""
         state = progress.state
         fresh = jnp.isinf(state.chi2)
-        trial = jnp.where(fresh[:, None], state.x, _step(problem, state)[0])
-        new = _evaluate(problem, trial, data._replace(weight=progress.weight))
-        better = fresh | ((new.chi2 <= state.chi2 * (1.0 + _ROUNDING)) & moving(state))
+        place, gain = _step(problem, state)
+        new = _evaluate(problem, jnp.where(fresh[:, None], state.x, place), stars._replace(weight=progress.weight))
+        better = fresh | ((new.chi2 <= state.chi2 * (1.0 + _ROUNDING)) & (gain > tolerance * state.chi2))
         damping = jnp.where(better, 0.1 * state.damping, jnp.maximum(10.0 * state.damping, 1e-3))
         state = jax.tree.map(lambda a, b: jnp.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, state)
-        progress = progress._replace(state=state._replace(damping=damping), n_steps=progress.n_steps + 1)
-        return lax.cond(~progress.masked & settled(progress), mask, lambda progress: progress, progress)
-
-    def mask(progress: _Progress) -> _Progress:
-        state, weight = progress.state, _mask(data, progress.state.flux, data.flux.shape[1] // _N_BLOCKS)
+        state = state._replace(damping=damping)
+        n_steps = progress.n_steps + 1
+        moving = _step(problem, state)[1] > tolerance * state.chi2
+        settled = (n_steps > max_steps) | ~moving
+        ready = settled & ~progress.masked
+        block = stars.flux.shape[1] // _N_BLOCKS
+        masked_weight = lax.cond(jnp.any(ready), lambda: _mask(stars, state.flux, block), lambda: progress.weight)
+        weight = jnp.where(ready[:, None], masked_weight, progress.weight)
         changed = jnp.any(weight != progress.weight, axis=1)
         state = state._replace(chi2=jnp.where(changed, jnp.inf, state.chi2))
-        return _Progress(state, weight, jnp.zeros_like(progress.n_steps), jnp.ones_like(progress.masked))
-
-    def settled(progress: _Progress) -> jax.Array:
-        return (progress.n_steps > max_steps) | ~jnp.any(moving(progress.state))
+        active = jnp.where(ready, changed | moving, ~settled)
+        return _Progress(state, weight, jnp.where(ready, 0, n_steps), progress.masked | ready, active)
 
     zeros = functools.partial(jnp.zeros, dtype=x.dtype)
     numbers = (zeros((n, f, f)), zeros((n, f)), zeros((n, problem.n_continuum)), zeros(n), zeros(data.flux.shape))
     state = _State(x, jnp.full(n, jnp.inf, x.dtype), *numbers, jnp.full(n, _DAMPING, x.dtype))
-    start = _Progress(state, weight, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
-    end = lax.while_loop(lambda progress: ~(progress.masked & settled(progress)), iterate, start)
+    start = _Progress(state, weight, jnp.zeros(n, jnp.int32), jnp.zeros(n, bool), jnp.ones(n, bool))
+    end = lax.while_loop(lambda progress: jnp.any(progress.active), iterate, start)
     return end.state, end.weight
 
 
@@ -581,8 +599,23 @@ def _report(
         state.constant,
         good,
         jnp.take_along_axis(state.flux, place, axis=1),
-        *_suspect(problem, state, data, smooth),
+        *_suspect_each(problem, state, data, smooth),
     )
+
+
+def _suspect_each(
+    problem: _Problem, state: _State, data: _Data, smooth: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """``_suspect``, some stars at a time: what they need then fits the processor's cache."""
+    n, n_at_once = len(smooth), min(_AT_ONCE, len(smooth))
+
+    def suspect(stars: Any) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        state, own, smooth = stars
+        return _suspect(problem, state, data._replace(**own), smooth)
+
+    own = {name: array for name, array in data._asdict().items() if name != "drift"}
+    stars = jax.tree.map(lambda leaf: leaf.reshape(n // n_at_once, n_at_once, *leaf.shape[1:]), (state, own, smooth))
+    return tuple(leaf.reshape(n, *leaf.shape[2:]) for leaf in lax.map(suspect, stars))
 
 
 def _suspect(problem: _Problem, state: _State, data: _Data, smooth: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
