@@ -101,7 +101,8 @@ def gather(config: FindingsConfig, prepared: Prepared) -> Evidence:
         cells.append(table)
         rivals.append(lead(resampled.columns(slice(1, None))).assign(protocol=protocol))
     hard_gain = squared_error_gain(y, soft, route_hard(classify, test.predictions))
-    hard = bootstrap_gain(key, y, hard_gain, n_resamples=config.bootstrap.n_resamples).overall
+    options = config.bootstrap
+    hard = bootstrap_gain(key, y, hard_gain, n_resamples=options.n_resamples, method=options.interval_method).overall
     numbers = {"estimate": float(hard.estimate), "low": float(hard.low), "high": float(hard.high)}
     numbers |= {"stars": required_stars(numbers["estimate"], len(y) * float(hard.standard_error) ** 2), "n_test": len(y)}
     leads = pd.concat(rivals, ignore_index=True)[["protocol", "cell", "lead", "low", "high"]]
