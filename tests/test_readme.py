@@ -155,6 +155,16 @@ def test_the_answer_is_that_of_the_committed_studies():
     assert f"The best reaches R2 {best['r2_outside']:.4f} on these stars, against {best['r2_covered']:.4f}" in questions
 
 
+def test_each_bullet_of_the_open_questions_has_the_numbers_of_its_table():
+    bullets = [" ".join(bullet.split()) for bullet in re.split(r"^- ", PAGES["open_questions.md"].read_text(), flags=re.MULTILINE)]
+    folders = sorted(folder.name for folder in (RESULTS / "compare_methods").iterdir())
+    for folder in set(folders) - {"default"}:  # the other test reads the default table
+        (bullet,) = (text for text in bullets if f"compare_methods/{folder}/report.md" in text)
+        numbers = re.findall(r"0\.\d{4}", bullet)
+        assert len(numbers) >= 3
+        assert set(numbers) <= {f"{r2:.4f}" for r2 in read(f"compare_methods/{folder}/methods.csv")["r2"]}, folder
+
+
 def test_the_claims_are_those_of_the_findings():
     findings = (RESULTS / "FINDINGS.md").read_text()
     claims = re.findall(r"^\| (\d[ab]?\. .*?) \| .*? \| .*? \| (.*?) \| ", findings, flags=re.MULTILINE)
