@@ -5,6 +5,7 @@ The colours are those of Okabe & Ito (2008), which colour-blind readers can tell
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,7 +118,7 @@ def interval_plot(names: Sequence[str], table: pd.DataFrame, xlabel: str, *, gro
     ax.axvline(0.0, color=BLACK, lw=0.8, ls="--")
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.set_xlabel(xlabel)
+    ax.set_xlabel(textwrap.fill(xlabel, 65))
     if len(kinds) > 1:
         fig.legend(fontsize=8, ncols=min(len(kinds), 4), loc="outside upper center")
     return fig
