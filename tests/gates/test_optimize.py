@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy
 import scipy.optimize
 
 from moe_jax import GateConfig, Hyper, InputError, LinearGate, MLPGate, fit_classifier, fit_gate, mixture_loss
@@ -118,6 +119,20 @@ def test_entropy_penalty_sharpens_and_its_opposite_smooths(mixture):
         found[penalty] = float(jnp.mean(entropy(LinearGate().apply(fit.params, features))))
     assert found[0.5] < found[0.0] < found[-0.5]
     np.testing.assert_allclose(entropy(np.array([[0.25] * 4, [1.0, 0, 0, 0]])), [np.log(4), 0], atol=1e-6)
+
+
+def test_biases_do_not_decay(mixture):
+    """With a large penalty only the biases are left: the weights are the best constant ones."""
+    features, predictions, y, _ = mixture
+    predictions = predictions + [0.0, 0.5, 1.0] * np.random.default_rng(0).normal(size=predictions.shape)
+    config = GateConfig(optimizer="lbfgs", validation_fraction=0.0, weight_decay=1e3)
+    fit = fit_gate(jax.random.key(0), LinearGate(), features, predictions, y, config)
+    weights = np.asarray(LinearGate().apply(fit.params, features))
+    loss = lambda bias: np.mean((y - predictions @ scipy.special.softmax(np.append(bias, 0))) ** 2)  # noqa: E731
+    best = scipy.optimize.minimize(loss, np.zeros(predictions.shape[1] - 1), tol=1e-12).x
+    expected = scipy.special.softmax(np.append(best, 0))
+    assert np.ptp(expected) > 0.1
+    np.testing.assert_allclose(weights, np.broadcast_to(expected, weights.shape), atol=5e-3)
 
 
 @pytest.mark.parametrize(("n", "size"), [(10, 3), (256, 256), (257, 256), (1000, 64), (5, 8)])
