@@ -22,6 +22,7 @@ TESTS = {  # by module, where the test file is not tests/<folder>/test_<module>.
     "experiments/report/claims.py": ["tests/experiments/test_findings.py"],
     "moe_jax/core/convert.py": ["tests/test_api.py"],
     "moe_jax/core/cholesky.py": ["tests/core/test_cholesky.py", "tests/test_numerics.py"],
+    "moe_jax/evaluate/bootstrap.py": ["tests/evaluate/test_bootstrap.py", "tests/evaluate/test_intervals.py"],
     "moe_jax/gates/optimize.py": ["tests/gates/test_optimize.py", "tests/gates/test_training.py"],
     "moe_jax/gates/training.py": ["tests/gates/test_training.py", "tests/gates/test_optimize.py"],
     "moe_jax/experts/ridge.py": ["tests/experts/test_ridge.py", "tests/test_numerics.py"],

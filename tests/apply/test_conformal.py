@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import scipy.stats
 
 from moe_jax import InputError
 from moe_jax.apply.conformal import calibrate, coverage_table, half_widths
@@ -41,7 +42,10 @@ def test_coverage_table_by_hand():
     assert list(table["coverage"]) == [0.25, 0.5, 0.5, 1.0, 0.0, 0.0]
     assert list(table["n"]) == [4, 4, 2, 2, 1, 1]
     assert list(table["group"]) == ["all", "all", "a", "a", "b", "b"]
-    assert ((table["low"] <= table["coverage"]) & (table["coverage"] <= table["high"])).all()
+    inside, n = (table["coverage"] * table["n"]).to_numpy(), table["n"].to_numpy()
+    low, high = scipy.stats.beta.ppf(0.025, inside, n - inside + 1), scipy.stats.beta.ppf(0.975, inside + 1, n - inside)
+    np.testing.assert_allclose(table["low"], np.where(inside > 0, low, 0))  # Clopper & Pearson
+    np.testing.assert_allclose(table["high"], np.where(inside < n, high, 1))
     np.testing.assert_allclose(table["half_width"], [0.5, 1.5] * 3)
 
 

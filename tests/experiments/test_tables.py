@@ -40,7 +40,10 @@ def test_bins_flag_a_cell_of_one_star(run):
     difference = table["r2_regress_mlp_in_sample"] - table["r2_classify"]
     np.testing.assert_allclose(table["delta_r2_regress_mlp_in_sample"], difference, atol=1e-5)
     assert (table["delta_r2_regress_mlp_in_sample_low"][:8] < table["delta_r2_regress_mlp_in_sample_high"][:8]).all()
-    assert Pair(method, CLASSIFY) in comparisons
+    widths = (comparisons[Pair(method, CLASSIFY)].simultaneous, "_simultaneous"), (comparisons[Pair(method, CLASSIFY)].groups, "")
+    for part, suffix in widths:
+        for end in ("low", "high"):
+            np.testing.assert_array_equal(table[f"delta_r2_regress_mlp_in_sample{suffix}_{end}"], getattr(part, end))
 
 
 def test_bootstrap(run):
