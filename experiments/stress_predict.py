@@ -187,8 +187,11 @@ def plot_cases(table: pd.DataFrame) -> Figure:
     axes[0].set_xlabel("share flagged")
     axes[1].scatter(table["rms"], position, c=colors)
     axes[1].axvline(MOST_RMS * table["rms"].iloc[0], color="k", lw=0.8)
-    axes[1].set_xlabel("rms of log g, not flagged")
+    axes[1].set_xlabel("rms of log g, not flagged; line: the limit")
     axes[1].set_xscale("log")
+    axes[1].set_xticks([0.2, 0.3, 0.5, 0.8], ["0.2", "0.3", "0.5", "0.8"])
+    axes[1].set_xticks([], minor=True)
+    axes[0].set_ylim(-0.8, len(table) - 0.2)
     return figure
 
 

@@ -55,7 +55,7 @@ def variants_results(
         fields: further fields of run.json.
     """
     percent = f"{100 * options.confidence_level:g} %"
-    label = f"$\\Delta R^2$ against {against}, {percent} intervals"
+    label = f"$\\Delta R^2$ against {against}, " + f"{percent} intervals".replace(" ", "\N{NO-BREAK SPACE}")
     differences = [interval(*ends) for ends in zip(table["delta_r2"], table["low"], table["high"], strict=True)]
     for name, r2, difference in zip(table["variant"], table["r2"], differences, strict=True):
         console.print(f"{name:<56} R2 {r2:.4f}  {difference}", highlight=False)
