@@ -396,7 +396,7 @@ def about_intervals(components: pd.DataFrame, ranking: pd.DataFrame, coverage: p
         texts.append(
             f"At {size:,} stars the report's percentile intervals hold the truth {mean['percentile']:.1%} of the time, the {best} "
             f"intervals {mean[best]:.1%}. By cell, the {best_by_cell} intervals do best; at worst ({worst['stars']}, "
-            f"{worst['comparison']}) they hold it {worst['coverage']:.1%} of the time. The safest are those that are {safest}: "
+            f"{worst['comparison']}) they hold it {worst['coverage']:.1%} of the time. The safest are called '{safest}': "
             f"{worst_of_safest['coverage']:.1%} at worst ({worst_of_safest['stars']}), and {longer:+.0%} in width on average."
         )
     return [

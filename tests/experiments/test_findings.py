@@ -413,7 +413,7 @@ def test_the_whole_page(results):
         "corrected for 1 choices",
         "test stars 50% [0%, 90%], survey 20% [0%, 90%], noise draw 0% [0%, 90%], gate seed 10% [0%, 90%]; the rest are",
         "At 816 stars the report's percentile intervals hold the truth 93.1% of the time, the basic intervals 95.1%. By cell, the "
-        "bca intervals do best; at worst (Cool Solar, MLP) they hold it 80.0% of the time. The safest are those that are wide: "
+        "bca intervals do best; at worst (Cool Solar, MLP) they hold it 80.0% of the time. The safest are called 'wide': "
         "92.0% at worst (Hot Solar), and +25% in width on average.",
         "| in-sample | Cool Metal-poor | 90 | +0.0100 [+0.0000, +0.0200] | 1,234 |",
     ):
