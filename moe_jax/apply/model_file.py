@@ -71,7 +71,7 @@ def save_model(folder: Path | str, model: Model) -> None:
         "cells": list(CELL_NAMES),
         "T_eff_edges": list(T_EFF_EDGES),
         "M_H_edges": list(M_H_EDGES),
-        "resolution": model.resolution,
+        "resolution": float(model.resolution),
         "provenance": model.provenance,
     }
     for name, content in ((ARRAYS, data), (MEANING, (json.dumps(meaning, indent=2) + "\n").encode())):
@@ -105,12 +105,10 @@ def load_model(folder: Path | str) -> Model:
     leaves = {_NAME_IN_TREE.get(name, name): array for name, array in arrays.items()}
     gate = _read_gate(folder / MEANING, meaning["gate"])
     resolution = meaning.get("resolution", GRID_RESOLUTION)  # models were made without it, at that of the grid
-    if not isinstance(resolution, int | float) or not 0 < resolution < np.inf:
-        raise InputError(f"{folder / MEANING}: resolution: found {resolution!r}, expected a positive number")
     return _assemble(path, gate, leaves, meaning["provenance"], resolution)
 
 
-def _assemble(path: Path, gate: Gate, leaves: dict[str, np.ndarray], provenance: dict[str, Any], resolution: float) -> Model:
+def _assemble(path: Path, gate: Gate, leaves: dict[str, np.ndarray], provenance: dict[str, Any], resolution: Any) -> Model:
     """The model of its arrays; raises an ``InputError`` where one has another shape or type, or is not finite."""
     sizes = _require_layers(path, gate, leaves)
     # There are as many local experts as it pleases them.
@@ -118,9 +116,12 @@ def _assemble(path: Path, gate: Gate, leaves: dict[str, np.ndarray], provenance:
     for name, array in leaves.items():
         if not name.startswith("global/") and name != "uncertainty/flux_median" and not np.isfinite(array).all():
             raise InputError(f"{path}: {name} holds numbers that are not finite, expected a trained model")
+    number = isinstance(resolution, int | float | np.number) and not isinstance(resolution, bool)
+    if not number or not 0 < float(resolution) < np.inf:
+        raise InputError(f"{path.with_name(MEANING)}: resolution: found {resolution!r}, expected a positive number")
     experts, global_ridge, features, gate_params, classification_params, uncertainty, local = jax.device_put(trees)
     params = (gate, gate_params, classification_params)
-    return Model(wave, experts, global_ridge, features, *params, provenance, uncertainty, local, resolution)
+    return Model(wave, experts, global_ridge, features, *params, provenance, uncertainty, local, float(resolution))
 
 
 def _require_layers(path: Path, gate: Gate, leaves: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:

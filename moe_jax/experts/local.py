@@ -193,14 +193,12 @@ def _predict_block(experts: LocalExperts, stars: tuple[jax.Array, jax.Array]) ->
     u_mean = jnp.sum(axes * experts.mean[None], axis=2)
     # |z|^2 and log s^2 are the same for all cells.
     square = jnp.sum(experts.mean**2, axis=1)[None, :] - 2 * matmul(z, experts.mean.T)
-    logs, slopes, explained, total = (jnp.zeros_like(square) for _ in range(4))
+    logs, slopes, explained = (jnp.zeros_like(square) for _ in range(3))
     for j in range(r):
         u_j = u[:, j * k : (j + 1) * k] - u_mean[j][None, :]
         ratio = 1 + jnp.divide(experts.variance[:, j][None, :], s2)  # in units of s^2
         square -= u_j**2 * (1 - 1 / ratio)
-        total = total * ratio if j % 2 else ratio  # one logarithm for two axes
-        if j % 2 or j == r - 1:
-            logs += jnp.log(total)
+        logs += jnp.log(ratio)
         slope = experts.covariance[:, j][None, :] / ratio
         slopes += slope * u_j
         explained += slope * experts.covariance[:, j][None, :]

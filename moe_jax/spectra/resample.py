@@ -55,8 +55,10 @@ def overlaps(wave: Float[AnyArray, " Q"], target: Float[AnyArray, " P"], width: 
             then stand in place of the overlaps, with the same sum for each target pixel.
 
     Raises:
-        InputError: for fewer than two wavelengths, or wavelengths that do not increase.
+        InputError: for fewer than two wavelengths, wavelengths that do not increase, or a width that is negative or not finite.
     """
+    if not 0 <= width < np.inf:
+        raise InputError(f"width is {width}, expected a number of at least 0")
     for name, grid in (("wave", wave), ("target", target)):
         if len(grid) < 2 or not (np.diff(grid) > 0).all():
             raise InputError(f"{name} holds {len(grid)} wavelengths, expected at least 2, increasing")
@@ -72,10 +74,12 @@ def overlaps(wave: Float[AnyArray, " Q"], target: Float[AnyArray, " P"], width: 
 def _gaussian(wave: np.ndarray, width: float) -> scipy.sparse.csr_matrix:
     """(Q, Q) weights of a convolution with a Gaussian; the sum of each row is 1."""
     log_wave = np.log(wave)
+    spacing = np.diff(wave)
+    size = np.minimum(np.append(spacing, np.inf), np.insert(spacing, 0, np.inf))  # a pixel does not reach into a gap beside it
     first, last = (np.searchsorted(log_wave, log_wave + far) for far in (-GAUSSIAN_REACH * width, GAUSSIAN_REACH * width))
     row = np.repeat(np.arange(len(wave)), last - first)
     column = np.arange(len(row)) - np.repeat(np.cumsum(last - first) - last, last - first)
-    weight = np.exp(-0.5 * ((log_wave[column] - log_wave[row]) / width) ** 2) * np.diff(pixel_edges(wave))[column]
+    weight = np.exp(-0.5 * ((log_wave[column] - log_wave[row]) / width) ** 2) * size[column]
     weight /= np.bincount(row, weight)[row]
     return scipy.sparse.csr_matrix((weight, (row, column)), shape=(len(wave), len(wave)))
 

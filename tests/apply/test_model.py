@@ -47,6 +47,12 @@ def test_resolution_is_written_and_read(model, tmp_path):
     spoil_json(resolution="high")(tmp_path)
     with pytest.raises(InputError, match="model.json: resolution: found 'high', expected a positive number"):
         load_model(tmp_path)
+    save_model(tmp_path, model._replace(resolution=np.float32(2500)))
+    assert load_model(tmp_path).resolution == 2500
+    for wrong in (np.nan, 0, -1.0, True, None):
+        with pytest.raises(InputError, match=f"resolution: found {wrong}, expected a positive number"):
+            save_model(tmp_path / "other", model._replace(resolution=wrong))
+    assert not (tmp_path / "other").exists()
 
 
 def test_predictions_are_those_of_the_pieces(model, noisy_flux, survey, tmp_path):

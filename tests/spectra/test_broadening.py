@@ -53,6 +53,26 @@ def test_observed_spectra_are_degraded(wave):
     np.testing.assert_allclose(degraded.error[:, 2000], expected, rtol=0.03)
 
 
+def test_a_gap_is_as_good_as_masked_pixels():
+    """A pixel beside a gap does not count for the gap."""
+    width = broadening_width(8000, 2500)
+    flux, gap = lines(WAVE, broadening_width(np.inf, 8000), 0.8), (WAVE > 8201) & (WAVE < 8260)
+    error, good = np.full(flux.shape, 0.1), np.broadcast_to(~gap, flux.shape)
+    masked = resample(flux, error, good, overlaps(WAVE, WAVE, width), WAVE)
+    there = ~gap
+    cut = resample(flux[:, there], error[:, there], good[:, there], overlaps(WAVE[there], WAVE, width), WAVE)
+    both = masked.good & cut.good
+    both[:, np.flatnonzero(gap)[[0, -1]]] = False  # half of these pixels belongs to their neighbours
+    assert both[:, there].mean() > 0.99
+    np.testing.assert_allclose(cut.flux[both], masked.flux[both], atol=2e-3)
+
+
+@pytest.mark.parametrize("width", [np.nan, -1e-4, np.inf])
+def test_widths_that_are_none(width):
+    with pytest.raises(InputError, match=f"width is {width}, expected a number of at least 0"):
+        overlaps(WAVE, WAVE, width)
+
+
 def test_simulated_spectra_of_a_lower_resolution():
     """They are those of the grid, degraded like observed ones."""
     sharp, blurred = (simulate_survey(jax.random.key(0), 20, resolution=resolution) for resolution in (GRID_RESOLUTION, 2500))
