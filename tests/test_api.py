@@ -249,6 +249,7 @@ def test_a_mixture_is_a_pytree():
     np.testing.assert_allclose(doubled.experts.coef, 2 * np.asarray(MIXTURE.experts.coef))
 
 
+@pytest.mark.slow
 def test_a_model_stays_outside_of_jit():
     model = mj.load_model(Path(__file__).parents[1] / "results/regress_gate/default/model")
     survey = mj.simulate_survey(KEY, 4)

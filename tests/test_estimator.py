@@ -23,6 +23,7 @@ def test_scikit_learn_takes_it_for_a_regressor(check):
     run(estimator)
 
 
+@pytest.mark.slow
 def test_cross_validated_score_and_clone():
     x, y = load_diabetes(return_X_y=True)
     scores = cross_val_score(RidgeMixtureRegressor(2, hidden=8, epochs=50, random_state=0), x, y, cv=3)

@@ -465,6 +465,7 @@ def errors_of_another_shape(folder, valid):
     moe_jax.predict_model(load_model(valid / "model"), np.ones((2, 4096), "f4"), np.ones((2, 1), "f4"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "expected"), CORPUS)
 def test_one_sentence(case, expected, valid, tmp_path):
     before = sorted(path.name for path in valid.iterdir())

@@ -72,6 +72,7 @@ def test_twenty_kills_leave_no_partial_file(trained, tmp_path):
     pd.testing.assert_frame_equal(undisturbed, again)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(trained, tmp_path):
     """A limit on the size of files stands in for the disk: writing fails with an errno of its own, in the middle of a file."""
     limited = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
@@ -100,6 +101,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, place, capsys):
     assert "surveys" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_no_random_key_is_used_twice(tmp_path):
     """The whole run with JAX's own check of keys."""
     code, _, errors = run("--output-dir", tmp_path / "out", "--no-use-cache", JAX_DEBUG_KEY_REUSE="1")

@@ -159,6 +159,7 @@ def test_identical_methods_have_no_width(method, stars, dtype):
     assert not np.any(result.simultaneous.high)
 
 
+@pytest.mark.slow
 def test_all_methods_agree_on_many_ordinary_stars(rng, x64):
     y = rng.uniform(1, 5, 20_000)
     resampled = resampled_of((y, y + rng.normal(0, 0.3, 20_000), y + rng.normal(0, 0.33, 20_000)), 4_000, seed=0)

@@ -17,6 +17,7 @@ from moe_jax import InputError
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
 
 
+@pytest.mark.slow
 def test_what_the_peers_compute_is_what_we_compute():
     """The same Delta R2 overall and by cell, and intervals of the same length."""
     y, ours, theirs, cell = benchmark_rows.bootstrap_data(816)

@@ -71,6 +71,7 @@ def test_the_cannons_labels_are_those_of_scipy(spectra):
     assert np.median(np.abs(found - labels) / width) < 0.02
 
 
+@pytest.mark.slow
 def test_a_convolutional_network_learns_what_a_line_says(rng):
     depth = rng.uniform(size=600).astype(np.float32)
     x = np.ones((600, 301), np.float32) + rng.normal(size=(600, 301)).astype(np.float32) * 0.05

@@ -29,6 +29,7 @@ def files(tmp_path_factory):
     return ["--train-file", str(folder / "train.h5"), "--test-file", str(folder / "test.h5")]
 
 
+@pytest.mark.slow
 def test_resolution_is_that_of_all_stars():
     config = DataConfig(n_train=3, n_test=2, resolution=1500)
     simulated = simulate_survey(draw_keys(0).train, 3, resolution=1500)

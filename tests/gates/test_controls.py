@@ -57,6 +57,7 @@ def test_sharpen(rng, dtype):
     np.testing.assert_allclose(sharpen(np.eye(3, dtype=dtype), 1.0), np.eye(3), atol=1e-30)
 
 
+@pytest.mark.slow
 def test_mlp_regressor_learns_as_scikit_learn_does(rng):
     x = rng.normal(size=(2_000, 3)).astype(np.float32) * [1, 10, 0.1] + 5
     y = (np.sin(x[:, 0] - 5) * 3 + 100 + (x[:, 1] - 5) * (x[:, 2] - 5)).astype(np.float32)

@@ -1,5 +1,6 @@
 import jax
 import numpy as np
+import pytest
 
 from moe_jax import load_grid
 from moe_jax.spectra.grid import reconstruct_nodes
@@ -7,6 +8,7 @@ from moe_jax.spectra.label_model import BROADENING_NODES, GRID_WIDTH, LIGHT_SPEE
 from moe_jax.spectra.pixels import WAVE
 
 
+@pytest.mark.slow
 def test_components_carry_the_broadened_grid():
     """Oracle: a node convolved by the Gaussian pixel by pixel; the B-splines are undone by their values at the centres."""
     model, node = default_model(), 400
