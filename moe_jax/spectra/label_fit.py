@@ -250,10 +250,14 @@ def _flat(flux: jax.Array, weight: jax.Array, smooth: jax.Array) -> tuple[jax.Ar
 
 def _coarsen(flux: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Weighted means of neighbouring pixels, and their weights."""
-    shape = (len(flux), -1, REBIN)
-    total = jnp.sum(weight.reshape(shape), axis=2)
-    mean = jnp.sum((weight * flux).reshape(shape), axis=2) / jnp.where(total > 0, total, 1.0)
-    return mean, total
+    total = _rebin(weight)
+    return _rebin(weight * flux) / jnp.where(total > 0, total, 1.0), total
+
+
+def _rebin(x: jax.Array) -> jax.Array:
+    """Sums of ``REBIN`` neighbouring pixels; XLA is slow at sums over a short axis."""
+    parts = [x[..., i::REBIN] for i in range(REBIN)]
+    return functools.reduce(jnp.add, parts)
 
 
 def find_velocity(
@@ -315,7 +319,7 @@ def _at_rest(flux: jax.Array, weight: jax.Array, velocity: jax.Array, additive: 
 
 def _coarse_data(data: _Data) -> _Data:
     flux, weight = _coarsen(data.flux, data.weight)
-    offset, drift = (jnp.mean(x.reshape(*x.shape[:-1], -1, REBIN), axis=-1) / REBIN for x in (data.offset, data.drift))
+    offset, drift = (_rebin(x) / REBIN**2 for x in (data.offset, data.drift))
     return _Data(flux, weight, offset, data.velocity, drift, data.additive)
 
 
@@ -337,16 +341,13 @@ def _spectra(x: jax.Array, data: _Data, model: LabelModel, pixels: PixelModel) -
     n_continuum = pixels.log_continuum.shape[0] - 1
     norm, continuum = coef[..., :-n_continuum], coef[..., -n_continuum:]
 
-    # All broadenings of the norm, and from them the one wanted and its derivative.
-    n_source, n_components = model.broaden.shape[1:]
-    broaden = jnp.swapaxes(jnp.asarray(model.broaden), 0, 1).reshape(n_source, -1)
-    broadened = matmul(norm.reshape(-1, n_source), broaden).reshape(len(x), 5, -1, n_components)
+    # The norm as broadened by each node, weighted; and the derivative in the broadening.
     weight, slope = _weights(BROADENING_NODES, x[:, 5])
-    wanted = jnp.einsum("nlsr,ns->nlr", broadened, weight)
-    spread = jnp.einsum("nsr,ns->nr", broadened[:, 0], slope)
-    rows = jnp.concatenate([wanted, spread[:, None]], axis=1)
+    weighted = jnp.concatenate([norm[:, :, None] * weight[:, None, :, None], norm[:, :1, None] * slope[:, None, :, None]], axis=1)
+    n_components = model.broaden.shape[2]
+    rows = matmul(weighted.reshape(len(x) * 6, -1), jnp.asarray(model.broaden).reshape(-1, n_components))
     basis = jnp.asarray(pixels.basis)
-    spline = matmul(rows.reshape(-1, n_components), basis[1:]).reshape(len(x), 6, -1)
+    spline = matmul(rows, basis[1:]).reshape(len(x), 6, -1)
     spline = spline.at[:, 0].add(basis[0])
 
     # The quadratic B-splines at the centres of the observed pixels.
@@ -373,6 +374,8 @@ class _State(NamedTuple):
     chi2: jax.Array  # (n,)
     normal: jax.Array  # (n, f, f) normal equations of the free parameters, the polynomial eliminated
     gradient: jax.Array  # (n, f)
+    cross: jax.Array  # (n, K + 1, f) of the polynomial and the constant with the free parameters
+    inner: jax.Array  # (n, K + 1, K + 1) of the polynomial and the constant with each other
     continuum: jax.Array  # (n, K)
     constant: jax.Array  # (n,)
     flux: jax.Array  # (n, P) the model
@@ -428,7 +431,7 @@ def _evaluate(problem: _Problem, x: jax.Array, data: _Data) -> _State:
     reduced = own - jnp.einsum("nki,nkj->nij", cross, _solve_small(normal, cross))
     gradient = jnp.einsum("nip,np->ni", jacobian, residual)
     chi2 = jnp.sum(data.weight * jnp.square(residual), axis=1)
-    return _State(x, chi2, reduced, gradient, coef, constant, flux, jnp.full(n, _DAMPING, x.dtype))
+    return _State(x, chi2, reduced, gradient, cross, normal, coef, constant, flux, jnp.full(n, _DAMPING, x.dtype))
 
 
 def _step(problem: _Problem, state: _State) -> tuple[jax.Array, jax.Array]:
@@ -513,8 +516,9 @@ def _solve(
         return _Progress(state, weight, jnp.where(ready, 0, n_steps), progress.masked | ready, active)
 
     zeros = functools.partial(jnp.zeros, dtype=x.dtype)
-    numbers = (zeros((n, f, f)), zeros((n, f)), zeros((n, problem.n_continuum)), zeros(n), zeros(data.flux.shape))
-    state = _State(x, jnp.full(n, jnp.inf, x.dtype), *numbers, jnp.full(n, _DAMPING, x.dtype))
+    k = problem.n_continuum
+    numbers = (zeros((n, f, f)), zeros((n, f)), zeros((n, k + 1, f)), zeros((n, k + 1, k + 1)), zeros((n, k)), zeros(n))
+    state = _State(x, jnp.full(n, jnp.inf, x.dtype), *numbers, zeros(data.flux.shape), jnp.full(n, _DAMPING, x.dtype))
     start = _Progress(state, weight, jnp.zeros(n, jnp.int32), jnp.zeros(n, bool), jnp.ones(n, bool))
     end = lax.while_loop(lambda progress: jnp.any(progress.active), iterate, start)
     return end.state, end.weight
@@ -627,44 +631,44 @@ def _suspect(problem: _Problem, state: _State, data: _Data, smooth: jax.Array) -
     ``smooth`` is the continuum of the spectra on coarse pixels. The results are ``rare``, ``rare_error``, ``rare_slope`` and
     ``blend_gain`` of ``LabelFit``.
     """
-    n_terms, n_pixels = problem.n_continuum, data.flux.shape[1]
+    n_terms = problem.n_continuum
+    terms, coarse_terms = (chebyshev_terms(n, n_terms) for n in (data.flux.shape[1], smooth.shape[1]))
     spectrum, derivatives = _spectra(state.x, data, problem.model, problem.pixels)
-    terms = jnp.asarray(chebyshev_terms(n_pixels, n_terms), spectrum.dtype)
     derivatives = derivatives * matmul(state.continuum, terms)[:, None]
-    one, weight = jnp.ones_like(spectrum), data.weight
-    stretch = derivatives[:, 4] * jnp.linspace(-1.0, 1.0, n_pixels, dtype=spectrum.dtype)[None]
+    weight, residual = data.weight, data.weight * (data.flux - state.flux)
+    stretch = derivatives[:, 4] * jnp.linspace(-1.0, 1.0, data.flux.shape[1], dtype=spectrum.dtype)[None]
     fitted = derivatives[:, np.array(problem.free)]
-    columns = jnp.concatenate([fitted, spectrum[:, None] * terms[None], jnp.stack([one, stretch], axis=1)], axis=1)
-    n_fitted = columns.shape[1] - 2
-    products = jnp.einsum("nip,njp->nij", columns * weight[:, None], columns)
-    score = jnp.einsum("nip,np->ni", columns, weight * (data.flux - state.flux))
-    normal, cross = products[:, :n_fitted, :n_fitted], products[:, :n_fitted, n_fitted:]
-    normal = normal + 1e-6 * jnp.einsum("nii->ni", normal)[:, :, None] * jnp.eye(n_fitted, dtype=normal.dtype)[None]
-    solved = _solve_small(normal, cross)
-    information = jnp.einsum("nkk->nk", products[:, n_fitted:, n_fitted:]) - jnp.einsum("nik,nik->nk", cross, solved)
-    rare_error = 1.0 / jnp.sqrt(jnp.maximum(information, 1e-30))
-    rare = (score[:, n_fitted:] - jnp.einsum("nik,ni->nk", solved, score[:, :n_fitted])) * jnp.square(rare_error)
-    rare = rare * jnp.stack([1.0 - data.additive, jnp.ones_like(data.additive)], axis=1)  # that of a constant was fitted
-    slope = -jnp.swapaxes(solved[:, :4], 1, 2) * jnp.asarray(_UNITS[:4], rare.dtype)[None, None]
 
-    total = jnp.sum(weight.reshape(len(weight), -1, REBIN), axis=2)
+    # A constant and a stretch. The fit has eliminated the polynomial, and holds its products with the parameters.
+    columns = jnp.stack([jnp.ones_like(stretch), stretch], axis=1)
+    weighted = columns * weight[:, None]
+    constant = data.additive[:, None, None] * jnp.sum(weighted, axis=2, keepdims=True)
+    border = jnp.concatenate([matmul(weighted * spectrum[:, None], terms.T), constant], axis=2)
+    solved = _solve_small(state.inner, jnp.swapaxes(border, 1, 2))
+    cross = jnp.einsum("nip,nkp->nik", fitted, weighted) - jnp.einsum("nji,njk->nik", state.cross, solved)
+    slope = _solve_small(_with_ridge(state.normal), cross)
+    power = jnp.einsum("nkp,nkp->nk", weighted, columns) - jnp.einsum("nkj,njk->nk", border, solved)
+    rare_error = 1.0 / jnp.sqrt(jnp.maximum(power - jnp.einsum("nik,nik->nk", slope, cross), 1e-30))
+    score = jnp.einsum("nkp,np->nk", columns, residual) - jnp.einsum("nik,ni->nk", slope, state.gradient)
+    fits = jnp.stack([1.0 - data.additive, jnp.ones_like(data.additive)], axis=1)  # a constant that was fitted is not rare
+    rare = score * jnp.square(rare_error) * fits
+    slope = -jnp.swapaxes(slope[:, :4], 1, 2) * jnp.asarray(_UNITS[:4], rare.dtype)
 
-    def rebin(x: jax.Array) -> jax.Array:
-        shape = (*x.shape[:-1], -1, REBIN)
-        return jnp.sum((x * (weight if x.ndim == 2 else weight[:, None])).reshape(shape), axis=-1)
-
+    total = _rebin(weight)
     mean = 1.0 / jnp.where(total > 0, total, 1.0)
-    coarse = rebin(columns[:, :n_fitted])
+    coarse = jnp.concatenate([_rebin(weight[:, None] * fitted), _rebin(weight * spectrum)[:, None] * coarse_terms[None]], axis=1)
     templates = jnp.asarray(problem.model.shifted)[len(problem.model.velocities) // 2]
-    second = smooth[:, None] * (1.0 + templates[None]) - (rebin(state.flux - state.constant[:, None]) * mean)[:, None]
+    first = _rebin(weight * (state.flux - state.constant[:, None])) * mean
+    second = smooth[:, None] * (1.0 + templates[None]) - first[:, None]
     overlap = jnp.einsum("nip,ntp->nit", coarse, second)
-    normal = jnp.einsum("nip,njp->nij", coarse * mean[:, None], coarse)
-    normal = normal + 1e-6 * jnp.einsum("nii->ni", normal)[:, :, None] * jnp.eye(n_fitted, dtype=normal.dtype)[None]
-    solved = _solve_small(normal, overlap)
-    residual = rebin(data.flux - state.flux)
-    apart = jnp.einsum("np,ntp->nt", residual, second) - jnp.einsum(
-        "nit,ni->nt", solved, jnp.einsum("nip,np->ni", coarse, residual * mean)
-    )
+    solved = _solve_small(_with_ridge(jnp.einsum("nip,njp->nij", coarse * mean[:, None], coarse)), overlap)
+    score = jnp.einsum("np,ntp->nt", _rebin(residual), second)
+    score = score - jnp.einsum("nit,ni->nt", solved, jnp.einsum("nip,np->ni", coarse, _rebin(residual) * mean))
     power = jnp.einsum("np,ntp->nt", total, jnp.square(second))
     information = jnp.maximum(power - jnp.einsum("nit,nit->nt", overlap, solved), 1e-3 * power)
-    return rare, rare_error, slope, jnp.max(jnp.square(jnp.maximum(apart, 0.0)) / information, axis=1)
+    return rare, rare_error, slope, jnp.max(jnp.square(jnp.maximum(score, 0.0)) / information, axis=1)
+
+
+def _with_ridge(normal: jax.Array) -> jax.Array:
+    """Normal equations (n, k, k) with a ridge that keeps them from being singular."""
+    return normal * (1.0 + 1e-6 * jnp.eye(normal.shape[1], dtype=normal.dtype)[None])
