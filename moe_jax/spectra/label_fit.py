@@ -48,7 +48,7 @@ _N_PARTS = 64  # of a flattened spectrum; those of the grid have means from -0.3
 _FAINTEST, _BRIGHTEST = -0.4, 0.25
 _LEAST_PIXELS = 50  # of a star that is fitted
 _BLOCK = 64  # stars that are prepared together, and ...
-_AT_ONCE = 8  # ... those of them that make a step together
+_AT_ONCE = 8
 _COARSE_STEPS, _FINE_STEPS = 6, 8  # at most, before and after masking
 _COARSE_TOLERANCE, _TOLERANCE = 1e-3, 5e-5  # expected relative decrease of chi2 at which a fit has converged
 _DAMPING = 1e-2  # of the first step
@@ -338,28 +338,24 @@ def _spectra(x: jax.Array, data: _Data, model: LabelModel, pixels: PixelModel) -
     variants = [[pair[i == j] for j, pair in enumerate(axis)] for i in (-1, 0, 1, 2, 3)]
     tensor = jnp.stack([jnp.einsum("nt,ng,nz,nm->ntgzm", *variant).reshape(len(x), -1) for variant in variants], axis=1)
     coef = matmul(tensor.reshape(-1, tensor.shape[2]), model.coef).reshape(len(x), 5, -1)
-    n_continuum = pixels.log_continuum.shape[0] - 1
-    norm, continuum = coef[..., :-n_continuum], coef[..., -n_continuum:]
+    n_source = model.broaden.shape[1]
+    norm, continuum = coef[..., :n_source], coef[..., n_source:]
 
     # The norm as broadened by each node, weighted; and the derivative in the broadening.
     weight, slope = _weights(BROADENING_NODES, x[:, 5])
     weighted = jnp.concatenate([norm[:, :, None] * weight[:, None, :, None], norm[:, :1, None] * slope[:, None, :, None]], axis=1)
-    n_components = model.broaden.shape[2]
-    rows = matmul(weighted.reshape(len(x) * 6, -1), jnp.asarray(model.broaden).reshape(-1, n_components))
-    basis = jnp.asarray(pixels.basis)
-    spline = matmul(rows, basis[1:]).reshape(len(x), 6, -1)
-    spline = spline.at[:, 0].add(basis[0])
+    rows = matmul(weighted.reshape(len(x) * 6, -1), model.broaden.reshape(-1, model.broaden.shape[2]))
+    spline = matmul(rows, pixels.basis).reshape(len(x), 6, -1)
 
     # The quadratic B-splines at the centres of the observed pixels.
     offset = jnp.clip(data.offset + (x[:, 4] - data.velocity)[:, None] * data.drift[None, :], -1.0, 1.0)
     left, right = jnp.square(0.5 - offset), jnp.square(0.5 + offset)
-    padded = jnp.pad(spline, ((0, 0), (0, 0), (1, 1)), mode="edge")
-    before, after = padded[:, :, :-2], padded[:, :, 2:]
-    moved = 0.5 * left[:, None] * before + (0.75 - jnp.square(offset))[:, None] * spline + 0.5 * right[:, None] * after
-    velocity_slope = (offset - 0.5) * before[:, 0] - 2.0 * offset * spline[:, 0] + (offset + 0.5) * after[:, 0]
+    before, middle, after = spline[..., :-2], spline[..., 1:-1], spline[..., 2:]
+    moved = 0.5 * left[:, None] * before + (0.75 - jnp.square(offset))[:, None] * middle + 0.5 * right[:, None] * after
+    velocity_slope = (offset - 0.5) * before[:, 0] - 2.0 * offset * middle[:, 0] + (offset + 0.5) * after[:, 0]
     velocity_slope = velocity_slope * data.drift[None, :]
-    log_continuum = matmul(continuum.reshape(-1, n_continuum), pixels.log_continuum[1:]).reshape(len(x), 5, -1)
-    factor = jnp.exp(log_continuum[:, :1] + jnp.asarray(pixels.log_continuum)[None, :1])
+    log_continuum = matmul(continuum.reshape(len(x) * 5, -1), pixels.log_continuum).reshape(len(x), 5, -1)
+    factor = jnp.exp(log_continuum[:, :1])
     spectrum = (moved[:, :1] * factor)[:, 0]
     labels = moved[:, 1:5] * factor + log_continuum[:, 1:] * spectrum[:, None]
     others = jnp.stack([velocity_slope, moved[:, 5]], axis=1) * factor
@@ -603,23 +599,8 @@ def _report(
         state.constant,
         good,
         jnp.take_along_axis(state.flux, place, axis=1),
-        *_suspect_each(problem, state, data, smooth),
+        *_suspect(problem, state, data, smooth),
     )
-
-
-def _suspect_each(
-    problem: _Problem, state: _State, data: _Data, smooth: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """``_suspect``, some stars at a time: what they need then fits the processor's cache."""
-    n, n_at_once = len(smooth), min(_AT_ONCE, len(smooth))
-
-    def suspect(stars: Any) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        state, own, smooth = stars
-        return _suspect(problem, state, data._replace(**own), smooth)
-
-    own = {name: array for name, array in data._asdict().items() if name != "drift"}
-    stars = jax.tree.map(lambda leaf: leaf.reshape(n // n_at_once, n_at_once, *leaf.shape[1:]), (state, own, smooth))
-    return tuple(leaf.reshape(n, *leaf.shape[2:]) for leaf in lax.map(suspect, stars))
 
 
 def _suspect(problem: _Problem, state: _State, data: _Data, smooth: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -652,19 +633,22 @@ def _suspect(problem: _Problem, state: _State, data: _Data, smooth: jax.Array) -
     score = jnp.einsum("nkp,np->nk", columns, residual) - jnp.einsum("nik,ni->nk", slope, state.gradient)
     fits = jnp.stack([1.0 - data.additive, jnp.ones_like(data.additive)], axis=1)  # a constant that was fitted is not rare
     rare = score * jnp.square(rare_error) * fits
-    slope = -jnp.swapaxes(slope[:, :4], 1, 2) * jnp.asarray(_UNITS[:4], rare.dtype)
+    slope = -jnp.swapaxes(slope[:, :4], 1, 2) * jnp.asarray(_UNITS[:4], rare.dtype)[None, None]
 
     total = _rebin(weight)
     mean = 1.0 / jnp.where(total > 0, total, 1.0)
     coarse = jnp.concatenate([_rebin(weight[:, None] * fitted), _rebin(weight * spectrum)[:, None] * coarse_terms[None]], axis=1)
+    # A template differs from the first star by smooth * template + rest.
     templates = jnp.asarray(problem.model.shifted)[len(problem.model.velocities) // 2]
-    first = _rebin(weight * (state.flux - state.constant[:, None])) * mean
-    second = smooth[:, None] * (1.0 + templates[None]) - first[:, None]
-    overlap = jnp.einsum("nip,ntp->nit", coarse, second)
+    rest = smooth - _rebin(weight * (state.flux - state.constant[:, None])) * mean
+    rows = jnp.concatenate([coarse, _rebin(residual)[:, None]], axis=1)
+    products = matmul((rows * smooth[:, None]).reshape(-1, smooth.shape[1]), templates.T).reshape(*rows.shape[:2], -1)
+    products = products + jnp.einsum("nip,np->ni", rows, rest)[..., None]
+    overlap, score = products[:, :-1], products[:, -1]
     solved = _solve_small(_with_ridge(jnp.einsum("nip,njp->nij", coarse * mean[:, None], coarse)), overlap)
-    score = jnp.einsum("np,ntp->nt", _rebin(residual), second)
     score = score - jnp.einsum("nit,ni->nt", solved, jnp.einsum("nip,np->ni", coarse, _rebin(residual) * mean))
-    power = jnp.einsum("np,ntp->nt", total, jnp.square(second))
+    power = matmul(total * jnp.square(smooth), jnp.square(templates).T) + 2.0 * matmul(total * smooth * rest, templates.T)
+    power = power + jnp.sum(total * jnp.square(rest), axis=1)[:, None]
     information = jnp.maximum(power - jnp.einsum("nit,nit->nt", overlap, solved), 1e-3 * power)
     return rare, rare_error, slope, jnp.max(jnp.square(jnp.maximum(score, 0.0)) / information, axis=1)
 

@@ -31,7 +31,7 @@ NORMALISE_TERMS = 5  # of the polynomial that flattens spectra before the search
 class PixelModel(NamedTuple):
     """The grid on some pixels."""
 
-    basis: Float[AnyArray, "R1 P"]  #: mean and components of the normalised flux, as coefficients of quadratic B-splines
+    basis: Float[AnyArray, "R1 P2"]  #: mean and components of the normalised flux: quadratic B-splines, one more at either end
     log_continuum: Float[AnyArray, "D1 P"]  #: mean and components
     nodes: Float[AnyArray, "L P"]  #: flattened spectra of the nodes, less their polynomial
 
@@ -40,8 +40,8 @@ class LabelModel(NamedTuple):
     """The grid as the fit uses it; see ``label_model``."""
 
     axes: tuple[tuple[float, ...], ...]  #: nodes of T_eff, log g, [M/H], [alpha/M]
-    coef: Float[AnyArray, "L C"]  #: 1, components of the normalised flux, components of the log continuum of each node
-    broaden: Float[AnyArray, "S C1 R"]  #: from 1 and these components to those of the flux broadened by each of BROADENING_NODES
+    coef: Float[AnyArray, "L C"]  #: 1, components of the normalised flux, 1, components of the log continuum of each node
+    broaden: Float[AnyArray, "S C1 R1"]  #: from 1 and these components to 1 and those of the flux broadened by BROADENING_NODES
     fine: PixelModel
     coarse: PixelModel
     shifted: Float[AnyArray, "V T P4"]  #: coarse flattened templates at each velocity of the search
@@ -71,12 +71,13 @@ def label_model(grid: SpectralGrid) -> LabelModel:
     components, _ = np.linalg.qr((rotation[:, ::-1][:, :_N_COMPONENTS].T @ stacked).T)
     components = components.T
     continuum_coef = np.asarray(grid.continuum_coef).reshape(len(node_coef), -1)[:, :_N_CONTINUUM]
-    coef = np.hstack([np.ones((len(node_coef), 1)), node_coef, continuum_coef])
+    ones = np.ones((len(node_coef), 1))
+    coef = np.hstack([ones, node_coef, ones, continuum_coef])
     basis = np.vstack([source[:1], components])
     log_continuum = np.vstack([grid.continuum_mean[None], grid.continuum_basis[:_N_CONTINUUM]])
     nodes = coef[:, : 1 + _N_SOURCE] @ source
     fine, coarse = (
-        PixelModel(*(np.asarray(array, np.float32) for array in (scipy.ndimage.spline_filter1d(b, 2, axis=1), c, _flatten(n))))
+        PixelModel(*(np.asarray(array, np.float32) for array in (_splines(b), c, _flatten(n))))
         for b, c, n in ((basis, log_continuum, nodes), map(_rebin, (basis, log_continuum, nodes)))
     )
     velocities = np.arange(-MAX_VELOCITY - VELOCITY_STEP, MAX_VELOCITY + 1.5 * VELOCITY_STEP, VELOCITY_STEP)
@@ -87,12 +88,19 @@ def label_model(grid: SpectralGrid) -> LabelModel:
     return LabelModel(
         tuple(tuple(map(float, axis)) for axis in grid[:4]),
         coef.astype(np.float32),
-        (deviation @ components.T).astype(np.float32),
+        np.dstack([np.broadcast_to(np.eye(1, len(source)).T, (len(deviation), len(source), 1)), deviation @ components.T]).astype(
+            np.float32
+        ),
         fine,
         coarse,
         shifted.astype(np.float32),
         velocities.astype(np.float32),
     )
+
+
+def _splines(spectra: np.ndarray) -> np.ndarray:
+    """Coefficients of quadratic B-splines through the pixels; those at either end are repeated."""
+    return np.pad(scipy.ndimage.spline_filter1d(spectra, 2, axis=1), ((0, 0), (1, 1)), mode="edge")
 
 
 def _rebin(spectra: np.ndarray) -> np.ndarray:
