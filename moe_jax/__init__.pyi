@@ -84,3 +84,4 @@ from .spectra.survey import Survey as Survey
 from .spectra.survey import add_noise as add_noise
 from .spectra.survey_file import load_survey as load_survey
 from .spectra.survey_file import save_survey as save_survey
+from .spectra.tangents import tangent_vectors as tangent_vectors

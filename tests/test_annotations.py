@@ -20,6 +20,7 @@ y, cell = survey.labels.log_g, moe_jax.assign_cells(survey.labels.T_eff, survey.
 folds = np.asarray(moe_jax.assign_folds(keys[2], cell, 2))
 alphas = np.array([1.0, 10.0])
 moe_jax.predict_ridge(moe_jax.fit_ridge(flux, y, 1.0), flux)
+moe_jax.fit_ridge(flux, y, 1.0, tangents=moe_jax.tangent_vectors(survey.wave, survey.flux, velocity=9.0))
 moe_jax.cross_validate_ridge(flux, y, alphas, folds)
 moe_jax.fit_global(flux, y, alphas, folds)
 experts = moe_jax.fit_experts(flux, y, cell, alphas, folds)

@@ -115,7 +115,7 @@ CASES = {
 ELSEWHERE = {
     "load_model", "save_model", "predict_model", "load_grid", "interpolate_grid", "simulate_survey", "load_survey",
     "save_survey", "cramer_rao", "fit_features", "compute_features", "retention", "required_stars", "fit_labels", "fit_local",
-    "add_noise", "median_error",
+    "add_noise", "median_error", "tangent_vectors",
 }  # fmt: skip
 
 

@@ -40,6 +40,7 @@ def simulate(key, components):
 PROGRAMS = {
     "fit_ridge, dual": (lambda x, y: moe_jax.fit_ridge(x, y, 1.0), (x, y)),
     "fit_ridge, primal": (lambda x, y: moe_jax.fit_ridge(x, y, 1.0), (x[:, :20], y)),
+    "fit_ridge, tangents": (lambda x, y: moe_jax.fit_ridge(x, y, 1.0, tangents=x[:, None]), (x, y)),
     "fit_weighted_ridge": (lambda x, y, s: moe_jax.fit_weighted_ridge(x, y, s, 1.0), (x, y, y)),
     "predict_ridge": (moe_jax.predict_ridge, (moe_jax.Ridge(x[0], y[0]), x)),
     "cross_validate_ridge": (lambda x, y: moe_jax.cross_validate_ridge(x, y, np.array([0.1, 1.0]), folds=folds), (x, y)),

@@ -12,6 +12,12 @@ Three measures keep a small alpha stable in float32:
 - A jitter of a few rounding errors of the mean eigenvalue is added to the diagonal of the matrix that is factorised, so that
   the factorisation succeeds however small alpha is. The factor only preconditions: the solution is refined against X itself,
   not against the rounded X X', until the residual of the equations is at rounding level.
+
+Tangents d_it of the features of star i make the fit feel less of a nuisance that moves spectra along them. With independent e_it of
+mean 0 and variance 1, the mean over all e of (y_i - (x_i + sum_t e_it d_it) w - b)^2 is the usual square plus sum_t (d_it w)^2
+(Bishop 1995, Neural Computation 7, 108; Simard, Victorri, LeCun & Denker 1992, NIPS 4, 895): training on infinitely many copies of
+each star. So tangents are further rows of target 0, which have no part in the means. With sums of stars (``moe_jax.experts.sums``)
+the same fit is had by adding sum_it d_it' d_it to ``Sums.xx``.
 """
 
 from __future__ import annotations
@@ -42,35 +48,47 @@ class Ridge(NamedTuple):
 
 
 @convert_arguments()
-def fit_ridge(x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alpha: ArrayLike) -> Ridge:
+def fit_ridge(
+    x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], alpha: ArrayLike, *, tangents: Float[AnyArray, "N T P"] | None = None
+) -> Ridge:
     """Fits y on x by ridge regression with an unpenalised intercept; exact, by Cholesky, jitted.
 
     Args:
         x: features; the computation runs in its precision.
         y: target.
         alpha: penalty of the squared coefficients, in the convention of scikit-learn's ``Ridge``; > 0.
+        tangents: T tangents of each star's features, each times the standard deviation of its nuisance, such as those of
+            ``tangent_vectors``. The fit has N (T + 1) rows.
 
     Raises:
         InputError: shapes that disagree, numbers that are not finite, or an alpha that is not positive.
     """
     require_same_length(x=x, y=y)
     require_positive(alpha)
-    return _finite(_fit(x, y, alpha, np.ones(len(x), np.float32)), x=x, y=y)
+    _require_tangents(x, tangents)
+    return _finite(_fit(x, y, alpha, np.ones(len(x), np.float32), tangents), x=x, y=y, tangents=tangents)
 
 
-def _finite(ridge: Ridge, **arrays: AnyArray) -> Ridge:
+def _require_tangents(x: AnyArray, tangents: AnyArray | None) -> None:
+    if tangents is not None and (tangents.shape[0], tangents.shape[2]) != x.shape:
+        raise InputError(f"tangents has shape {tangents.shape}, expected ({len(x)}, T, {x.shape[1]}) for x of shape {x.shape}")
+
+
+def _finite(ridge: Ridge, **arrays: AnyArray | None) -> Ridge:
     """The ridge; an ``InputError`` where it is not finite, with the array that is to blame."""
     if not isinstance(ridge.coef, jax.core.Tracer) and not np.isfinite(ridge.coef).all():
         for name, array in arrays.items():
-            if not np.isfinite(np.asarray(array)).all():
+            if array is not None and not np.isfinite(np.asarray(array)).all():
                 raise InputError(f"{name} holds numbers that are not finite, expected finite ones")
         raise InputError("the fit is not finite, expected x of a smaller range or a larger alpha")
     return ridge
 
 
 @by_numpy
-def _fit(x: AnyArray, y: AnyArray, alpha: Any, root: AnyArray) -> Ridge:
+def _fit(x: AnyArray, y: AnyArray, alpha: Any, root: AnyArray, tangents: AnyArray | None) -> Ridge:
     data = center(x, y, root.astype(x.dtype))
+    if tangents is not None:
+        data = _append_tangents(data, tangents)
     matrix, added = kernel(data)
     xp = namespace(added)
     alpha = xp.where(xp.isfinite(added), alpha, xp.nan).astype(x.dtype)  # squares that overflow must not end in coefficients of 0
@@ -79,7 +97,12 @@ def _fit(x: AnyArray, y: AnyArray, alpha: Any, root: AnyArray) -> Ridge:
 
 @convert_arguments()
 def fit_weighted_ridge(
-    x: Float[AnyArray, "N P"], y: Float[AnyArray, " N"], sample_weight: Float[AnyArray, " N"], alpha: ArrayLike
+    x: Float[AnyArray, "N P"],
+    y: Float[AnyArray, " N"],
+    sample_weight: Float[AnyArray, " N"],
+    alpha: ArrayLike,
+    *,
+    tangents: Float[AnyArray, "N T P"] | None = None,
 ) -> Ridge:
     """Ridge regression of stars with weights: minimises sum_i s_i (y_i - x_i w - b)^2 + alpha |w|^2.
 
@@ -88,17 +111,20 @@ def fit_weighted_ridge(
         y: target.
         sample_weight: s_i, at least 0 and not all 0. In float32 they should span less than about 10^8.
         alpha: penalty, > 0.
+        tangents: as in ``fit_ridge``; the weight of a star is that of its tangents too.
 
     Raises:
         InputError: shapes that disagree, numbers that are not finite, weights or an alpha out of range.
     """
     require_same_length(x=x, y=y, sample_weight=sample_weight)
+    _require_tangents(x, tangents)
     require_positive(alpha)
     if not isinstance(sample_weight, jax.core.Tracer):
         values = np.asarray(sample_weight)
         if not (np.isfinite(values) & (values >= 0)).all() or not values.any():
             raise InputError(f"sample_weight holds {values.min()} to {values.max()}, expected numbers >= 0, not all 0")
-    return _finite(_fit(x, y, alpha, namespace(sample_weight).sqrt(sample_weight)), x=x, y=y)
+    root = namespace(sample_weight).sqrt(sample_weight)
+    return _finite(_fit(x, y, alpha, root, tangents), x=x, y=y, tangents=tangents)
 
 
 @convert_arguments()
@@ -148,6 +174,14 @@ def center(x: AnyArray, y: AnyArray, mask: AnyArray) -> Centred:
     x_centred -= rest[None, :]  # NumPy does this in place
     x_centred *= mask[:, None]
     return Centred(x_centred, (y - y_mean) * mask, mask, x_mean + rest, y_mean)
+
+
+def _append_tangents(data: Centred, tangents: AnyArray) -> Centred:
+    """Further rows of target 0; like padding, they have no part in the vector along which the kernel's eigenvalue is 0."""
+    xp, dtype = namespace(data.x), data.x.dtype
+    rows = (tangents.astype(dtype) * data.mask[:, None, None]).reshape(-1, data.x.shape[1])
+    y, mask = (xp.concatenate([array, xp.zeros(len(rows), dtype)]) for array in (data.y, data.mask))
+    return data._replace(x=xp.concatenate([data.x, rows]), y=y, mask=mask)
 
 
 def kernel(data: Centred) -> tuple[AnyArray, Any]:

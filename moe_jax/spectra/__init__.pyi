@@ -12,3 +12,4 @@ from .survey import Survey as Survey
 from .survey import add_noise as add_noise
 from .survey_file import load_survey as load_survey
 from .survey_file import save_survey as save_survey
+from .tangents import tangent_vectors as tangent_vectors
