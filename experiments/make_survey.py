@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from experiments.pipeline.config import SURVEYS, DataConfig, draw_keys
 from experiments.pipeline.observation import observe
 from experiments.pipeline.surveys import open_surveys
 from experiments.runner.command_line import run_command
 from experiments.runner.stages import Stages, console
+from moe_jax.core.arrays import InputError
 from moe_jax.spectra.grid import GRID_RESOLUTION
 from moe_jax.spectra.simulate import LabelSampling
 from moe_jax.spectra.survey import Spectra
@@ -41,6 +44,8 @@ class MakeSurveyConfig:
     """How labels are drawn."""
     resolution: float = GRID_RESOLUTION
     """Resolution of the spectra."""
+    wave: Path | None = None
+    """Text file with a vacuum wavelength, Angstrom, in each line: your own pixels; None: those of the grid."""
     noise_level: float = 0.0
     """Factor on the errors. 0: clean spectra, as regress_gate reads them to draw the noise itself. Above 0: noisy spectra, as
     predict reads them; their noise is the same that regress_gate draws with this seed and noise level."""
@@ -64,9 +69,13 @@ def main(config: MakeSurveyConfig) -> None:
         seed=config.seed,
         noise_level=config.noise_level,
     )
+    try:
+        wave = None if config.wave is None else np.loadtxt(config.wave)
+    except (OSError, ValueError) as reason:
+        raise InputError(f"{config.wave}: found no wavelengths ({reason}), expected a number in each line") from reason
     keys = draw_keys(config.seed)
     noise = {"train": keys.train_noise, "test": keys.test_noise}
-    for (name, key), source in zip(noise.items(), open_surveys(drawn), strict=True):
+    for (name, key), source in zip(noise.items(), open_surveys(drawn, wave), strict=True):
         spectra: Spectra = observe(key, source, drawn) if config.noise_level > 0 else source
         path = config.output_dir / f"{name}.h5"
         with stages.chunks(f"{name}.h5", spectra.n_stars) as advance:

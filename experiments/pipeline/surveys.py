@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from experiments.pipeline.config import DataConfig, draw_keys
-from moe_jax.core.arrays import InputError
+from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.experts.cells import N_CELLS, assign_cells, nearest_cells
 from moe_jax.gates.features import line_pixels
 from moe_jax.spectra.simulate import SimulatedSpectra
@@ -21,8 +21,11 @@ survey_settings = operator.attrgetter(
 )
 
 
-def open_surveys(config: DataConfig) -> tuple[Spectra, Spectra]:
-    """The training and the test survey, to be read in parts; from files, which are checked against each other, or simulated."""
+def open_surveys(config: DataConfig, wave: AnyArray | None = None) -> tuple[Spectra, Spectra]:
+    """The training and the test survey, to be read in parts; from files, which are checked against each other, or simulated.
+
+    ``wave`` are the wavelengths of simulated ones; by default those of the grid.
+    """
     if (config.train_file is None) != (config.test_file is None):
         missing, given = ("train", "test") if config.train_file is None else ("test", "train")
         raise InputError(f"--{given}-file was given without --{missing}-file, expected both or neither")
@@ -30,8 +33,8 @@ def open_surveys(config: DataConfig) -> tuple[Spectra, Spectra]:
         test_key = draw_keys(config.seed if config.test_seed is None else config.test_seed).test
         test_sampling = config.test_sampling or config.label_sampling
         train_key, R = draw_keys(config.seed).train, config.resolution
-        simulated = SimulatedSpectra(train_key, config.n_train, label_sampling=config.label_sampling, resolution=R)
-        return simulated, SimulatedSpectra(test_key, config.n_test, label_sampling=test_sampling, resolution=R)
+        simulated = SimulatedSpectra(train_key, config.n_train, label_sampling=config.label_sampling, resolution=R, wave=wave)
+        return simulated, SimulatedSpectra(test_key, config.n_test, label_sampling=test_sampling, resolution=R, wave=wave)
     train = SurveyFile(config.train_file, config.n_train or None, config.label_columns)
     test = SurveyFile(config.test_file, config.n_test or None, config.label_columns)
     for path, survey in ((config.train_file, train), (config.test_file, test)):

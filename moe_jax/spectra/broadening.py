@@ -13,7 +13,7 @@ import scipy
 from jaxtyping import Float
 
 from moe_jax.core.arrays import AnyArray, InputError
-from moe_jax.spectra.grid import GRID_RESOLUTION, SpectralGrid
+from moe_jax.spectra.grid import GRID_RESOLUTION, SpectralGrid, map_pixels
 from moe_jax.spectra.pixels import WAVE
 
 LOWEST_RESOLUTION = 500.0  #: of simulated spectra; the lines of the gate's features are then one blend
@@ -44,10 +44,7 @@ def broaden(spectra: Float[AnyArray, "N P"], widths: Sequence[float]) -> Float[n
 
 
 def broaden_grid(grid: SpectralGrid, resolution: float) -> SpectralGrid:
-    """A grid of resolution ``GRID_RESOLUTION`` at a lower one.
-
-    Lines and log continuum are broadened one by one. Their product differs from the broadened spectrum where a line lies at one of
-    the continuum's few steps, each of some per cent, such as the Paschen jump.
+    """A grid of resolution ``GRID_RESOLUTION`` at a lower one, by ``map_pixels``.
 
     Raises:
         InputError: for a resolution above that of the grid, or below ``LOWEST_RESOLUTION``.
@@ -56,13 +53,7 @@ def broaden_grid(grid: SpectralGrid, resolution: float) -> SpectralGrid:
     if resolution == GRID_RESOLUTION:
         return grid
     width = broadening_width(GRID_RESOLUTION, resolution)
-    changed: dict[str, np.ndarray] = {}
-    for part in ("norm", "continuum"):
-        names = (f"{part}_mean", f"{part}_basis")
-        mean, basis = (np.asarray(getattr(grid, name)) for name in names)
-        mean, *basis = broaden(np.vstack([mean[None], basis]).astype(np.float64), [width])[0].astype(basis.dtype)
-        changed |= dict(zip(names, (mean, np.stack(basis)), strict=True))
-    return grid._replace(**changed)
+    return map_pixels(grid, lambda spectra: broaden(spectra, [width])[0])
 
 
 def require_resolution(resolution: float) -> None:

@@ -8,7 +8,7 @@ Interpolating every pixel would give the same spectrum, since both operations ar
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,6 +96,21 @@ def load_grid(path: Path | str = GRID_FILE) -> SpectralGrid:
             return SpectralGrid(*(arrays[name] for name in SpectralGrid._fields))
     except (OSError, KeyError, ValueError) as reason:
         raise InputError(f"{path}: found no model grid ({reason}), expected a file written by save_grid") from reason
+
+
+def map_pixels(grid: SpectralGrid, change: Callable[[np.ndarray], np.ndarray]) -> SpectralGrid:
+    """A grid whose lines and log continuum are changed one by one by a linear function of spectra (n, P), in float64.
+
+    Their product differs from the changed spectrum where a line lies at one of the continuum's few steps, each of some per cent,
+    such as the Paschen jump.
+    """
+    changed: dict[str, np.ndarray] = {}
+    for part in ("norm", "continuum"):
+        names = (f"{part}_mean", f"{part}_basis")
+        mean, basis = (np.asarray(getattr(grid, name)) for name in names)
+        rows = change(np.vstack([mean[None], basis]).astype(np.float64)).astype(basis.dtype)
+        changed |= dict(zip(names, (rows[0], rows[1:]), strict=True))
+    return grid._replace(**changed)
 
 
 def reconstruct_nodes(grid: SpectralGrid) -> GridSpectra:

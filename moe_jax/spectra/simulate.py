@@ -12,9 +12,10 @@ from jax import lax
 from jaxtyping import Float, PRNGKeyArray
 
 from moe_jax.core.arrays import AnyArray, InputError, map_blocks, to_device
+from moe_jax.core.convert import convert_arguments
 from moe_jax.spectra.broadening import broaden_grid
-from moe_jax.spectra.grid import GRID_RESOLUTION, SpectralGrid, interpolate_grid, load_grid
-from moe_jax.spectra.pixels import WAVE
+from moe_jax.spectra.grid import GRID_RESOLUTION, SpectralGrid, interpolate_grid, load_grid, map_pixels
+from moe_jax.spectra.pixels import WAVE, average_pixels, pixel_sides
 from moe_jax.spectra.sky import sky_variance, throughput
 from moe_jax.spectra.survey import Labels, Survey, mean_snr
 
@@ -102,18 +103,27 @@ def unscaled_flux(grid: SpectralGrid, labels: Float[AnyArray, "N 4"]) -> Float[j
     return jnp.maximum(spectra.norm * jnp.exp(spectra.log_continuum), 0.0)
 
 
-def flux_error(mag: Float[AnyArray, " N"], flux: Float[AnyArray, "N P"]) -> Float[jax.Array, "N P"]:
+def flux_error(
+    mag: Float[AnyArray, " N"], flux: Float[AnyArray, "N P"], factors: Float[AnyArray, "2 P"] | None = None
+) -> Float[jax.Array, "N P"]:
     """Standard deviation of the flux at noise level 1, from the photons of the star and of the sky.
 
     error^2 = 0.00062 x (flux / 0.5) / T(wave) + 0.00428 x^2 S(wave) with x = 10^(0.4 (mag - 21.5)), sky S and
-    throughput T. The sky dominates for faint stars.
+    throughput T. The sky dominates for faint stars. ``factors`` are those of other pixels than the grid's, by ``noise_factors``.
     """
     x = 10.0 ** (0.4 * (mag - 21.5))[:, None]
-    inverse_throughput = jnp.asarray(1.0 / throughput(), flux.dtype)[None, :]
-    sky = jnp.asarray(sky_variance(), flux.dtype)[None, :]
+    factors = noise_factors() if factors is None else factors
+    inverse_throughput, sky = (jnp.asarray(factor, flux.dtype)[None, :] for factor in factors)
     return jnp.sqrt(PHOTON_VARIANCE * x * (flux / MEDIAN_FLUX) * inverse_throughput + SKY_VARIANCE * x**2 * sky)
 
 
+def noise_factors(sides: Float[np.ndarray, "2 P"] | None = None) -> Float[np.ndarray, "2 P"]:
+    """1 / T and S of ``flux_error`` on the pixels of the grid, or on other ones: a pixel's variance falls with its width."""
+    factors = np.stack([1.0 / throughput(), sky_variance()])
+    return factors if sides is None else average_pixels(factors, sides) * (WAVE[1] - WAVE[0]) / (sides[1] - sides[0])[None, :]
+
+
+@convert_arguments("wave")
 def simulate_survey(
     key: PRNGKeyArray,
     n_stars: int,
@@ -121,6 +131,7 @@ def simulate_survey(
     label_sampling: LabelSampling = "lattice",
     grid: SpectralGrid | None = None,
     resolution: float = GRID_RESOLUTION,
+    wave: Float[AnyArray, " P"] | None = None,
 ) -> Survey:
     """Draws a survey: labels, noise-free spectra scaled to median 0.5, and their errors at noise level 1.
 
@@ -133,12 +144,16 @@ def simulate_survey(
         label_sampling: ``"lattice"`` (one continuous label a star) or ``"uniform"``.
         grid: model spectra; by default those that ship with the package.
         resolution: R of the spectra, no higher than that of the grid.
+        wave: vacuum wavelengths of your own pixels, Angstrom, increasing, within 7100 to 8850; by default those of the grid.
+            The flux is the mean over each pixel, then scaled to median 0.5 over all of these. Wider pixels gather more photons,
+            so their errors are smaller. Survey files, experts and ``tangent_vectors`` take any pixels. Features, and so models,
+            take those that reach from 8165 to 8690. ``fit_labels`` and ``cramer_rao`` need those of the grid.
 
     Raises:
-        InputError: for fewer than one star, another sampling, a grid that does not span the labels, or a resolution that it
-            does not have.
+        InputError: for fewer than one star, another sampling, a grid that does not span the labels, a resolution that it does not
+            have, or fewer than two wavelengths, steps of less than 0.1 Angstrom, or pixels beyond the range.
     """
-    source = SimulatedSpectra(key, n_stars, label_sampling=label_sampling, grid=grid, resolution=resolution)
+    source = SimulatedSpectra(key, n_stars, label_sampling=label_sampling, grid=grid, resolution=resolution, wave=wave)
     flux, error = source.read(0, n_stars)
     return Survey(source.wave, flux, error, source.labels._replace(snr=mean_snr(flux, error)))
 
@@ -161,12 +176,17 @@ class SimulatedSpectra:
         label_sampling: LabelSampling = "lattice",
         grid: SpectralGrid | None = None,
         resolution: float = GRID_RESOLUTION,
+        wave: Float[AnyArray, " P"] | None = None,
     ) -> None:
         if n_stars < 1:
             raise InputError(f"n_stars is {n_stars}, expected at least 1")
         if label_sampling not in ("lattice", "uniform"):
             raise InputError(f"label_sampling is {label_sampling!r}, expected 'lattice' or 'uniform'")
         grid = broaden_grid(load_grid() if grid is None else grid, resolution)
+        sides = None if wave is None else pixel_sides(wave)
+        if sides is not None:
+            grid = map_pixels(grid, lambda spectra: average_pixels(spectra, sides))
+        self._factors = None if sides is None else noise_factors(sides)
         self._axes = tuple(tuple(map(float, np.asarray(axis))) for axis in grid[:4])
         self._components = tuple(grid[4:])
         for name, axis in zip(SpectralGrid._fields[:4], self._axes, strict=True):
@@ -174,21 +194,24 @@ class SimulatedSpectra:
             if axis[0] > low or axis[-1] < high:
                 raise InputError(f"the grid's {name} runs from {axis[0]:g} to {axis[-1]:g}, expected {low:g} to {high:g}")
         drawn = _draw_labels(key, n_stars, label_sampling)
-        self.wave, self.n_stars = to_device(WAVE), n_stars
+        self.wave, self.n_stars = to_device(WAVE if wave is None else np.asarray(wave, np.float64)), n_stars
         self.labels = Labels(**drawn, redshift=to_device(np.zeros(n_stars)), snr=to_device(np.full(n_stars, np.nan)))
 
     def read(self, start: int, stop: int) -> tuple[Float[jax.Array, "n P"], Float[jax.Array, "n P"]]:
         """Clean flux and error of the stars ``start`` to ``stop - 1``."""
         stars = {name: getattr(self.labels, name) for name in ("T_eff", "log_g", "M_H", "a_M", "mag")}
-        spectra = functools.partial(_spectra, axes=self._axes, components=self._components)
+        spectra = functools.partial(_spectra, axes=self._axes, components=self._components, factors=self._factors)
         return map_blocks(spectra, stars, start, stop, _BATCH)
 
 
 @functools.partial(jax.jit, static_argnames=("axes",))
 def _spectra(
-    labels: dict[str, jax.Array], axes: tuple[tuple[float, ...], ...], components: tuple[jax.Array, ...]
+    labels: dict[str, jax.Array],
+    axes: tuple[tuple[float, ...], ...],
+    components: tuple[jax.Array, ...],
+    factors: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Flux and error of some stars."""
     grid = SpectralGrid(*map(np.array, axes), *components)
     flux = model_flux(grid, *(labels[name] for name in ("T_eff", "log_g", "M_H", "a_M")))
-    return flux, flux_error(labels["mag"], flux)
+    return flux, flux_error(labels["mag"], flux, factors)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import regress_gate
+from experiments import make_survey, regress_gate
 from experiments.pipeline import calibration
 from experiments.pipeline.calibration import CalibrationConfig, keep_calibration_stars, observe_calibration_stars
 from experiments.pipeline.config import DataConfig, draw_keys
@@ -42,6 +42,19 @@ def test_resolution_is_that_of_all_stars():
         DataConfig(resolution=7000)
     with pytest.raises(InputError, match="resolution is -1, expected a positive number"):
         DataConfig(resolution=-1, train_file="a.h5", test_file="b.h5")
+
+
+def test_files_on_other_pixels(tmp_path):
+    """The file has the wavelengths, and what ``regress_gate`` reads is what is simulated."""
+    wave = np.linspace(8160, 8700, 300)
+    np.savetxt(tmp_path / "wave.txt", wave)
+    made = make_survey.MakeSurveyConfig(n_train=3, n_test=2, wave=tmp_path / "wave.txt", output_dir=tmp_path)
+    make_survey.main(made)
+    train, _ = open_surveys(DataConfig(train_file=tmp_path / "train.h5", test_file=tmp_path / "test.h5"))
+    np.testing.assert_allclose(train.wave, wave)
+    np.testing.assert_array_equal(train.read(0, 3)[0], simulate_survey(draw_keys(0).train, 3, wave=wave).flux)
+    with pytest.raises(InputError, match="missing.txt: found no wavelengths"):
+        make_survey.main(dataclasses.replace(made, wave=tmp_path / "missing.txt"))
 
 
 @pytest.mark.parametrize("preset", regress_gate.PRESETS)

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy
 
 import moe_jax
 from moe_jax import InputError, load_grid, simulate_survey
 from moe_jax.gates.features import line_features, line_pixels
 from moe_jax.spectra import simulate
 from moe_jax.spectra.grid import reconstruct_nodes
-from moe_jax.spectra.pixels import WAVE
+from moe_jax.spectra.pixels import PIXEL_EDGES, WAVE, average_pixels, pixel_sides
 from moe_jax.spectra.simulate import LABEL_LATTICE, draw_labels, flux_error, median_rows
 from moe_jax.spectra.sky import oh_lines, sky_variance, throughput
 
@@ -110,6 +111,42 @@ def test_median_rows(n_pixels, dtype, rng):
     np.testing.assert_array_equal(median_rows(jnp.asarray(x)), np.median(x, axis=1))
 
 
+def test_means_over_other_pixels():
+    """Of Gaussian lines, whose integrals are known; the flux is conserved, whatever the pixels are."""
+    centre, sigma = np.array([[7500.0], [8200.13], [8662.0]]), 8000 / 5000 / 2.3548
+
+    def lines(low, high):
+        low, high = ((edge - centre) / sigma for edge in (low, high))
+        area = 0.8 * np.sqrt(np.pi / 2) * (scipy.special.erf(high / np.sqrt(2)) - scipy.special.erf(low / np.sqrt(2)))
+        return 1 - area / (high - low)
+
+    ours = lines(PIXEL_EDGES[:-1], PIXEL_EDGES[1:])
+    for wave, atol in ((np.arange(7101, 8849, 0.1), 4e-3), (WAVE[:-1] + 0.2, 2e-3), (np.geomspace(7110, 8840, 900), 2e-4)):
+        sides = pixel_sides(wave)
+        np.testing.assert_allclose(average_pixels(ours, sides), lines(*sides), atol=atol)
+    np.testing.assert_allclose(average_pixels(ours, pixel_sides(WAVE)), ours, atol=1e-10)
+
+
+def test_a_survey_on_other_pixels():
+    """Averages of two and four pixels beside a gap: the mean flux, and the errors of independent pixels."""
+    n_joined = np.repeat([2, 4], [100, 60])
+    first = np.concatenate([1000 + 2 * np.arange(100), 1600 + 4 * np.arange(60)])
+    wave = np.array([WAVE[i : i + n].mean() for i, n in zip(first, n_joined, strict=True)])
+    key = jax.random.key(0)
+    grid, ours = simulate_survey(key, 6), simulate_survey(key, 6, wave=wave)
+    flux = np.stack([np.asarray(grid.flux)[:, i : i + n].mean(axis=1) for i, n in zip(first, n_joined, strict=True)], axis=1)
+    level = np.median(flux, axis=1, keepdims=True) / 0.5
+    np.testing.assert_allclose(ours.flux * level, flux, atol=2e-4)
+    np.testing.assert_allclose(np.median(ours.flux, axis=1), 0.5, rtol=1e-6)
+    np.testing.assert_array_equal(ours.labels.mag, grid.labels.mag)
+    variance = flux_error(grid.labels.mag, grid.flux / level) ** 2  # of the star as bright as on its own pixels
+    expected = np.stack([variance[:, i : i + n].mean(axis=1) / n for i, n in zip(first, n_joined, strict=True)], axis=1)
+    np.testing.assert_allclose(ours.error**2, expected, rtol=3e-3)
+    same = simulate_survey(key, 6, wave=WAVE)
+    np.testing.assert_allclose(same.flux, grid.flux, atol=1e-6)
+    np.testing.assert_allclose(same.error, grid.error, rtol=1e-5)
+
+
 def test_keys():
     first, again, other = (simulate_survey(jax.random.key(k), 20) for k in (0, 0, 1))
     for ours, theirs in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
@@ -125,3 +162,13 @@ def test_bad_input():
     narrow = load_grid()._replace(log_g=np.array([1.0, 2.0, 3.0, 4.0, 4.5]))
     with pytest.raises(InputError, match="log_g runs from 1 to 4.5, expected 1 to 5"):
         simulate_survey(jax.random.key(0), 5, grid=narrow)
+    for wave, message in (
+        ([8000.0], r"wave has shape \(1,\), expected \(P,\) with at least 2"),
+        (np.ones((2, 2)), r"wave has shape \(2, 2\)"),
+        ([8000.0, 7999.0], "wave has a step of -1 Angstrom, expected steps of at least 0.1"),
+        ([8000.0, np.nan], "wave has a step of nan"),
+        ([7100.0, 7101.0], "wave has pixels from 7099.50 to 7101.50 Angstrom, expected 7100 to 8850"),
+        (np.arange(710.0, 880.0), "expected 7100 to 8850"),
+    ):
+        with pytest.raises(InputError, match=message):
+            simulate_survey(jax.random.key(0), 5, wave=wave)
