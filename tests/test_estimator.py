@@ -35,6 +35,7 @@ def test_cross_validated_score_and_clone():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_own_cells_weights_and_pickle():
     x, y = load_diabetes(return_X_y=True)
     model = RidgeMixtureRegressor(**SMALL).fit(x, y, cell=(x[:, 2] > 0).astype(int))

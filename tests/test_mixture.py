@@ -36,6 +36,7 @@ def test_the_pieces_in_one_call(rng, dtype):
     assert said.y.dtype == mixture.experts.coef.dtype == dtype
 
 
+@pytest.mark.slow
 def test_it_finds_what_one_ridge_cannot(rng):
     x, y, cell = two_lines(rng)
     new_x, new_y, _ = two_lines(rng)

@@ -57,6 +57,7 @@ def test_there_are_examples():
     assert {name.rpartition("-")[0] for name in found} >= {"README", "any_data", "pieces", "spectra", "streaming"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_examples_run(example, tmp_path, monkeypatch):
     (tmp_path / "results").symlink_to(RESULTS)

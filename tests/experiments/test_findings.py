@@ -423,6 +423,7 @@ def test_the_whole_page(results):
     assert "nan" not in text
 
 
+@pytest.mark.slow
 def test_the_leads_are_differences_of_the_cells(rng):
     y, gain = jnp.asarray(rng.normal(size=900)), jnp.asarray(rng.normal(size=900))
     resampled = resample_gain(jax.random.key(0), y, gain, jnp.arange(900) % N_CELLS, 50, N_CELLS).columns(slice(1, None))

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from experiments.pipeline.config import BootstrapOptions
 from experiments.report.pairs import MAGNITUDES, magnitude_bins, pair_table
@@ -15,6 +16,7 @@ def test_magnitudes_have_bins_and_those_beyond_join_the_ends():
     assert MAGNITUDES == ("20.5 to 21", "21 to 21.5", "21.5 to 22", "22 to 22.5")
 
 
+@pytest.mark.slow
 def test_differences_are_those_of_the_groups(rng):
     y, cell, mag = rng.normal(size=900), np.arange(900) % len(CELL_NAMES), rng.uniform(20.5, 22.5, size=900)
     predictions = {"a": y + 0.1 * rng.normal(size=900), "b": y + 0.5 * rng.normal(size=900)}

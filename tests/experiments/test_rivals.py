@@ -82,6 +82,7 @@ def test_a_convolutional_network_learns_what_a_line_says(rng):
     assert np.mean(error**2) < 0.1 * depth.var()
 
 
+@pytest.mark.slow
 def test_experts_and_gate_learn_a_bent_line_together(rng):
     x = rng.uniform(-1, 1, size=(800, 2)).astype(np.float32)
     y = np.abs(x[:, 0]) + 0.1 * x[:, 1]

@@ -40,6 +40,7 @@ def test_warm_linear_gate_is_no_worse_than_the_classification_gate(mixture, dtyp
     assert losses == sorted(losses, reverse=True)
 
 
+@pytest.mark.slow
 def test_lbfgs_reaches_the_optimum_that_scipy_finds(mixture, x64):
     features, predictions, y, logistic = mixture
     config = GateConfig(optimizer="lbfgs", init="logistic", validation_fraction=0.0, gradient_tolerance=1e-7)

@@ -51,6 +51,7 @@ def test_linear_gate_reaches_the_known_optimum(mixture):
     np.testing.assert_allclose(LinearGate().apply(fit.params, features), weights, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_early_stopping_restores_the_best_params(mixture, rng):
     """On pure noise, with a rate far too high, the validation loss soon stops falling."""
     features, predictions, _, _ = mixture
