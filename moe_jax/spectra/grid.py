@@ -137,14 +137,11 @@ def spline_weights(nodes: Float[np.ndarray, " n"], x: Float[AnyArray, " N"]) -> 
     the polynomials of these splines from the nodes, which must be concrete. Beyond the nodes the end polynomials continue.
     """
     spline = scipy.interpolate.CubicSpline(nodes, np.eye(len(nodes)))
-    coefficients = jnp.asarray(spline.c, x.dtype)  # (4, n - 1, n), highest power first
+    coefficients = jnp.asarray(np.swapaxes(spline.c, 0, 1), x.dtype)  # (n - 1, 4, n), highest power first
     starts = jnp.asarray(nodes, x.dtype)
-    interval = jnp.clip(jnp.searchsorted(starts, x, side="right") - 1, 0, len(nodes) - 2)
-    t = (x - starts[interval])[:, None]
-    weights = coefficients[0, interval]
-    for power in coefficients[1:]:
-        weights = weights * t + power[interval]
-    return weights
+    interval = jnp.sum(x[:, None] >= starts[None, 1:-1], axis=1)
+    t, powers = (x - starts[interval])[:, None], coefficients[interval]
+    return ((powers[:, 0] * t + powers[:, 1]) * t + powers[:, 2]) * t + powers[:, 3]
 
 
 def interpolate_grid(grid: SpectralGrid, labels: Float[AnyArray, "N 4"]) -> GridSpectra:

@@ -387,10 +387,12 @@ def _solve_small(normal: jax.Array, right: jax.Array) -> jax.Array:
     k = normal.shape[1]
     scale = 1.0 / jnp.sqrt(jnp.maximum(jnp.einsum("nii->ni", normal), 1e-30))
     system = jnp.concatenate([normal * scale[:, None, :] * scale[:, :, None], right * scale[:, :, None]], axis=2)
-    for i in range(k):
+
+    def eliminate(i: Any, system: jax.Array) -> jax.Array:
         row = system[:, i] / system[:, i, i][:, None]
-        system = system - system[:, :, i][:, :, None] * row[:, None]
-        system = system.at[:, i].set(row)
+        return (system - system[:, :, i][:, :, None] * row[:, None]).at[:, i].set(row)
+
+    system = lax.fori_loop(0, k, eliminate, system)
     return system[:, :, k:] * scale[:, :, None]
 
 
