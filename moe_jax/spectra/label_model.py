@@ -67,9 +67,8 @@ def label_model(grid: SpectralGrid) -> LabelModel:
     deviation = blurred.copy()
     deviation[:, 0] -= source[0]
     stacked = (deviation * scale[None, :, None]).reshape(-1, source.shape[1])
-    _, rotation = np.linalg.eigh(stacked @ stacked.T)
-    components, _ = np.linalg.qr((rotation[:, ::-1][:, :_N_COMPONENTS].T @ stacked).T)
-    components = components.T
+    power, rotation = (array[..., : -_N_COMPONENTS - 1 : -1] for array in np.linalg.eigh(stacked @ stacked.T))
+    components = (rotation / np.sqrt(power)).T @ stacked
     continuum_coef = np.asarray(grid.continuum_coef).reshape(len(node_coef), -1)[:, :_N_CONTINUUM]
     ones = np.ones((len(node_coef), 1))
     coef = np.hstack([ones, node_coef, ones, continuum_coef])
