@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 COMMANDS = (
     *("regress_gate", "predict", "calibrate_uncertainty", "converge_gate", "measure_leakage", "replicate", "calibrate_bootstrap"),
     *("control_gate", "compare_methods", "ablate_gate", "train_jointly", "cover_all", "scale", "findings", "compare_tabular"),
-    *("benchmark", "stress_predict", "check_gpu", "make_survey", "build_lte_grid", "measure_interpolation"),
+    *("benchmark", "compare_rvspecfit", "stress_predict", "check_gpu", "make_survey", "build_lte_grid", "measure_interpolation"),
 )
 
 
