@@ -1,7 +1,7 @@
 """Is fit_labels as accurate as rvspecfit, which surveys use, on the same stars and the same grid, and how fast is either?
 
     pip install -e '.[rvspecfit]'
-    python -m experiments.compare_rvspecfit                  about ten minutes on 2 cores
+    python -m experiments.compare_rvspecfit                  some 20 minutes on 2 cores
     python -m experiments.compare_rvspecfit --preset smoke   four stars
 
 Both fit T_eff, log g, [M/H], [alpha/M], the velocity and a continuum of five terms, with no broadening and no prior. rvspecfit

@@ -9,6 +9,7 @@ import pytest
 
 from experiments.__main__ import COMMANDS
 from experiments.benchmark import summary
+from experiments.compare_rvspecfit import PEERS
 from experiments.report.markdown import load_published, overall_markdown, table_markdown
 
 ROOT = Path(__file__).parents[1]
@@ -197,6 +198,29 @@ def test_the_experiment_is_the_committed_run():
 
 def test_the_ratios_are_those_of_the_committed_benchmark():
     assert summary(pd.read_csv(RESULTS / "benchmark/default/benchmark.csv")) in PAGES["speed.md"].read_text()
+
+
+def test_the_fit_beside_rvspecfit_is_that_of_the_committed_run():
+    text, table = (
+        page("spectra.md"),
+        pd.read_csv(RESULTS / "compare_rvspecfit/default/fits.csv").set_index(["noise_level", "method"]),
+    )
+    at = {noise: [table.loc[noise, method] for method in ("fit_labels", *PEERS)] for noise in (0.2, 1.0)}
+    for noise, (ours, linear, splines) in at.items():
+        names = f"by itself, {splines['rms_log_g']:.2f} with the grid's splines and {ours['rms_log_g']:.2f} for the fit"
+        covered = "{:.0f}, {:.0f} and {:.0f} %".format(*(100 * method["coverage_log_g"] for method in (linear, splines, ours)))
+        assert f"{linear['rms_log_g']:.2f} {names}; {covered} of the errors" in text
+        assert f"At noise {noise:g} " in text
+    (ours, linear, splines), (faint, _, faint_splines) = at.values()
+    worse = [100 * method["worse"] for method in (splines, faint_splines, ours, faint)]
+    assert (
+        "in {:.0f} % of the stars at noise 0.2 and in {:.0f} % at noise 1. The fit's is in {:.0f} % and in {:.0f} %".format(*worse)
+        in text
+    )
+    wrong = f"{faint['rms_velocity']:.1f} km/s for the fit, where it is {faint_splines['rms_velocity']:.1f} km/s"
+    assert wrong in text
+    seconds = [method["cpu_seconds"] for method in (linear, splines)] + [1000 * ours["cpu_seconds"]]
+    assert "takes {:.2f} s of a star, with the splines {:.2f} s, and the fit {:.1f} ms".format(*seconds) in text
 
 
 def test_the_million_is_that_of_the_committed_run():
