@@ -124,13 +124,10 @@ def paired_bootstrap(key: PRNGKeyArray, statistic: Callable[..., Any], arrays: t
     if len({len(array) for array in arrays}) != 1:
         raise InputError(f"arrays have {[len(array) for array in arrays]} rows, expected the same number in each")
     _require_resamples(n_resamples)
-    arrays = tuple(map(jnp.asarray, arrays))
-
-    def resample(key: jax.Array) -> Any:
-        rows = resample_rows(key, len(arrays[0]))
-        return statistic(*(array[rows] for array in arrays))
-
-    return jax.vmap(resample)(jax.random.split(key, n_resamples))
+    arrays, n = tuple(map(jnp.asarray, arrays)), len(arrays[0])
+    # Under vmap, JAX's generator "rbg" draws another sequence for a key than alone; in a loop, it draws the same.
+    rows = lax.map(lambda key: resample_rows(key, n), jax.random.split(key, n_resamples))
+    return jax.vmap(lambda rows: statistic(*(array[rows] for array in arrays)))(rows)
 
 
 @convert_arguments()
@@ -301,8 +298,9 @@ def _resample(key: jax.Array, y: jax.Array, columns: jax.Array, n_resamples: int
         return jnp.zeros(n, y.dtype).at[rows].add(1.0, mode="promise_in_bounds")
 
     def tile(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # One resample after another: XLA's CPU code for a scatter of all of them is several times slower within a loop.
-        counts = lax.map(count, jax.vmap(lambda key: resample_rows(key, n))(keys))
+        # One resample after another: XLA's CPU code for a scatter of all of them is several times slower within a loop, and
+        # under vmap JAX's generator "rbg" draws another sequence for a key than alone.
+        counts = lax.map(lambda key: count(resample_rows(key, n)), keys)
         sums = jnp.einsum("bn,mgn->mbg", counts, columns, precision=lax.Precision.HIGHEST)
         drawn, _, squares, *_ = sums
         ss_total = squares - sums[1] ** 2 / jnp.maximum(drawn, 1.0)

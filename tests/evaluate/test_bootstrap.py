@@ -172,6 +172,19 @@ def test_the_generator_is_the_keys(stars):
     np.testing.assert_array_equal(rbg.groups.estimate, threefry.groups.estimate)
 
 
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_a_resample_is_that_of_its_key(stars, impl, x64):
+    """Of any generator, whatever the size of a tile: the stars of ``paired_bootstrap``, and those of each key alone."""
+    y, prediction, baseline, _ = stars
+    key = jax.random.key(2, impl=impl)
+    gain = (y - baseline) ** 2 - (y - prediction) ** 2
+    alone = [np.asarray(resample_rows(one, 816)) for one in jax.random.split(key, 30)]
+    together = paired_bootstrap(key, lambda stars: stars, (np.arange(816),), 30)
+    np.testing.assert_array_equal(together, alone)
+    samples = bootstrap.bootstrap_gain(key, y, gain, n_resamples=30).overall.samples
+    np.testing.assert_allclose(samples, [gain[rows].mean() / y[rows].var() for rows in alone], rtol=1e-9)
+
+
 @pytest.mark.parametrize("n", [1, 2, 816, 65_535, 65_537, 1_000_003, 2**31 - 1])
 def test_rows_are_scaled_random_bits(n, monkeypatch):
     """Against the product in 64 bits; what is drawn at the extremes is the first and the last star."""
