@@ -18,7 +18,16 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, PRNGKeyArray, UInt32
 
-from moe_jax.core.arrays import AnyArray, InputError, by_numpy, namespace, require_same_length, require_vectors, without_offset
+from moe_jax.core.arrays import (
+    AnyArray,
+    InputError,
+    by_numpy,
+    jit_off_host,
+    namespace,
+    require_same_length,
+    require_vectors,
+    without_offset,
+)
 from moe_jax.core.convert import convert_arguments
 from moe_jax.evaluate.intervals import (
     IntervalMethod,
@@ -156,7 +165,16 @@ def bootstrap_delta_r2(
     require_vectors(y=y, prediction=prediction, baseline=baseline)
     _require_finite(y=y, prediction=prediction, baseline=baseline)
     y, prediction, baseline = without_offset(y, prediction, baseline)
+    y, prediction, baseline = (array * _unit(y) for array in (y, prediction, baseline))
     return bootstrap_gain(key, y, squared_error_gain(y, prediction, baseline), **options)
+
+
+@jit_off_host
+def _unit(y: AnyArray) -> AnyArray:
+    """The power of two that brings the range of y near 1. In these units no fourth power of y overflows or vanishes."""
+    xp, most = namespace(y), jnp.finfo(y.dtype).maxexp - 2
+    exponent = xp.frexp(y.max() - y.min())[1]
+    return xp.ldexp(xp.ones((), y.dtype), -xp.clip(exponent, -most, most))
 
 
 def squared_error_gain(
@@ -208,6 +226,8 @@ def bootstrap_gain(
     require_vectors(y=y, gain=gain)
     _require_resamples(n_resamples)
     require_interval(method, confidence_level)
+    if not 0 <= n_borrowed < np.inf:
+        raise InputError(f"n_borrowed is {n_borrowed}, expected a finite number, at least 0")
     if n_borrowed and method not in ("symmetric", "studentized"):
         raise InputError(f"n_borrowed is {n_borrowed} with the method {method!r}, expected the method symmetric or studentized")
     if groups is None:
@@ -216,9 +236,14 @@ def bootstrap_gain(
     if n_groups is None:
         if isinstance(groups, jax.core.Tracer):
             raise InputError("n_groups is None, expected a number where groups is traced")
-        n_groups = int(np.max(np.asarray(groups))) + 1
+        n_groups = max(int(np.max(np.asarray(groups))) + 1, 0)
+        if n_groups > len(y):
+            raise InputError(f"groups holds {n_groups - 1}, expected numbers below {len(y)}, that of the stars, or n_groups")
+    if not isinstance(n_groups, int | np.integer) or n_groups < 0:
+        raise InputError(f"n_groups is {n_groups}, expected a whole number, at least 0")
     _require_finite(y=y, gain=gain)
-    y, gain, groups = map(jnp.asarray, (*without_offset(y), gain, groups))
+    (y,), unit = without_offset(y), _unit(y)
+    y, gain, groups = map(jnp.asarray, (y * unit, gain * unit * unit, groups))
     resampled = resample_gain(key, y, gain, groups, n_resamples, n_groups)
     if n_borrowed:
         resampled = borrow_spread(resampled, group_sizes(groups, n_groups), n_borrowed)
@@ -341,8 +366,8 @@ def _is_not_constant(y: jax.Array, member: jax.Array, counts: jax.Array) -> jax.
 
 
 def _require_resamples(n_resamples: int) -> None:
-    if n_resamples < 1:
-        raise InputError(f"n_resamples is {n_resamples}, expected at least 1")
+    if not isinstance(n_resamples, int | np.integer) or n_resamples < 1:
+        raise InputError(f"n_resamples is {n_resamples}, expected a whole number, at least 1")
 
 
 def _require_finite(**arrays: AnyArray) -> None:

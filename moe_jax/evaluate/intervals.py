@@ -170,5 +170,7 @@ def require_interval(method: str, confidence_level: ArrayLike) -> None:
     """Raises an ``InputError`` if the method is unknown, or the level is not between 0 and 1."""
     if method not in METHODS:
         raise InputError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
-    if not isinstance(confidence_level, jax.core.Tracer) and not 0 < np.asarray(confidence_level) < 1:
+    if isinstance(confidence_level, jax.core.Tracer):
+        return
+    if np.ndim(confidence_level) or isinstance(confidence_level, str) or not 0 < np.asarray(confidence_level) < 1:
         raise InputError(f"confidence_level is {confidence_level}, expected a number between 0 and 1")

@@ -52,6 +52,19 @@ def test_an_offset_of_the_target_changes_nothing(stars, offset):
     assert float(moe_jax.rmse(*shifted[:2])) == pytest.approx(np.sqrt(np.mean((y - prediction) ** 2)), rel=1e-5)
 
 
+@pytest.mark.parametrize("method", ["bca", "symmetric"])
+@pytest.mark.parametrize("factor", [2.0**-60, 2.0**33])
+def test_the_unit_of_the_target_changes_nothing(stars, factor, method, dtype):
+    """Fourth powers and squares of gains would vanish or overflow in float32."""
+    y, prediction, baseline, groups = cast(stars, dtype)
+    options = {"n_resamples": 100, "groups": groups, "method": method}
+    ours, expected = (
+        bootstrap_delta_r2(jax.random.key(0), y * unit, prediction * unit, baseline * unit, **options) for unit in (factor, 1)
+    )
+    assert float(expected.overall.low) < float(expected.overall.high)
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
+
+
 def test_float32_with_an_offset_is_summed_as_it_is(stars):
     """Values that float32 holds only to the nearest whole number: their differences are exact, so R2 is that of these values."""
     y, prediction, baseline = (np.float32(1e7 + 20 * array) for array in stars[:3])
@@ -199,7 +212,14 @@ def test_rows_are_scaled_random_bits(n, monkeypatch):
     ("change", "message"),
     [
         ({"n_resamples": 0}, "n_resamples is 0"),
+        ({"n_resamples": 10.0}, "n_resamples is 10.0, expected a whole number"),
         ({"confidence_level": 1.0}, "confidence_level is 1.0"),
+        ({"confidence_level": "0.9"}, "confidence_level is 0.9"),
+        ({"confidence_level": np.array([0.68, 0.95])}, "confidence_level is .* expected a number"),
+        ({"groups": np.arange(816) * 10**6}, "groups holds 815000000, expected numbers below 816"),
+        ({"groups": np.zeros(816, int), "n_groups": -1}, "n_groups is -1"),
+        ({"n_borrowed": -3, "method": "symmetric"}, "n_borrowed is -3"),
+        ({"n_borrowed": np.nan, "method": "symmetric"}, "n_borrowed is nan"),
         ({"prediction": np.zeros(5)}, r"prediction has shape \(5,\)"),
         ({"baseline": np.full(816, np.nan)}, "baseline holds 816 values that are not finite"),
         ({"groups": np.zeros(5, int)}, "groups has shape"),
