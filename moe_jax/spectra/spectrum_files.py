@@ -166,6 +166,8 @@ def _group(path: Path, found: dict[str, _Field]) -> Iterable[LoadedSpectra]:
     for start, stop in itertools.pairwise([0, *ends, len(wave)]):
         rows = slice(start, stop) if len(wave) > 1 else slice(None)
         there = np.isfinite(wave[start])  # rows of stars of different lengths are filled up
+        if there.sum() < 2:
+            raise InputError(f"{path}: {field.name}: found {there.sum()} numbers for star {start}, expected at least 2 wavelengths")
         if not there[(np.cumsum(there) > 0) & (np.cumsum(there[::-1])[::-1] > 0)].all():
             place = f"star {start}: {(~there).sum()} of {len(there)} wavelengths"
             raise InputError(
@@ -185,12 +187,20 @@ def _named(name: str, values: Any, unit: str | None = None) -> _Field:
     return _Field(str(name).strip().lower(), values, str(unit or ""))
 
 
+def _filled(column: Any) -> np.ndarray:
+    """The values of a column, NaN where numbers are masked."""
+    values, mask = np.ma.getdata(column), np.ma.getmaskarray(column)
+    return np.where(mask, np.nan, values) if mask.any() and values.dtype.kind in "fiu" else np.asarray(values)
+
+
 def _fields_of(hdu: Any) -> list[_Field]:
     """Columns of a FITS table, or the image and the wavelengths of its header."""
     if not hdu.is_image:
         columns = [(column, np.asarray(hdu.data[column.name])) for column in hdu.columns]
         native = [(column, values.astype(values.dtype.newbyteorder("="))) for column, values in columns]
-        return [_named(column.name, values, column.unit) for column, values in native]
+        null = [values.dtype.kind in "iu" and column.null is not None for column, values in native]
+        there = [_filled(np.ma.masked_equal(v, c.null)) if n else v for (c, v), n in zip(native, null, strict=True)]
+        return [_named(column.name, values, column.unit) for (column, _), values in zip(native, there, strict=True)]
     if hdu.data is None:
         return []
     header, data = hdu.header, np.asarray(hdu.data)
@@ -219,7 +229,7 @@ def _read_text(path: Path) -> list[_Field]:
     lines = data.decode("utf-8", "replace").lstrip("\ufeff").splitlines()
     if lines and lines[0].startswith("# %ECSV"):
         table = import_extra("astropy.table", "ECSV").Table.read(path, format="ascii.ecsv")
-        return [_named(name, np.asarray(table[name]), str(table[name].unit or "")) for name in table.colnames]
+        return [_named(name, _filled(table[name]), str(table[name].unit or "")) for name in table.colnames]
     rows = [_split(line) for line in lines if line.strip() and line.lstrip()[0] not in "#%"]
     comments = [_split(line.lstrip(" #%")) for line in lines if line.lstrip().startswith(("#", "%"))]
     header = rows.pop(0) if rows and not _is_number(rows[0][0]) else None
@@ -231,11 +241,14 @@ def _read_text(path: Path) -> list[_Field]:
         header = next((names for names in reversed(comments) if len(names) == len(rows[0])), None)
     names = header if header is not None and len(header) == len(rows[0]) else [f"col{i + 1}" for i in range(len(rows[0]))]
     known = [name for kinds in NAMES.values() for name in kinds]
+    short = [_named(name, None).name for name in names]
+    if twice := next((name for name in short if name in known and short.count(name) > 1), None):
+        raise InputError(f"{path}: found {short.count(twice)} columns named {twice}, expected one")
     for name, column in zip(names, zip(*rows, strict=True), strict=True):
         text = [cell for cell in column if not _is_number(cell) and cell.lower() not in _MISSING]
         if text and _named(name, None).name in known:
             raise InputError(f"{path}: {name}: found {text[0]!r} ({len(text)} such cells), expected numbers")
-    columns = zip(*([float(cell) if _is_number(cell) else np.nan for cell in row] for row in rows), strict=True)
+    columns = zip(*([float(cell or "nan") if _is_number(cell) else np.nan for cell in row] for row in rows), strict=True)
     return [_named(name, np.array(column)) for name, column in zip(names, columns, strict=True)]
 
 

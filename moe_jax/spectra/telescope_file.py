@@ -38,9 +38,9 @@ _HDF5_NAMES = {"wave": (WAVE_FIELD,), "flux": (FLUX_FIELD,), "error": (ERROR_FIE
 _HDF5_NAMES["variance"] = ("dataset/arrays/variance/value",)
 UNCERTAINTIES = ("error", "ivar", "variance")  #: what may stand for the errors; the first that is there is used
 
-_UNITS = dict.fromkeys(("angstrom", "angstroms", "aa", "a", "0.1nm"), 1.0)
+_UNITS = dict.fromkeys(("angstrom", "angstroms", "aa", "a", "å", "0.1nm"), 1.0)
 _UNITS |= dict.fromkeys(("nm", "nanometer", "nanometers", "nanometre", "nanometres"), 10.0) | {"m": 1e10}
-_UNITS |= dict.fromkeys(("um", "micron", "microns", "micrometer", "micrometers", "micrometre", "micrometres"), 1e4)
+_UNITS |= dict.fromkeys(("um", "µm", "μm", "micron", "microns", "micrometer", "micrometers", "micrometre", "micrometres"), 1e4)
 
 
 class TelescopeFile:

@@ -192,3 +192,51 @@ def test_variances(tmp_path, name, values):
 def test_air_to_vacuum():
     """The calcium triplet, as NIST lists it in air and in vacuum."""
     np.testing.assert_allclose(air_to_vacuum(np.array([8498.02, 8542.09, 8662.14])), [8500.36, 8544.44, 8664.52], atol=0.006)
+
+
+def text_with_empty_cells(path):
+    rows = [f"{w},{'' if i < 9 else f},{e}" for i, (w, f, e) in enumerate(zip(WAVE, FLUX[0], ERROR[0], strict=True))]
+    path.with_suffix(".csv").write_text("\n".join(["wave,flux,err", *rows]))
+    return path.with_suffix(".csv")
+
+
+def ecsv_with_masked_cells(path):
+    Table({"wave": WAVE, "flux": np.ma.array(FLUX[0], mask=np.arange(len(WAVE)) < 9), "err": ERROR[0]}).write(
+        path.with_suffix(".ecsv")
+    )
+    return path.with_suffix(".ecsv")
+
+
+def fits_with_masked_counts(path):
+    """Whole numbers have no NaN: the header names the number (TNULL) that stands for none."""
+    counts = np.ma.array(np.round(1000 * FLUX[0]).astype("i4"), mask=np.arange(len(WAVE)) < 9)
+    Table({"wave": WAVE, "flux": counts, "err": 1000 * ERROR[0]}).write(path.with_suffix(".fits"))
+    return path.with_suffix(".fits")
+
+
+@pytest.mark.parametrize("write", [text_with_empty_cells, ecsv_with_masked_cells, fits_with_masked_counts])
+def test_numbers_that_are_not_there_are_masked_pixels(write, tmp_path):
+    (source,) = open_spectra(write(tmp_path / "in"))
+    good = source.read(0, 1).good[0]
+    assert (good == (np.arange(len(WAVE)) >= 9)).all()
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("\u00c5", 1.0), ("\u212b", 1.0), ("\u00b5m", 1e-4), ("\u03bcm", 1e-4)])
+def test_units_by_their_signs(unit, factor, tmp_path):
+    """The letter and the sign of the Angstrom, the micro sign and the Greek letter."""
+    with h5py.File(tmp_path / "in.h5", "w") as file:
+        file[WAVE_FIELD], file[FLUX_FIELD] = WAVE * factor, FLUX
+        file[WAVE_FIELD].attrs["unit"] = unit
+    np.testing.assert_allclose(open_spectra(tmp_path / "in.h5")[0].wave, WAVE)
+
+
+def test_a_star_without_wavelengths(tmp_path):
+    Table({"wave": np.stack([WAVE, np.nan * WAVE]), "flux": FLUX}).write(tmp_path / "in.fits")
+    with pytest.raises(InputError, match=r"in.fits: wave: found 0 numbers for star 1, expected at least 2 wavelengths"):
+        open_spectra(tmp_path / "in.fits")
+
+
+def test_a_column_twice(tmp_path):
+    (tmp_path / "in.csv").write_text("wave,flux,FLUX\n7000,1,2\n7001,1,2\n")
+    with pytest.raises(InputError, match=r"in.csv: found 2 columns named flux, expected one"):
+        open_spectra(tmp_path / "in.csv")
