@@ -220,6 +220,7 @@ def apply_model(application: Application, spectra: MaskedSpectra, first_star: in
         mixture = mixture.drop(columns=[name for name in mixture if str(name).startswith("half_width_")])
         mixture = mixture.rename(columns={"log_g": "mixture_log_g", "uncertainty": "mixture_uncertainty"})
         table = pd.concat([fit_columns(fit), mixture], axis=1)
+    usable &= np.isfinite(table["log_g"].to_numpy())
     raised |= {MANY_MASKED: many, NOT_PREDICTED: ~usable}
     flags = ["|".join(name for name, is_raised in raised.items() if is_raised[i]) for i in range(n_stars)]
     table.loc[~usable] = np.nan

@@ -51,6 +51,7 @@ SURELY = 0.999  #: probability of lying outside the cells that is flagged
 _CERTAIN = 3.0  # standard deviations of a constant that is fitted
 _MANY_MASKED = 10  # pixels that stand out, above which a star is fitted again
 _RUN, _GROWTH = 4, 5  # so many masked neighbours are a feature, and so many pixels on both sides belong to it
+_STATED = (1e-7, 100.0)  # median errors in units of the median flux at which float32 still fits; others mean nothing
 _LEAST_GOOD = 0.3  # part of the pixels of the grid that a fit needs
 
 
@@ -113,7 +114,8 @@ def fit_robustly(
     error = np.where(np.isnan(spectra.error), 0.005, spectra.error / scale)
     scaled = MaskedSpectra(spectra.flux / scale, np.where(spectra.good, error, 0.0), spectra.good)
     flux, error, good = scaled if same else resample(*scaled, overlap, WAVE)
-    fitted &= good.mean(axis=1) >= _LEAST_GOOD
+    stated = 2 * np.array([np.median(own[used]) if used.any() else np.nan for own, used in zip(error, good, strict=True)])
+    fitted &= (good.mean(axis=1) >= _LEAST_GOOD) & (stated > _STATED[0]) & (stated < _STATED[1])
     flux, error = (np.where(fitted[:, None] & good, array, fill).astype(np.float32) for array, fill in ((flux, 0.5), (error, 1.0)))
     fit = LabelFit(*map(np.array, fit_labels(flux, error, good, n_continuum=n_continuum)))
     n_masked = fit.n_masked
@@ -156,7 +158,7 @@ def fit_robustly(
         contrast=known(fit.velocity_contrast),
         n_masked=np.where(fitted, n_masked, 0),
         n_emission=n_emission,
-        blend_gain=known(fit.blend_gain / widening),
+        blend_gain=known(fit.blend_gain / np.maximum(widening, 1e-30)),
         outside=known(outside_cells(labels, np.sqrt(variance))),
         at_edge=np.any(fit.at_edge, axis=1, keepdims=False).reshape(len(flux)),
         fitted=fitted,
@@ -177,7 +179,7 @@ def allow_rare(
         widening: factor on all variances.
         width: standard deviations of the two distributions.
     """
-    variance = fit.rare_error**2 * widening[:, None]
+    variance = np.maximum(fit.rare_error**2 * widening[:, None], 1e-12 * width**2)  # a share of 1 has no logarithm
     share = width**2 / (width**2 + variance)
     evidence = 0.5 * np.log1p(-share) + 0.5 * share * fit.rare**2 / variance  # log of the Bayes factor
     probability = scipy.special.expit(evidence)

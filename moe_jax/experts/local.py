@@ -37,6 +37,7 @@ from moe_jax.core.convert import convert_arguments
 PENALTY = 1e-3  # of the polynomial's coefficients, per unit of weight: for the rounding of float32 more than for the fit
 N_COMPONENTS = (10, 14, 20, 28)
 _LEAST_VARIANCE = 1e-6  # of an expert's answer, in units of the variance between experts: a cell of few stars may have none
+_LEAST_NOISE = 1e-10  # of a star, in units of the spread of the clean spectra: the square of less may be 0 in float32
 _BATCH = 128  # stars that are predicted at a time
 
 
@@ -179,8 +180,15 @@ def project_flux(model: FluxModel, flux: Float[AnyArray, "N P"]) -> Float[AnyArr
 def predict_local_experts(experts: LocalExperts, z: Float[AnyArray, "N C"], noise: Float[AnyArray, " N"]) -> LocalPrediction:
     """Predictions of the mixture from components."""
     predict = functools.partial(_predict_block, experts)
+    noise = _at_least(noise, experts.mean, experts.variance)
     prediction: LocalPrediction = map_blocks(predict, (z, noise), 0, len(z), _BATCH)
     return prediction
+
+
+@by_numpy
+def _at_least(noise: AnyArray, mean: AnyArray, variance: AnyArray) -> AnyArray:
+    """The noise, or that at which predictions have reached their limit for no noise at all."""
+    return noise.clip(_LEAST_NOISE * ((mean**2).max() + variance.max()) ** 0.5)
 
 
 @jax.jit
@@ -211,7 +219,7 @@ def _predict_block(experts: LocalExperts, stars: tuple[jax.Array, jax.Array]) ->
 
 @convert_arguments()
 def predict_local(mixture: LocalMixture, flux: Float[AnyArray, "N P"], noise: Float[AnyArray, " N"]) -> LocalPrediction:
-    """Predictions for noisy spectra with their noise levels.
+    """Predictions for noisy spectra with their noise levels; for a noise of 0, the limit of a small one.
 
     Raises:
         InputError: shapes that disagree.

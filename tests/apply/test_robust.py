@@ -5,9 +5,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from moe_jax.apply.robust import RARE, SCALES, add_prior, allow_rare, expected_chi2, grow, outside_cells, scale_chi2
+from moe_jax.apply.robust import (
+    RARE,
+    SCALES,
+    add_prior,
+    allow_rare,
+    expected_chi2,
+    fit_robustly,
+    grow,
+    outside_cells,
+    scale_chi2,
+)
 from moe_jax.spectra.pixels import WAVE
-from moe_jax.spectra.resample import overlaps
+from moe_jax.spectra.resample import MaskedSpectra, overlaps
 from moe_jax.spectra.simulate import LABEL_LATTICE
 
 
@@ -34,6 +44,16 @@ def test_noise_that_resampling_shares(rng):
     found = scale_chi2(residual, np.ones(residual.shape, bool)).mean(axis=0)
     np.testing.assert_allclose(expected_chi2(overlap), found, rtol=0.03)
     np.testing.assert_allclose(expected_chi2(overlaps(WAVE, WAVE)), 1, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_common_factor_on_the_errors(small_survey, rng):
+    """It changes chi2 alone, or the errors mean nothing and there is no answer."""
+    star = np.asarray(small_survey.flux[:1]) + 0.02 * rng.normal(size=(1, 4096))
+    error = 0.02 * np.array([[1], [1e-4], [1e3], [1e7], [1e-9]]) * np.ones(star.shape)
+    fit = fit_robustly(MaskedSpectra(np.repeat(star, 5, axis=0), error, np.ones(error.shape, bool)), WAVE)
+    assert fit.fitted.tolist() == [True, True, True, False, False]
+    np.testing.assert_allclose(fit.error[1:3], fit.error[[0, 0]], rtol=0.05)
 
 
 def test_the_prior_is_that_of_normal_labels(rng):

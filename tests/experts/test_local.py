@@ -119,6 +119,15 @@ def test_a_fit_recovers_the_label_of_new_stars(survey):
     assert 0.6 < np.mean(np.abs(predicted - labels[new, 1]) < sigma) < 0.76
 
 
+def test_without_noise_predictions_are_the_limit_of_a_small_one(survey):
+    labels, flux, error, *_ = (np.asarray(a, np.float32) for a in survey)
+    mixture = fit_local(flux, error, labels, labels[:, 1], n_cells=16, degree=2, n_components=(3,))
+    limit, *others = (predict_local(mixture, flux[:9], np.full(9, noise, np.float32)) for noise in (1e-6, 1e-22, 0.0))
+    for other in others:
+        np.testing.assert_allclose(other.y, limit.y, atol=1e-4)
+        np.testing.assert_allclose(other.sigma, limit.sigma, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
