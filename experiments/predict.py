@@ -10,7 +10,7 @@ pip install 'moe_jax[astro]'.
 
 OUT has one row for each star, with these columns (NaN where nothing is predicted):
 
-    file               name of the file
+    file               name of the file; its path where another has the same name
     star               number of the star in the file, from 0
     log_g              surface gravity, log10 of cm / s^2: of the fit of the model grid, or of the mixture (--answer)
     uncertainty        half-width of the 68 % interval; standard deviation where a mixture is not calibrated
@@ -42,7 +42,9 @@ OUT has one row for each star, with these columns (NaN where nothing is predicte
 from __future__ import annotations
 
 import glob
+import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -54,7 +56,7 @@ import tyro
 from experiments.report.figures import plot_fit
 from experiments.runner.command_line import require_at_least, run_command
 from experiments.runner.stages import Stages, console
-from moe_jax.apply.application import SAME_WAVE, Application, apply_model, needs_scaling, prepare_application
+from moe_jax.apply.application import SAME_RESOLUTION, SAME_WAVE, Application, apply_model, needs_scaling, prepare_application
 from moe_jax.apply.catalogue import open_catalogue, require_suffix
 from moe_jax.apply.model import Model
 from moe_jax.apply.model_file import load_model
@@ -113,12 +115,15 @@ def main(config: PredictConfig) -> None:
     if not len(np.asarray(model.uncertainty.calibration.levels)):
         console.print(f"{config.model}: not calibrated; uncertainty is the standard deviation of the model", highlight=False)
     paths = [path for given in config.spectra for path in files_of(given)]
-    if any(path.resolve() == config.output.resolve() for path in paths):
+    places = [os.path.realpath(path) for path in paths]
+    if os.path.realpath(config.output) in places:
         raise InputError(f"{config.output}: found that it is a file of spectra too, expected another name for the table")
+    if twice := next((path for path, place in zip(paths, places, strict=True) if places.count(place) > 1), None):
+        raise InputError(f"{twice}: found it twice among the files of spectra, expected it once")
     flags: Counter[str] = Counter()
     n_stars = masked = 0
     with open_catalogue(config.output) as catalogue:
-        for path in paths:
+        for path, (name, figures) in zip(paths, short_names(paths), strict=True):
             star = 0
             for source in open_spectra(path):
                 application = _prepare(config, model, path, source, quiet=star > 0)
@@ -128,8 +133,8 @@ def main(config: PredictConfig) -> None:
                         stop = min(start + chunk, source.n_stars)
                         spectra = source.read(start, stop)
                         part = apply_model(application, spectra, star + start, chunk)
-                        _draw(config, application, spectra, part, path.stem)
-                        part.insert(0, "file", path.name)
+                        _draw(config, application, spectra, part, figures)
+                        part.insert(0, "file", name)
                         catalogue.write(part)
                         flags.update(flag for row in part["flags"] for flag in row.split("|") if flag)
                         masked += int(part["n_masked"].sum())
@@ -162,6 +167,14 @@ def _draw(config: PredictConfig, application: Application, spectra: MaskedSpectr
     console.print(f"{folder}: {int(fit.fitted.sum())} figures of {name}", highlight=False)
 
 
+def short_names(paths: Sequence[Path]) -> list[tuple[str, str]]:
+    """What each file is called in the table, and in figures: by its name, or by its path where another file has the same name."""
+    names, stems = (Counter(kind) for kind in ([path.name for path in paths], [path.stem for path in paths]))
+    in_table = [path.name if names[path.name] == 1 else str(path) for path in paths]
+    in_figures = [path.stem if stems[path.stem] == 1 else str(path).strip(os.sep).replace(os.sep, "_") for path in paths]
+    return list(zip(in_table, in_figures, strict=True))
+
+
 def files_of(given: Path) -> list[Path]:
     """A file, or those that match a pattern, by name.
 
@@ -186,7 +199,7 @@ def _prepare(config: PredictConfig, model: Model, path: Path, source: Source, qu
     notes = []
     if application.resolution > model.resolution:
         notes.append(f"resolution {application.resolution:g}, degraded to the {model.resolution:g} of the model")
-    elif application.resolution < model.resolution:
+    elif application.resolution < SAME_RESOLUTION * model.resolution:
         notes.append(f"resolution {application.resolution:g}; the mixture knows {model.resolution:g} only: its columns do not hold")
     if len(wave) != len(model.wave) or not np.allclose(wave, model.wave, rtol=0, atol=SAME_WAVE):
         notes.append(

@@ -279,6 +279,18 @@ def a_folder_in_the_tables_place(folder, valid):
     predict(PredictConfig(valid / "model", (valid / "observed.h5",), folder / "d.csv"))
 
 
+@malformed("xxx.csv: found that it cannot be written .File name too long., expected a place for it")
+def a_name_that_the_system_does_not_take(folder, valid):
+    with open_catalogue(folder / f"{'x' * 300}.csv"):
+        pass
+
+
+@malformed("loop.h5: found no such file")
+def a_link_to_itself(folder, valid):
+    (folder / "loop.h5").symlink_to(folder / "loop.h5")
+    predict(PredictConfig(valid / "model", (folder / "loop.h5",), folder / "out.csv"))
+
+
 @malformed("chunk_stars is 0, expected at least 1")
 def chunks_of_nothing(folder, valid):
     PredictConfig(valid / "model", (valid / "observed.h5",), folder / "out.csv", chunk_stars=0)

@@ -43,23 +43,28 @@ def open_catalogue(path: Path | str) -> Iterator[Writer]:
     CSV and Parquet are written part by part; a FITS table is held in memory until the block ends.
 
     Raises:
-        InputError: for another suffix, or where ``path`` is a folder.
+        InputError: for another suffix, or where ``path`` is a folder or cannot be written.
         ModuleNotFoundError: for FITS without astropy, and Parquet without pyarrow.
     """
     suffix, path = require_suffix(path), Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: found a folder, expected the name of a file")
-    for folder in path.parents:
-        if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
-            found = "a folder that cannot be written to" if folder.is_dir() else "a file"
-            raise InputError(f"{path}: found that {folder} is {found}, expected a folder for the table")
-        if folder.exists():
-            break
     kinds: dict[str, Any] = {".csv": _CSV, ".parquet": _Parquet, ".fits": _FITS}
-    with atomic_path(path) as temporary, ExitStack() as stack:
-        writer = kinds[suffix](temporary, stack)
-        yield writer
-        writer.end()
+    try:
+        if path.is_dir():
+            raise InputError(f"{path}: found a folder, expected the name of a file")
+        for folder in path.parents:
+            if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
+                found = "a folder that cannot be written to" if folder.is_dir() else "a file"
+                raise InputError(f"{path}: found that {folder} is {found}, expected a folder for the table")
+            if folder.exists():
+                break
+        with atomic_path(path) as temporary, ExitStack() as stack:
+            writer = kinds[suffix](temporary, stack)
+            yield writer
+            writer.end()
+    except OSError as reason:  # what is read within the block raises an InputError of its own
+        raise InputError(
+            f"{path}: found that it cannot be written ({reason.strerror or reason}), expected a place for it"
+        ) from reason
 
 
 class _CSV:

@@ -163,6 +163,17 @@ def test_another_scale_is_seen_and_undone(application, spectra, table):
     assert (apply_model(application._replace(scale=True), negative)["flags"] == NOT_PREDICTED).all()
 
 
+def test_errors_that_mean_nothing(model, spectra):
+    """Local experts take no noise for what it is; a fit says that there is no answer."""
+    few = MaskedSpectra(*(array[:3] for array in spectra))
+    local, fit = (prepare_application(model, model.wave, answer=answer) for answer in ("local", "fit"))
+    assert np.isfinite(apply_model(local, few._replace(error=few.error * np.float32(1e-25)))["log_g"]).all()
+    for factor in (1e-25, 1e7, 1e20):
+        found = apply_model(fit, few._replace(error=few.error * np.float32(factor)))
+        assert found["log_g"].isna().all()
+        assert (found["flags"] == NOT_PREDICTED).all()
+
+
 def test_other_pixels_are_resampled(model, spectra, table):
     wave = np.linspace(7095, 8855, 5_000)
     other = resample(*spectra, overlaps(np.asarray(model.wave), wave), wave)
@@ -347,6 +358,20 @@ def test_several_files_and_patterns(trained, spectra, tmp_path, table):
     np.testing.assert_allclose(found["log_g"][300:], table["log_g"][:2], atol=2e-4)
     with pytest.raises(InputError, match="found no file of such a name"):
         main(PredictConfig(trained / "model", (tmp_path / "nothing-*.csv",), output))
+
+
+def test_files_of_one_name(trained, spectra, tmp_path):
+    """The table and the figures tell them apart; a file that is given twice is refused."""
+    wave = TelescopeFile(trained.parent / "observed.h5").wave
+    paths = [tmp_path / folder / "in.csv" for folder in "ab"]
+    for i, path in enumerate(paths):
+        path.parent.mkdir()
+        Table({"wave": wave, "flux": spectra.flux[i], "err": spectra.error[i]}).write(path)
+    main(PredictConfig(trained / "model", tuple(paths), tmp_path / "out.csv", answer="mixture", plots="1"))
+    assert list(pd.read_csv(tmp_path / "out.csv")["file"]) == [str(path) for path in paths]
+    assert len(list((tmp_path / "out_plots").iterdir())) == 2
+    with pytest.raises(InputError, match=r"a/in.csv: found it twice among the files"):
+        main(PredictConfig(trained / "model", (paths[0], tmp_path / "a" / "*.csv"), tmp_path / "again.csv"))
 
 
 def test_figures_of_the_stars_that_are_asked_for(trained, tmp_path):
