@@ -212,6 +212,8 @@ def test_what_is_no_table_or_no_key():
     for bad, message in (
         (x[:, 0], r"x has shape \(24,\), expected \(N, P\)"),
         ([[1.0], [1.0, 2.0]], "x is ragged"),
+        (np.ma.array(np.ones((2, 1)), mask=[[True], [False]]), "x has 1 masked values, expected none"),
+        (None, "x is None, expected an array"),
         (x + 1j, "x holds values of type complex64, expected real numbers"),
     ):
         with pytest.raises(InputError, match=message):

@@ -31,8 +31,9 @@ def convert_arguments(*concrete: str, finite: tuple[str, ...] = ()) -> Callable[
         finite: arguments that must not hold NaN or infinity, unless they are traced.
 
     Raises:
-        InputError: by the decorated function, where an argument is text, ragged, complex or no array at all, holds fractions where
-            whole numbers are expected, has not the dimensions of a table, is not finite, or is traced though it must be concrete.
+        InputError: by the decorated function, where an argument is None, text, ragged, masked, complex or no array at all, holds
+            fractions where whole numbers are expected, has not the dimensions of a table, is not finite, or is traced though it
+            must be concrete.
     """
 
     def decorate(function: Callable[P, Result]) -> Callable[P, Result]:
@@ -45,6 +46,8 @@ def convert_arguments(*concrete: str, finite: tuple[str, ...] = ()) -> Callable[
             for name, value in given.arguments.items():
                 if name in concrete and any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
                     raise InputError(f"{name} is traced, expected concrete values: give it from outside jit, vmap or grad")
+                if value is None and kinds[name] is not None and "None" not in str(signature.parameters[name].annotation):
+                    raise InputError(f"{name} is None, expected an array, or a key")
                 if (kind := kinds[name]) is not None and value is not None:
                     given.arguments[name] = array = _convert(name, value, kind[1], kind[2])
                     if name in finite and not _is_finite(array):
@@ -59,6 +62,9 @@ def convert_arguments(*concrete: str, finite: tuple[str, ...] = ()) -> Callable[
 def _convert(name: str, value: Any, kind: str | None, dimensions: str | None) -> Any:
     if kind is None or kind == "Key":
         return _key(name, value)
+    if np.ma.is_masked(value):
+        raise InputError(f"{name} has {np.ma.count_masked(value)} masked values, expected none: fill them, or leave their rows out")
+    value = np.ma.getdata(value) if isinstance(value, np.ma.MaskedArray) else value
     array = value if isinstance(value, jax.Array | np.ndarray) else _array(name, value)
     dtype = array.dtype
     if kind == "Float" and not (jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 4):
