@@ -104,8 +104,9 @@ def prepare_application(
 
 def _require_resolution(model: Model, answer: Answer, source: str, resolution: float | None) -> float:
     """The resolution of the spectra; raises an ``InputError`` where these are too blurred for the answer."""
-    if resolution is None:
+    if resolution is None and (answer != "fit" or model.resolution >= SAME_RESOLUTION * LEAST_RESOLUTION):
         return model.resolution
+    resolution = model.resolution if resolution is None else resolution
     if not 0 < resolution < np.inf:
         raise InputError(f"{source}: resolution is {resolution}, expected a positive number")
     if answer == "fit":
