@@ -15,7 +15,7 @@ from safetensors.numpy import load, save
 
 from moe_jax.apply.model import LocalModel, Model, Uncertainty
 from moe_jax.core.arrays import InputError
-from moe_jax.core.files import atomic_path
+from moe_jax.core.files import atomic_path, require_readable
 from moe_jax.core.trees import build_tree, name_leaves
 from moe_jax.experts.cells import CELL_NAMES, M_H_EDGES, T_EFF_EDGES
 from moe_jax.experts.ridge import Ridge
@@ -89,6 +89,7 @@ def load_model(folder: Path | str) -> Model:
     folder = Path(folder)
     meaning = _read_meaning(folder / MEANING)
     path = folder / ARRAYS
+    require_readable(path)
     if not path.is_file():
         raise InputError(f"{path}: found no such file, expected the arrays of the model")
     data = path.read_bytes()
@@ -162,6 +163,7 @@ def _read_gate(path: Path, description: Any) -> Gate:
 
 
 def _read_meaning(path: Path) -> dict[str, Any]:
+    require_readable(path)
     if not path.is_file():
         raise InputError(f"{path}: found no such file, expected a model that save_model wrote")
     try:

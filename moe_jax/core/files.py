@@ -12,6 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moe_jax.core.arrays import InputError
+
+
+def require_readable(path: Path) -> None:
+    """Raises an ``InputError`` for a file that is there, or may be, and that the system does not let us read."""
+    try:
+        if path.is_file():
+            path.open("rb").close()
+    except OSError as reason:
+        raise InputError(f"{path}: found that it cannot be read ({reason.strerror}), expected a file that can") from reason
+
 
 def temporary_beside(path: Path) -> Path:
     """A hidden name beside ``path``, of this process; what killed processes of this machine left under such names is removed."""

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from moe_jax.core.arrays import InputError
-from moe_jax.core.files import import_extra
+from moe_jax.core.files import import_extra, require_readable
 from moe_jax.spectra.resample import MaskedSpectra
 from moe_jax.spectra.survey_file import require_wave
 from moe_jax.spectra.telescope_file import UNCERTAINTIES, TelescopeFile, error_of, is_fits, mask_unusable, to_angstrom
@@ -106,6 +106,7 @@ def open_spectra(path: Path | str) -> list[Source]:
         ModuleNotFoundError: for FITS and ECSV, where astropy is not installed.
     """
     path = Path(path)
+    require_readable(path)
     if not path.is_file() or h5py.is_hdf5(path):
         return [TelescopeFile(path)]
     try:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from moe_jax.core.arrays import AnyArray, InputError
-from moe_jax.core.files import atomic_path
+from moe_jax.core.files import atomic_path, require_readable
 from moe_jax.spectra.label_table import TableError, read_table, write_table
 from moe_jax.spectra.survey import Labels, Spectra, Survey, mean_snr
 
@@ -140,6 +140,7 @@ def load_survey(path: Path | str, n_stars: int | None = None, columns: Mapping[s
 def _open(path: Path, n_stars: int | None) -> Iterator[h5py.File]:
     if n_stars is not None and n_stars < 1:
         raise InputError(f"{path}: {n_stars} stars were asked for, expected at least 1")
+    require_readable(path)
     if not path.is_file():
         raise InputError(f"{path}: found {'a folder' if path.is_dir() else 'no such file'}, expected an HDF5 file")
     if not h5py.is_hdf5(path):

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float
 
 from moe_jax.core.arrays import AnyArray, InputError
-from moe_jax.core.files import import_extra
+from moe_jax.core.files import import_extra, require_readable
 from moe_jax.spectra.resample import MaskedSpectra
 from moe_jax.spectra.survey_file import ERROR_FIELD, FLUX_FIELD, WAVE_FIELD, require_numbers, require_wave
 
@@ -149,6 +149,7 @@ def mask_unusable(flux: Float[AnyArray, "N P"], error: Float[AnyArray, "N P"] | 
 @contextmanager
 def _open(path: Path) -> Iterator[dict[str, Any]]:
     """The arrays of a file by name; none is read before it is sliced."""
+    require_readable(path)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
         raise InputError(f"{path}: found {found}, expected an HDF5 or FITS file with spectra")

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
+from moe_jax import InputError, load_model, load_survey
 from moe_jax.core.files import atomic_folder, atomic_path
+from moe_jax.spectra.spectrum_files import open_spectra
 
 DEAD = 2**22 + 1  # above the largest number of a process
 
@@ -84,3 +86,10 @@ def test_a_folder_keeps_what_it_held(tmp_path):
         raise RuntimeError
     assert (target / "a.txt").read_text() == "new"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_that_the_system_does_not_let_us_read(tmp_path):
+    """A name that is too long stands for a missing permission, which an administrator never lacks."""
+    for read in (open_spectra, load_survey, load_model):
+        with pytest.raises(InputError, match=r"xxx.* found that it cannot be read \(File name too long\), expected"):
+            read(tmp_path / ("x" * 300))
