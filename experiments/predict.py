@@ -36,7 +36,8 @@ OUT has one row for each star, with these columns (NaN where nothing is predicte
       not_a_star         no spectrum of the grid is seen
       unlike_training    of a mixture's answer: distance above 1; only 0.1 % of the training stars are further out
       many_masked        more than 10 % of the pixels, or of the pixels of one line, are masked in the file
-      not_predicted      more than half of the pixels are masked, or the spectrum has no positive median to scale by
+      not_predicted      more than half of the pixels are masked, the spectrum has no positive median to scale by, or the fit
+                         is given errors below 1e-7 or above 100 times the flux
 """
 
 from __future__ import annotations
