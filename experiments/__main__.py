@@ -45,7 +45,10 @@ def main() -> None:
     for name in COMMANDS:
         table.add_row(name, first_line(name), run_time(name))
     console.print(table)
-    console.print("time: of the committed run in results/, stages that were cached left out, on two CPU cores", highlight=False)
+    console.print(
+        "time: of the last run in results/ (as cloned, the committed one), stages that were cached left out, on two CPU cores",
+        highlight=False,
+    )
 
 
 if __name__ == "__main__":

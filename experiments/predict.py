@@ -88,7 +88,8 @@ class PredictConfig:
     air: bool = False
     """The wavelengths of the files are in air."""
     resolution: float | None = None
-    """Resolution of the spectra, if it is not that of the model. Sharper ones are degraded to it. Below it only the fit answers."""
+    """Resolution of the spectra, if it is not that of the model. Sharper ones are degraded to it. Below it only the fit answers,
+    which finds by itself how blurred they are."""
     plots: str = ""
     """Stars of each file whose fit is drawn, in the folder OUT_plots: 5 for the first five, or their numbers, as in 3,17 or 3,."""
     chunk_stars: int = 2_048
@@ -96,6 +97,8 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, chunk_stars=1)
+        if not self.spectra:
+            raise InputError("spectra: found no file, expected at least one")
         if self.plots and not all(part.strip().isdigit() for part in self.plots.removesuffix(",").split(",")):
             raise InputError(f"plots: found {self.plots!r}, expected a number of stars, or their numbers, as in 3,17 or 3,")
 
@@ -201,7 +204,7 @@ def _prepare(config: PredictConfig, model: Model, path: Path, source: Source, qu
     if application.resolution > model.resolution:
         notes.append(f"resolution {application.resolution:g}, degraded to the {model.resolution:g} of the model")
     elif application.resolution < SAME_RESOLUTION * model.resolution:
-        notes.append(f"resolution {application.resolution:g}; the mixture knows {model.resolution:g} only: its columns do not hold")
+        notes.append(f"resolution {application.resolution:g}; the mixture knows {model.resolution:g} only: its columns are empty")
     if len(wave) != len(model.wave) or not np.allclose(wave, model.wave, rtol=0, atol=SAME_WAVE):
         notes.append(
             f"{len(wave)} pixels from {wave[0]:.2f} to {wave[-1]:.2f} Angstrom, resampled to the {len(model.wave)} of the model"

@@ -113,6 +113,8 @@ def _require_resolution(model: Model, answer: Answer, source: str, resolution: f
         lowest, advice = LEAST_RESOLUTION, "the least that the fit of the model grid knows"
     else:
         lowest, advice = model.resolution, f"that of the model; train one with `regress_gate --resolution {resolution:g}`"
+        if resolution >= SAME_RESOLUTION * LEAST_RESOLUTION:
+            advice += ", or ask the fit (`--answer fit`)"
     if resolution < SAME_RESOLUTION * lowest:
         raise InputError(f"{source}: resolution is {resolution:g}, expected at least {lowest:.0f}, {advice}")
     return resolution
@@ -199,7 +201,7 @@ def apply_model(application: Application, spectra: MaskedSpectra, first_star: in
         deviation), half_width_LEVEL for the higher levels, those of ``fit_columns`` if the answer is that of the fit,
         mixture_log_g and mixture_uncertainty if it is not the mixture's, weight_CELL for each expert, distance (in feature space,
         in units of the limit), n_masked (number of masked pixels) and flags (names joined by |). NaN for a star that is not
-        predicted.
+        predicted, and in the columns of a mixture that knows sharper spectra only.
     """
     n_stars = len(spectra.flux)
     pad = ((0, max(0, pad_to - n_stars)), (0, 0))
@@ -220,6 +222,8 @@ def apply_model(application: Application, spectra: MaskedSpectra, first_star: in
         n_masked += fit.n_masked.astype(int)
         mixture = mixture.drop(columns=[name for name in mixture if str(name).startswith("half_width_")])
         mixture = mixture.rename(columns={"log_g": "mixture_log_g", "uncertainty": "mixture_uncertainty"})
+        if application.resolution < SAME_RESOLUTION * application.model.resolution:
+            mixture[:] = np.nan  # it knows sharper spectra only
         table = pd.concat([fit_columns(fit), mixture], axis=1)
     usable &= np.isfinite(table["log_g"].to_numpy())
     raised |= {MANY_MASKED: many, NOT_PREDICTED: ~usable}

@@ -24,13 +24,13 @@ def pixel_sides(wave: Float[AnyArray, " Q"]) -> Float[np.ndarray, "2 Q"]:
     steps = np.diff(wave)
     if wave.ndim != 1 or len(wave) < 2:
         raise InputError(f"wave has shape {wave.shape}, expected (P,) with at least 2 wavelengths")
-    if not (steps >= FINEST_STEP).all():
-        raise InputError(f"wave has a step of {steps.min():g} Angstrom, expected steps of at least {FINEST_STEP}")
-    half = 0.5 * np.minimum(np.append(steps, np.inf), np.insert(steps, 0, np.inf))
+    half = 0.5 * np.abs(np.minimum(np.append(steps, np.inf), np.insert(steps, 0, np.inf)))
     sides, (low, high) = np.stack([wave - half, wave + half]), PIXEL_EDGES[[0, -1]]
-    if sides[0, 0] < low - 0.01 or sides[1, -1] > high + 0.01:  # float32 rounds by less
-        found = f"{sides[0, 0]:.2f} to {sides[1, -1]:.2f}"
-        raise InputError(f"wave has pixels from {found} Angstrom, expected {low:g} to {high:g}, as the model grid")
+    if sides.min() < low - 0.01 or sides.max() > high + 0.01:  # float32 rounds by less
+        found = f"{sides.min():.2f} to {sides.max():.2f}"
+        raise InputError(f"wave has pixels from {found} Angstrom, expected none outside {low:g} to {high:g}, as the model grid")
+    if not (steps >= FINEST_STEP).all():
+        raise InputError(f"wave has a step of {steps.min():g} Angstrom, expected increasing steps of at least {FINEST_STEP}")
     return np.clip(sides, low, high)
 
 

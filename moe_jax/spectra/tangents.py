@@ -24,7 +24,7 @@ def tangent_vectors(
     *,
     velocity: float = 0.0,
     broadening: float = 0.0,
-    continuum: Sequence[float] = (),
+    continuum: float | Sequence[float] = (),
     constant: float = 0.0,
 ) -> Float[AnyArray, "N T P"]:
     """Tangents of spectra, each times the size of its nuisance; those of size 0 are left out.
@@ -37,7 +37,8 @@ def tangent_vectors(
         flux: spectra.
         velocity: v in km/s, of either sign: (v / c) dF / d ln wave.
         broadening: b in km/s, the standard deviation of a Gaussian in ln wavelength: (b / c)^2 / 2 d^2F / (d ln wave)^2.
-        continuum: relative sizes of the Legendre polynomials of degree 1, 2, ... over the pixels' range, which multiply the flux.
+        continuum: relative sizes of the Legendre polynomials of degree 1, 2, ... over the pixels' range, which multiply the flux;
+            a number is that of degree 1.
         constant: a constant that is added to the flux, as a part of the spectrum's median.
 
     Returns:
@@ -48,7 +49,8 @@ def tangent_vectors(
     """
     if wave.shape != flux.shape[1:] or len(wave) < 4 or not (np.diff(wave, prepend=0) > 0).all():
         raise InputError(f"wave has shape {wave.shape}, expected ({flux.shape[1]},) like flux, at least 4, positive, increasing")
-    sizes = [velocity, broadening, *continuum, constant]
+    slopes = np.atleast_1d(continuum).tolist()
+    sizes = [velocity, broadening, *slopes, constant]
     if not all(0 <= size < np.inf for size in sizes) or not any(sizes):
         raise InputError(f"sizes are {sizes}, expected finite numbers of at least 0, and one above 0")
     spectra, log_wave = np.asarray(flux, np.float64), np.log(np.asarray(wave, np.float64))
@@ -58,7 +60,7 @@ def tangent_vectors(
         spline = scipy.interpolate.make_interp_spline(log_wave, spectra, axis=1)
         scales = (velocity / LIGHT_SPEED, 0.5 * (broadening / LIGHT_SPEED) ** 2)
         tangents += [scale * spline(log_wave, order) for order, scale in enumerate(scales, 1) if scale]
-    for degree, size in enumerate(continuum, 1):
+    for degree, size in enumerate(slopes, 1):
         if size:
             tangents.append(size * scipy.special.eval_legendre(degree, position)[None, :] * spectra)
     if constant:

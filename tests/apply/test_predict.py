@@ -204,7 +204,14 @@ def test_resolutions_at_which_the_answer_was_not_trained(model):
     sentence = r"night.h5: resolution is 2700, expected at least 5000, that of the model; train one with `regress_gate --resolution"
     with pytest.raises(InputError, match=sentence):
         prepare_application(model, model.wave, "night.h5", "mixture", 2700.0)
-    assert prepare_application(model, model.wave, "night.h5", "fit", 2700.0).overlap is None
+    blurred = prepare_application(model, model.wave, "night.h5", "fit", 2700.0)
+    assert blurred.overlap is None
+    survey = simulate_survey(jax.random.key(9), 2)
+    table = apply_model(
+        blurred, MaskedSpectra(np.asarray(survey.flux), 0.2 * np.asarray(survey.error), np.ones(survey.flux.shape, bool))
+    )
+    assert np.isfinite(table["log_g"]).all()
+    assert table[["mixture_log_g", "mixture_uncertainty", "weight_0", "distance"]].isna().all(axis=None)
     assert prepare_application(model, model.wave, "night.h5", "mixture", 4950.0).overlap is None
     with pytest.raises(InputError, match="night.h5: resolution is 1200, expected at least 1667, the least that the fit"):
         prepare_application(model, model.wave, "night.h5", "fit", 1200.0)
@@ -362,6 +369,8 @@ def test_several_files_and_patterns(trained, spectra, tmp_path, table):
     np.testing.assert_allclose(found["log_g"][300:], table["log_g"][:2], atol=2e-4)
     with pytest.raises(InputError, match="found no file of such a name"):
         main(PredictConfig(trained / "model", (tmp_path / "nothing-*.csv",), output))
+    with pytest.raises(InputError, match="spectra: found no file, expected at least one"):
+        PredictConfig(trained / "model", (), output)
 
 
 def test_files_of_one_name(trained, spectra, tmp_path):

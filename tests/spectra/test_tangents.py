@@ -31,6 +31,7 @@ def test_lines_move_and_broaden():
 
 def test_continuum_and_constant(rng, dtype):
     wave, flux = np.sort(rng.uniform(5000, 6000, 40)), rng.uniform(size=(3, 40)).astype(dtype)
+    np.testing.assert_array_equal(tangent_vectors(wave, flux, continuum=0.05), tangent_vectors(wave, flux, continuum=(0.05,)))
     tangents = tangent_vectors(wave, flux, continuum=(0.05, 0.0, 0.2), constant=0.1)
     t = 2 * (wave - wave[0]) / np.ptp(wave) - 1
     level = np.broadcast_to(0.1 * np.median(flux, axis=1)[:, None], flux.shape)
