@@ -412,6 +412,7 @@ def _evaluate(problem: _Problem, x: jax.Array, data: _Data) -> _State:
     corner = jnp.where(data.additive > 0, jnp.sum(data.weight, axis=1), moments[:, 0])
     normal = jnp.concatenate([normal, border[:, None]], axis=1)
     normal = jnp.concatenate([normal, jnp.concatenate([border, corner[:, None]], axis=1)[..., None]], axis=2)
+    inner = normal
     normal = normal + 1e-6 * jnp.einsum("nii->n", normal)[:, None, None] * jnp.eye(len(order) + 1, dtype=normal.dtype)[None]
     total = data.additive * jnp.sum(data.weight * data.flux, axis=1)
     right = jnp.concatenate([matmul(weighted * data.flux, terms.T), total[:, None]], axis=1)
@@ -429,7 +430,7 @@ def _evaluate(problem: _Problem, x: jax.Array, data: _Data) -> _State:
     reduced = own - jnp.einsum("nki,nkj->nij", cross, _solve_small(normal, cross))
     gradient = jnp.einsum("nip,np->ni", jacobian, residual)
     chi2 = jnp.sum(data.weight * jnp.square(residual), axis=1)
-    return _State(x, chi2, reduced, gradient, cross, normal, coef, constant, flux, jnp.full(n, _DAMPING, x.dtype))
+    return _State(x, chi2, reduced, gradient, cross, inner, coef, constant, flux, jnp.full(n, _DAMPING, x.dtype))
 
 
 def _step(problem: _Problem, state: _State) -> tuple[jax.Array, jax.Array]:
@@ -622,17 +623,23 @@ def _suspect(problem: _Problem, state: _State, data: _Data, smooth: jax.Array) -
     stretch = derivatives[:, 4] * jnp.linspace(-1.0, 1.0, data.flux.shape[1], dtype=spectrum.dtype)[None]
     fitted = derivatives[:, np.array(problem.free)]
 
-    # A constant and a stretch. The fit has eliminated the polynomial, and holds its products with the parameters.
+    # A constant and a stretch. The fit has eliminated the polynomial, and holds its products with the parameters. Its ridge
+    # leaves the residuals not quite orthogonal to the polynomial.
     columns = jnp.stack([jnp.ones_like(stretch), stretch], axis=1)
     weighted = columns * weight[:, None]
     constant = data.additive[:, None, None] * jnp.sum(weighted, axis=2, keepdims=True)
     border = jnp.concatenate([matmul(weighted * spectrum[:, None], terms.T), constant], axis=2)
-    solved = _solve_small(state.inner, jnp.swapaxes(border, 1, 2))
+    left = jnp.concatenate(
+        [matmul(residual * spectrum, terms.T), data.additive[:, None] * jnp.sum(residual, axis=1)[:, None]], axis=1
+    )
+    solved = _solve_small(_with_ridge(state.inner), jnp.concatenate([jnp.swapaxes(border, 1, 2), left[..., None]], axis=2))
+    gradient, solved = state.gradient - jnp.einsum("nji,nj->ni", state.cross, solved[..., -1]), solved[..., :-1]
     cross = jnp.einsum("nip,nkp->nik", fitted, weighted) - jnp.einsum("nji,njk->nik", state.cross, solved)
     slope = _solve_small(_with_ridge(state.normal), cross)
     power = jnp.einsum("nkp,nkp->nk", weighted, columns) - jnp.einsum("nkj,njk->nk", border, solved)
     rare_error = 1.0 / jnp.sqrt(jnp.maximum(power - jnp.einsum("nik,nik->nk", slope, cross), 1e-30))
-    score = jnp.einsum("nkp,np->nk", columns, residual) - jnp.einsum("nik,ni->nk", slope, state.gradient)
+    score = jnp.einsum("nkp,np->nk", columns, residual) - jnp.einsum("njk,nj->nk", solved, left)
+    score = score - jnp.einsum("nik,ni->nk", slope, gradient)
     fits = jnp.stack([1.0 - data.additive, jnp.ones_like(data.additive)], axis=1)  # a constant that was fitted is not rare
     rare = score * jnp.square(rare_error) * fits
     slope = -jnp.swapaxes(slope[:, :4], 1, 2) * jnp.asarray(_UNITS[:4], rare.dtype)[None, None]
