@@ -6,7 +6,7 @@
 MODEL is the folder ``model`` that regress_gate wrote. SPECTRA are files of noisy spectra as observed: HDF5, FITS tables and
 images, CSV and other text (``moe_jax.spectra.spectrum_files`` says how names and units are found). Wavelengths are in vacuum;
 with --air, in air. Other pixels than the model's are resampled. OUT ends in .csv, .parquet or .fits. FITS and Parquet need
-pip install 'moe_jax[astro]'.
+pip install -e '.[astro]'.
 
 OUT has one row for each star, with these columns (NaN where nothing is predicted):
 

@@ -165,7 +165,8 @@ def _read_gate(path: Path, description: Any) -> Gate:
 def _read_meaning(path: Path) -> dict[str, Any]:
     require_readable(path)
     if not path.is_file():
-        raise InputError(f"{path}: found no such file, expected a model that save_model wrote")
+        below = f"; {path.parent / 'model'} is one" if (path.parent / "model" / MEANING).is_file() else ""
+        raise InputError(f"{path}: found no such file, expected a model that save_model wrote{below}")
     try:
         meaning = json.loads(path.read_bytes())
     except ValueError as reason:

