@@ -615,23 +615,28 @@ def _suspect(problem: _Problem, state: _State, data: _Data, smooth: jax.Array) -
     ``smooth`` is the continuum of the spectra on coarse pixels. The results are ``rare``, ``rare_error``, ``rare_slope`` and
     ``blend_gain`` of ``LabelFit``.
     """
-    n_terms = problem.n_continuum
-    terms, coarse_terms = (chebyshev_terms(n, n_terms) for n in (data.flux.shape[1], smooth.shape[1]))
+    terms = chebyshev_terms(data.flux.shape[1], problem.n_continuum)
     spectrum, derivatives = _spectra(state.x, data, problem.model, problem.pixels)
     derivatives = derivatives * matmul(state.continuum, terms)[:, None]
-    weight, residual = data.weight, data.weight * (data.flux - state.flux)
     stretch = derivatives[:, 4] * jnp.linspace(-1.0, 1.0, data.flux.shape[1], dtype=spectrum.dtype)[None]
     fitted = derivatives[:, np.array(problem.free)]
+    rare = _rare(state, data, spectrum, fitted, jnp.stack([jnp.ones_like(stretch), stretch], axis=1), terms)
+    return *rare, _blend_gain(problem, state, data, spectrum, fitted, smooth)
 
-    # A constant and a stretch. The fit has eliminated the polynomial, and holds its products with the parameters. Its ridge
-    # leaves the residuals not quite orthogonal to the polynomial.
-    columns = jnp.stack([jnp.ones_like(stretch), stretch], axis=1)
-    weighted = columns * weight[:, None]
+
+def _rare(
+    state: _State, data: _Data, spectrum: jax.Array, fitted: jax.Array, columns: jax.Array, terms: np.ndarray
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A linear step along two columns (n, 2, P), a constant and a stretch.
+
+    The fit has eliminated the polynomial, and holds its products with the parameters. Its ridge leaves the residuals not quite
+    orthogonal to the polynomial.
+    """
+    residual, weighted = data.weight * (data.flux - state.flux), columns * data.weight[:, None]
     constant = data.additive[:, None, None] * jnp.sum(weighted, axis=2, keepdims=True)
     border = jnp.concatenate([matmul(weighted * spectrum[:, None], terms.T), constant], axis=2)
-    left = jnp.concatenate(
-        [matmul(residual * spectrum, terms.T), data.additive[:, None] * jnp.sum(residual, axis=1)[:, None]], axis=1
-    )
+    constant = data.additive[:, None] * jnp.sum(residual, axis=1)[:, None]
+    left = jnp.concatenate([matmul(residual * spectrum, terms.T), constant], axis=1)
     solved = _solve_small(_with_ridge(state.inner), jnp.concatenate([jnp.swapaxes(border, 1, 2), left[..., None]], axis=2))
     gradient, solved = state.gradient - jnp.einsum("nji,nj->ni", state.cross, solved[..., -1]), solved[..., :-1]
     cross = jnp.einsum("nip,nkp->nik", fitted, weighted) - jnp.einsum("nji,njk->nik", state.cross, solved)
@@ -640,26 +645,32 @@ def _suspect(problem: _Problem, state: _State, data: _Data, smooth: jax.Array) -
     rare_error = 1.0 / jnp.sqrt(jnp.maximum(power - jnp.einsum("nik,nik->nk", slope, cross), 1e-30))
     score = jnp.einsum("nkp,np->nk", columns, residual) - jnp.einsum("njk,nj->nk", solved, left)
     score = score - jnp.einsum("nik,ni->nk", slope, gradient)
-    fits = jnp.stack([1.0 - data.additive, jnp.ones_like(data.additive)], axis=1)  # a constant that was fitted is not rare
-    rare = score * jnp.square(rare_error) * fits
-    slope = -jnp.swapaxes(slope[:, :4], 1, 2) * jnp.asarray(_UNITS[:4], rare.dtype)[None, None]
+    unknown = jnp.stack([1.0 - data.additive, jnp.ones_like(data.additive)], axis=1)  # a constant that was fitted is not rare
+    rare = score * jnp.square(rare_error) * unknown
+    return rare, rare_error, -jnp.swapaxes(slope[:, :4], 1, 2) * jnp.asarray(_UNITS[:4], rare.dtype)[None, None]
 
+
+def _blend_gain(
+    problem: _Problem, state: _State, data: _Data, spectrum: jax.Array, fitted: jax.Array, smooth: jax.Array
+) -> jax.Array:
+    """By how much the best template would lower chi2. It differs from the first star by smooth * template + rest."""
+    weight, residual = data.weight, _rebin(data.weight * (data.flux - state.flux))
+    terms = chebyshev_terms(smooth.shape[1], problem.n_continuum)
     total = _rebin(weight)
     mean = 1.0 / jnp.where(total > 0, total, 1.0)
-    coarse = jnp.concatenate([_rebin(weight[:, None] * fitted), _rebin(weight * spectrum)[:, None] * coarse_terms[None]], axis=1)
-    # A template differs from the first star by smooth * template + rest.
+    coarse = jnp.concatenate([_rebin(weight[:, None] * fitted), _rebin(weight * spectrum)[:, None] * terms[None]], axis=1)
     templates = jnp.asarray(problem.model.shifted)[len(problem.model.velocities) // 2]
     rest = smooth - _rebin(weight * (state.flux - state.constant[:, None])) * mean
-    rows = jnp.concatenate([coarse, _rebin(residual)[:, None]], axis=1)
+    rows = jnp.concatenate([coarse, residual[:, None]], axis=1)
     products = matmul((rows * smooth[:, None]).reshape(-1, smooth.shape[1]), templates.T).reshape(*rows.shape[:2], -1)
     products = products + jnp.einsum("nip,np->ni", rows, rest)[..., None]
     overlap, score = products[:, :-1], products[:, -1]
     solved = _solve_small(_with_ridge(jnp.einsum("nip,njp->nij", coarse * mean[:, None], coarse)), overlap)
-    score = score - jnp.einsum("nit,ni->nt", solved, jnp.einsum("nip,np->ni", coarse, _rebin(residual) * mean))
+    score = score - jnp.einsum("nit,ni->nt", solved, jnp.einsum("nip,np->ni", coarse, residual * mean))
     power = matmul(total * jnp.square(smooth), jnp.square(templates).T) + 2.0 * matmul(total * smooth * rest, templates.T)
     power = power + jnp.sum(total * jnp.square(rest), axis=1)[:, None]
     information = jnp.maximum(power - jnp.einsum("nit,nit->nt", overlap, solved), 1e-3 * power)
-    return rare, rare_error, slope, jnp.max(jnp.square(jnp.maximum(score, 0.0)) / information, axis=1)
+    return jnp.max(jnp.square(jnp.maximum(score, 0.0)) / information, axis=1)
 
 
 def _with_ridge(normal: jax.Array) -> jax.Array:
