@@ -26,6 +26,7 @@ from moe_jax.core.arrays import (
     namespace,
     require_same_length,
     require_vectors,
+    to_host,
     without_offset,
 )
 from moe_jax.core.convert import convert_arguments
@@ -164,9 +165,14 @@ def bootstrap_delta_r2(
     """
     require_vectors(y=y, prediction=prediction, baseline=baseline)
     _require_finite(y=y, prediction=prediction, baseline=baseline)
-    y, prediction, baseline = without_offset(y, prediction, baseline)
+    y, prediction, baseline = _on_host(*without_offset(y, prediction, baseline))
     y, prediction, baseline = (array * _unit(y) for array in (y, prediction, baseline))
     return bootstrap_gain(key, y, squared_error_gain(y, prediction, baseline), **options)
+
+
+def _on_host(*arrays: AnyArray) -> tuple[AnyArray, ...]:
+    """NumPy's arrays as they are, and JAX's of a CPU as NumPy's, so that nothing is compiled for a scale."""
+    return arrays if namespace(*arrays) is np else to_host(*arrays)
 
 
 @jit_off_host
@@ -242,7 +248,8 @@ def bootstrap_gain(
     if not isinstance(n_groups, int | np.integer) or n_groups < 0:
         raise InputError(f"n_groups is {n_groups}, expected a whole number, at least 0")
     _require_finite(y=y, gain=gain)
-    (y,), unit = without_offset(y), _unit(y)
+    y, gain = _on_host(*without_offset(y), gain)
+    unit = _unit(y)
     y, gain, groups = map(jnp.asarray, (y * unit, gain * unit * unit, groups))
     resampled = resample_gain(key, y, gain, groups, n_resamples, n_groups)
     if n_borrowed:
