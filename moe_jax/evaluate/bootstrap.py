@@ -176,7 +176,7 @@ def _on_host(*arrays: AnyArray) -> tuple[AnyArray, ...]:
 
 
 @jit_off_host
-def _unit(y: AnyArray) -> AnyArray:
+def _unit(y: AnyArray) -> ArrayLike:
     """The power of two that brings the range of y near 1. In these units no fourth power of y overflows or vanishes."""
     xp, most = namespace(y), jnp.finfo(y.dtype).maxexp - 2
     exponent = xp.frexp(y.max() - y.min())[1]

@@ -641,8 +641,9 @@ def _rare(
     gradient, solved = state.gradient - jnp.einsum("nji,nj->ni", state.cross, solved[..., -1]), solved[..., :-1]
     cross = jnp.einsum("nip,nkp->nik", fitted, weighted) - jnp.einsum("nji,njk->nik", state.cross, solved)
     slope = _solve_small(_with_ridge(state.normal), cross)
-    power = jnp.einsum("nkp,nkp->nk", weighted, columns) - jnp.einsum("nkj,njk->nk", border, solved)
-    rare_error = 1.0 / jnp.sqrt(jnp.maximum(power - jnp.einsum("nik,nik->nk", slope, cross), 1e-30))
+    power = jnp.einsum("nkp,nkp->nk", weighted, columns)
+    information = power - jnp.einsum("nkj,njk->nk", border, solved) - jnp.einsum("nik,nik->nk", slope, cross)
+    rare_error = 1.0 / jnp.sqrt(jnp.maximum(information, 1e-6 * power + 1e-30))  # float32 knows no smaller part
     score = jnp.einsum("nkp,np->nk", columns, residual) - jnp.einsum("njk,nj->nk", solved, left)
     score = score - jnp.einsum("nik,ni->nk", slope, gradient)
     unknown = jnp.stack([1.0 - data.additive, jnp.ones_like(data.additive)], axis=1)  # a constant that was fitted is not rare

@@ -26,5 +26,5 @@ def test_no_such_model():
 
 @pytest.mark.skipif(is_available(), reason="the extra 'synthesis' is installed")
 def test_what_to_install_is_said():
-    with pytest.raises(ModuleNotFoundError, match=r"moe_jax\[synthesis\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '.\[synthesis\]'"):
         synthesize_node(Node(5500.0, 4.0, -1.0, 0.5))
