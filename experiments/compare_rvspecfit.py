@@ -43,7 +43,8 @@ PEERS = {"rvspecfit, linear between nodes": NODES, "rvspecfit, the grid's spline
 MISSING = "rvspecfit is not installed, so its rows are left out; the extra `rvspecfit` has it."
 N_TERMS = 5
 SEARCH = 600.0  # km/s, in which both look for the velocity
-SEEN = np.clip(WAVE, WAVE[0] * (1 + 1.05 * SEARCH / LIGHT), WAVE[-1] * (1 - 1.05 * SEARCH / LIGHT)) == WAVE  # at each of these
+_BLUEST, _REDDEST = WAVE[0] * (1 + 1.05 * SEARCH / LIGHT), WAVE[-1] * (1 - 1.05 * SEARCH / LIGHT)  # in the grid at each of these
+SEEN = (WAVE >= _BLUEST) & (WAVE <= _REDDEST)
 PART = 64  # stars that each method fits before the next one's turn
 COLUMNS = (*LABEL_UNITS, "velocity")
 PARTS = {"rms": "Rms of the errors", "median": "Median size of the errors", "coverage": "Share of errors within 1 sigma"}

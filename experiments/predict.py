@@ -57,7 +57,7 @@ import tyro
 from experiments.report.figures import plot_fit
 from experiments.runner.command_line import require_at_least, run_command
 from experiments.runner.stages import Stages, console
-from moe_jax.apply.application import SAME_RESOLUTION, SAME_WAVE, Application, apply_model, needs_scaling, prepare_application
+from moe_jax.apply.application import SAME_WAVE, Application, apply_model, needs_scaling, prepare_application
 from moe_jax.apply.catalogue import open_catalogue, require_suffix
 from moe_jax.apply.model import Model
 from moe_jax.apply.model_file import load_model
@@ -203,7 +203,7 @@ def _prepare(config: PredictConfig, model: Model, path: Path, source: Source, qu
     notes = []
     if application.resolution > model.resolution:
         notes.append(f"resolution {application.resolution:g}, degraded to the {model.resolution:g} of the model")
-    elif application.resolution < SAME_RESOLUTION * model.resolution:
+    elif application.blurred:
         notes.append(f"resolution {application.resolution:g}; the mixture knows {model.resolution:g} only: its columns are empty")
     if len(wave) != len(model.wave) or not np.allclose(wave, model.wave, rtol=0, atol=SAME_WAVE):
         notes.append(

@@ -201,10 +201,8 @@ def test_the_ratios_are_those_of_the_committed_benchmark():
 
 
 def test_the_fit_beside_rvspecfit_is_that_of_the_committed_run():
-    text, table = (
-        page("spectra.md"),
-        pd.read_csv(RESULTS / "compare_rvspecfit/default/fits.csv").set_index(["noise_level", "method"]),
-    )
+    text = page("spectra.md")
+    table = pd.read_csv(RESULTS / "compare_rvspecfit/default/fits.csv").set_index(["noise_level", "method"])
     at = {noise: [table.loc[noise, method] for method in ("fit_labels", *PEERS)] for noise in (0.2, 1.0)}
     for noise, (ours, linear, splines) in at.items():
         names = f"by itself, {splines['rms_log_g']:.2f} with the grid's splines and {ours['rms_log_g']:.2f} for the fit"

@@ -56,6 +56,11 @@ class Application(NamedTuple):
     resolution: float  #: of the spectra
     scale: bool = False  #: whether each spectrum is scaled to the median of the training spectra
 
+    @property
+    def blurred(self) -> bool:
+        """Whether the spectra are more blurred than those that the mixture knows."""
+        return self.resolution < SAME_RESOLUTION * self.model.resolution
+
 
 def prepare_application(
     model: Model,
@@ -104,8 +109,6 @@ def prepare_application(
 
 def _require_resolution(model: Model, answer: Answer, source: str, resolution: float | None) -> float:
     """The resolution of the spectra; raises an ``InputError`` where these are too blurred for the answer."""
-    if resolution is None and (answer != "fit" or model.resolution >= SAME_RESOLUTION * LEAST_RESOLUTION):
-        return model.resolution
     resolution = model.resolution if resolution is None else resolution
     if not 0 < resolution < np.inf:
         raise InputError(f"{source}: resolution is {resolution}, expected a positive number")
@@ -222,8 +225,8 @@ def apply_model(application: Application, spectra: MaskedSpectra, first_star: in
         n_masked += fit.n_masked.astype(int)
         mixture = mixture.drop(columns=[name for name in mixture if str(name).startswith("half_width_")])
         mixture = mixture.rename(columns={"log_g": "mixture_log_g", "uncertainty": "mixture_uncertainty"})
-        if application.resolution < SAME_RESOLUTION * application.model.resolution:
-            mixture[:] = np.nan  # it knows sharper spectra only
+        if application.blurred:
+            mixture[:] = np.nan
         table = pd.concat([fit_columns(fit), mixture], axis=1)
     usable &= np.isfinite(table["log_g"].to_numpy())
     raised |= {MANY_MASKED: many, NOT_PREDICTED: ~usable}

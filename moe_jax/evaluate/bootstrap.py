@@ -133,7 +133,7 @@ def paired_bootstrap(key: PRNGKeyArray, statistic: Callable[..., Any], arrays: t
         raise InputError("arrays is empty, expected at least one array")
     if len({len(array) for array in arrays}) != 1:
         raise InputError(f"arrays have {[len(array) for array in arrays]} rows, expected the same number in each")
-    _require_resamples(n_resamples)
+    _require_whole("n_resamples", n_resamples, 1)
     arrays, n = tuple(map(jnp.asarray, arrays)), len(arrays[0])
     # Under vmap, JAX's generator "rbg" draws another sequence for a key than alone; in a loop, it draws the same.
     rows = lax.map(lambda key: resample_rows(key, n), jax.random.split(key, n_resamples))
@@ -166,7 +166,8 @@ def bootstrap_delta_r2(
     require_vectors(y=y, prediction=prediction, baseline=baseline)
     _require_finite(y=y, prediction=prediction, baseline=baseline)
     y, prediction, baseline = _on_host(*without_offset(y, prediction, baseline))
-    y, prediction, baseline = (array * _unit(y) for array in (y, prediction, baseline))
+    unit = _unit(y)
+    y, prediction, baseline = y * unit, prediction * unit, baseline * unit
     return bootstrap_gain(key, y, squared_error_gain(y, prediction, baseline), **options)
 
 
@@ -230,7 +231,7 @@ def bootstrap_gain(
         InputError: as ``bootstrap_delta_r2``.
     """
     require_vectors(y=y, gain=gain)
-    _require_resamples(n_resamples)
+    _require_whole("n_resamples", n_resamples, 1)
     require_interval(method, confidence_level)
     if not 0 <= n_borrowed < np.inf:
         raise InputError(f"n_borrowed is {n_borrowed}, expected a finite number, at least 0")
@@ -245,8 +246,7 @@ def bootstrap_gain(
         n_groups = max(int(np.max(np.asarray(groups))) + 1, 0)
         if n_groups > len(y):
             raise InputError(f"groups holds {n_groups - 1}, expected numbers below {len(y)}, that of the stars, or n_groups")
-    if not isinstance(n_groups, int | np.integer) or n_groups < 0:
-        raise InputError(f"n_groups is {n_groups}, expected a whole number, at least 0")
+    _require_whole("n_groups", n_groups, 0)
     _require_finite(y=y, gain=gain)
     y, gain = _on_host(*without_offset(y), gain)
     unit = _unit(y)
@@ -372,9 +372,9 @@ def _is_not_constant(y: jax.Array, member: jax.Array, counts: jax.Array) -> jax.
     return different
 
 
-def _require_resamples(n_resamples: int) -> None:
-    if not isinstance(n_resamples, int | np.integer) or n_resamples < 1:
-        raise InputError(f"n_resamples is {n_resamples}, expected a whole number, at least 1")
+def _require_whole(name: str, number: int, least: int) -> None:
+    if not isinstance(number, int | np.integer) or number < least:
+        raise InputError(f"{name} is {number}, expected a whole number, at least {least}")
 
 
 def _require_finite(**arrays: AnyArray) -> None:

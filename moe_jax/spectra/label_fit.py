@@ -37,6 +37,7 @@ from moe_jax.spectra.label_model import (
     PixelModel,
     chebyshev_terms,
     default_model,
+    rebin,
 )
 from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.simulate import median_rows
@@ -48,7 +49,7 @@ _N_PARTS = 64  # of a flattened spectrum; those of the grid have means from -0.3
 _FAINTEST, _BRIGHTEST = -0.4, 0.25
 _LEAST_PIXELS = 50  # of a star that is fitted
 _BLOCK = 64  # stars that are prepared together, and ...
-_AT_ONCE = 8
+_AT_ONCE = 8  # ... those of them that make a step together
 _COARSE_STEPS, _FINE_STEPS = 6, 8  # at most, before and after masking
 _COARSE_TOLERANCE, _TOLERANCE = 1e-3, 5e-5  # expected relative decrease of chi2 at which a fit has converged
 _DAMPING = 1e-2  # of the first step
@@ -250,14 +251,8 @@ def _flat(flux: jax.Array, weight: jax.Array, smooth: jax.Array) -> tuple[jax.Ar
 
 def _coarsen(flux: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Weighted means of neighbouring pixels, and their weights."""
-    total = _rebin(weight)
-    return _rebin(weight * flux) / jnp.where(total > 0, total, 1.0), total
-
-
-def _rebin(x: jax.Array) -> jax.Array:
-    """Sums of ``REBIN`` neighbouring pixels; XLA is slow at sums over a short axis."""
-    parts = [x[..., i::REBIN] for i in range(REBIN)]
-    return functools.reduce(jnp.add, parts)
+    total = rebin(weight)
+    return rebin(weight * flux) / jnp.where(total > 0, total, 1.0), total
 
 
 def find_velocity(
@@ -319,7 +314,7 @@ def _at_rest(flux: jax.Array, weight: jax.Array, velocity: jax.Array, additive: 
 
 def _coarse_data(data: _Data) -> _Data:
     flux, weight = _coarsen(data.flux, data.weight)
-    offset, drift = (_rebin(x) / REBIN**2 for x in (data.offset, data.drift))
+    offset, drift = (rebin(x) / REBIN**2 for x in (data.offset, data.drift))
     return _Data(flux, weight, offset, data.velocity, drift, data.additive)
 
 
@@ -407,13 +402,12 @@ def _evaluate(problem: _Problem, x: jax.Array, data: _Data) -> _State:
     weighted = data.weight * spectrum
     # Products of Chebyshev polynomials are sums of two others: 2 T_j T_k = T_(j + k) + T_|j - k|.
     moments = matmul(weighted * spectrum, all_terms.T)
-    normal = 0.5 * (moments[:, order[:, None] + order[None]] + moments[:, np.abs(order[:, None] - order[None])])
+    inner = 0.5 * (moments[:, order[:, None] + order[None]] + moments[:, np.abs(order[:, None] - order[None])])
     border = data.additive[:, None] * matmul(weighted, terms.T)
     corner = jnp.where(data.additive > 0, jnp.sum(data.weight, axis=1), moments[:, 0])
-    normal = jnp.concatenate([normal, border[:, None]], axis=1)
-    normal = jnp.concatenate([normal, jnp.concatenate([border, corner[:, None]], axis=1)[..., None]], axis=2)
-    inner = normal
-    normal = normal + 1e-6 * jnp.einsum("nii->n", normal)[:, None, None] * jnp.eye(len(order) + 1, dtype=normal.dtype)[None]
+    inner = jnp.concatenate([inner, border[:, None]], axis=1)
+    inner = jnp.concatenate([inner, jnp.concatenate([border, corner[:, None]], axis=1)[..., None]], axis=2)
+    normal = inner + 1e-6 * jnp.einsum("nii->n", inner)[:, None, None] * jnp.eye(len(order) + 1, dtype=inner.dtype)[None]
     total = data.additive * jnp.sum(data.weight * data.flux, axis=1)
     right = jnp.concatenate([matmul(weighted * data.flux, terms.T), total[:, None]], axis=1)
     coef = _solve_small(normal, right[..., None])[..., 0]
@@ -516,8 +510,18 @@ def _solve(
 
     zeros = functools.partial(jnp.zeros, dtype=x.dtype)
     k = problem.n_continuum
-    numbers = (zeros((n, f, f)), zeros((n, f)), zeros((n, k + 1, f)), zeros((n, k + 1, k + 1)), zeros((n, k)), zeros(n))
-    state = _State(x, jnp.full(n, jnp.inf, x.dtype), *numbers, zeros(data.flux.shape), jnp.full(n, _DAMPING, x.dtype))
+    state = _State(
+        x=x,
+        chi2=jnp.full(n, jnp.inf, x.dtype),
+        normal=zeros((n, f, f)),
+        gradient=zeros((n, f)),
+        cross=zeros((n, k + 1, f)),
+        inner=zeros((n, k + 1, k + 1)),
+        continuum=zeros((n, k)),
+        constant=zeros(n),
+        flux=zeros(data.flux.shape),
+        damping=jnp.full(n, _DAMPING, x.dtype),
+    )
     start = _Progress(state, weight, jnp.zeros(n, jnp.int32), jnp.zeros(n, bool), jnp.ones(n, bool))
     end = lax.while_loop(lambda progress: jnp.any(progress.active), iterate, start)
     return end.state, end.weight
@@ -655,13 +659,13 @@ def _blend_gain(
     problem: _Problem, state: _State, data: _Data, spectrum: jax.Array, fitted: jax.Array, smooth: jax.Array
 ) -> jax.Array:
     """By how much the best template would lower chi2. It differs from the first star by smooth * template + rest."""
-    weight, residual = data.weight, _rebin(data.weight * (data.flux - state.flux))
+    weight, residual = data.weight, rebin(data.weight * (data.flux - state.flux))
     terms = chebyshev_terms(smooth.shape[1], problem.n_continuum)
-    total = _rebin(weight)
+    first, total = _coarsen(state.flux - state.constant[:, None], weight)
     mean = 1.0 / jnp.where(total > 0, total, 1.0)
-    coarse = jnp.concatenate([_rebin(weight[:, None] * fitted), _rebin(weight * spectrum)[:, None] * terms[None]], axis=1)
+    coarse = jnp.concatenate([rebin(weight[:, None] * fitted), rebin(weight * spectrum)[:, None] * terms[None]], axis=1)
     templates = jnp.asarray(problem.model.shifted)[len(problem.model.velocities) // 2]
-    rest = smooth - _rebin(weight * (state.flux - state.constant[:, None])) * mean
+    rest = smooth - first
     rows = jnp.concatenate([coarse, residual[:, None]], axis=1)
     products = matmul((rows * smooth[:, None]).reshape(-1, smooth.shape[1]), templates.T).reshape(*rows.shape[:2], -1)
     products = products + jnp.einsum("nip,np->ni", rows, rest)[..., None]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy
@@ -69,6 +70,8 @@ def label_model(grid: SpectralGrid) -> LabelModel:
     stacked = (deviation * scale[None, :, None]).reshape(-1, source.shape[1])
     power, rotation = (array[..., : -_N_COMPONENTS - 1 : -1] for array in np.linalg.eigh(stacked @ stacked.T))
     components = (rotation / np.sqrt(power)).T @ stacked
+    broadened = np.pad(deviation @ components.T, ((0, 0), (0, 0), (1, 0)))
+    broadened[:, 0, 0] = 1.0  # the mean
     continuum_coef = np.asarray(grid.continuum_coef).reshape(len(node_coef), -1)[:, :_N_CONTINUUM]
     ones = np.ones((len(node_coef), 1))
     coef = np.hstack([ones, node_coef, ones, continuum_coef])
@@ -77,19 +80,18 @@ def label_model(grid: SpectralGrid) -> LabelModel:
     nodes = coef[:, : 1 + _N_SOURCE] @ source
     fine, coarse = (
         PixelModel(*(np.asarray(array, np.float32) for array in (_splines(b), c, _flatten(n))))
-        for b, c, n in ((basis, log_continuum, nodes), map(_rebin, (basis, log_continuum, nodes)))
+        for b, c, n in ((basis, log_continuum, nodes), (rebin(array) / REBIN for array in (basis, log_continuum, nodes)))
     )
     velocities = np.arange(-MAX_VELOCITY - VELOCITY_STEP, MAX_VELOCITY + 1.5 * VELOCITY_STEP, VELOCITY_STEP)
     flags = [np.isin(np.arange(len(axis)), wanted) for axis, wanted in zip(grid[:4], _TEMPLATES, strict=True)]
     templates = nodes[functools.reduce(np.multiply.outer, flags).ravel()]
     spline = scipy.interpolate.CubicSpline(WAVE, templates, axis=1)
-    shifted = np.stack([_flatten(_rebin(spline(np.clip(WAVE / (1 + v / LIGHT_SPEED), WAVE[0], WAVE[-1])))) for v in velocities])
+    at_rest = (np.clip(WAVE / (1 + v / LIGHT_SPEED), WAVE[0], WAVE[-1]) for v in velocities)
+    shifted = np.stack([_flatten(rebin(spline(wave)) / REBIN) for wave in at_rest])
     return LabelModel(
         tuple(tuple(map(float, axis)) for axis in grid[:4]),
         coef.astype(np.float32),
-        np.dstack([np.broadcast_to(np.eye(1, len(source)).T, (len(deviation), len(source), 1)), deviation @ components.T]).astype(
-            np.float32
-        ),
+        broadened.astype(np.float32),
         fine,
         coarse,
         shifted.astype(np.float32),
@@ -102,9 +104,9 @@ def _splines(spectra: np.ndarray) -> np.ndarray:
     return np.pad(scipy.ndimage.spline_filter1d(spectra, 2, axis=1), ((0, 0), (1, 1)), mode="edge")
 
 
-def _rebin(spectra: np.ndarray) -> np.ndarray:
-    """Means of ``REBIN`` neighbouring pixels."""
-    return spectra.reshape(len(spectra), -1, REBIN).mean(axis=2)
+def rebin(spectra: AnyArray) -> Any:
+    """Sums of ``REBIN`` neighbouring pixels, for arrays of NumPy and of JAX; XLA is slow at sums over a short axis."""
+    return functools.reduce(operator.add, (spectra[..., i::REBIN] for i in range(REBIN)))
 
 
 def _flatten(spectra: np.ndarray) -> np.ndarray:

@@ -194,14 +194,18 @@ def _filled(column: Any) -> np.ndarray:
     return np.where(mask, np.nan, values) if mask.any() and values.dtype.kind in "fiu" else np.asarray(values)
 
 
+def _field_of(column: Any, values: np.ndarray) -> _Field:
+    """A column of a FITS table; whole numbers may have one that stands for none."""
+    values = values.astype(values.dtype.newbyteorder("="))
+    if values.dtype.kind in "iu" and column.null is not None:
+        values = _filled(np.ma.masked_equal(values, column.null))
+    return _named(column.name, values, column.unit)
+
+
 def _fields_of(hdu: Any) -> list[_Field]:
     """Columns of a FITS table, or the image and the wavelengths of its header."""
     if not hdu.is_image:
-        columns = [(column, np.asarray(hdu.data[column.name])) for column in hdu.columns]
-        native = [(column, values.astype(values.dtype.newbyteorder("="))) for column, values in columns]
-        null = [values.dtype.kind in "iu" and column.null is not None for column, values in native]
-        there = [_filled(np.ma.masked_equal(v, c.null)) if n else v for (c, v), n in zip(native, null, strict=True)]
-        return [_named(column.name, values, column.unit) for (column, _), values in zip(native, there, strict=True)]
+        return [_field_of(column, np.asarray(hdu.data[column.name])) for column in hdu.columns]
     if hdu.data is None:
         return []
     header, data = hdu.header, np.asarray(hdu.data)
@@ -245,9 +249,9 @@ def _read_text(path: Path) -> list[_Field]:
     short = [_named(name, None).name for name in names]
     if twice := next((name for name in short if name in known and short.count(name) > 1), None):
         raise InputError(f"{path}: found {short.count(twice)} columns named {twice}, expected one")
-    for name, column in zip(names, zip(*rows, strict=True), strict=True):
+    for name, meaning, column in zip(names, short, zip(*rows, strict=True), strict=True):
         text = [cell for cell in column if not _is_number(cell) and cell.lower() not in _MISSING]
-        if text and _named(name, None).name in known:
+        if text and meaning in known:
             raise InputError(f"{path}: {name}: found {text[0]!r} ({len(text)} such cells), expected numbers")
     columns = zip(*([float(cell or "nan") if _is_number(cell) else np.nan for cell in row] for row in rows), strict=True)
     return [_named(name, np.array(column)) for name, column in zip(names, columns, strict=True)]

@@ -53,8 +53,8 @@ def tangent_vectors(
     sizes = [velocity, broadening, *slopes, constant]
     if not all(0 <= size < np.inf for size in sizes) or not any(sizes):
         raise InputError(f"sizes are {sizes}, expected finite numbers of at least 0, and one above 0")
-    spectra, log_wave = np.asarray(flux, np.float64), np.log(np.asarray(wave, np.float64))
-    position = 2 * (np.asarray(wave, np.float64) - wave[0]) / (wave[-1] - wave[0]) - 1
+    wave, spectra = np.asarray(wave, np.float64), np.asarray(flux, np.float64)
+    log_wave, position = np.log(wave), 2 * (wave - wave[0]) / (wave[-1] - wave[0]) - 1
     tangents = []
     if velocity or broadening:
         spline = scipy.interpolate.make_interp_spline(log_wave, spectra, axis=1)
@@ -65,7 +65,4 @@ def tangent_vectors(
             tangents.append(size * scipy.special.eval_legendre(degree, position)[None, :] * spectra)
     if constant:
         tangents.append(np.broadcast_to(constant * np.median(spectra, axis=1)[:, None], spectra.shape))
-    stacked = np.empty((len(spectra), len(tangents), len(wave)), flux.dtype)
-    for i, tangent in enumerate(tangents):
-        stacked[:, i] = tangent
-    return to_device(stacked)
+    return to_device(np.stack(tangents, axis=1, dtype=flux.dtype, casting="same_kind"))
