@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jax.scipy.linalg as jsl
 import numpy as np
 import scipy
 from jax import lax
@@ -31,7 +32,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_length
-from moe_jax.core.cholesky import cho_solve, shifted_cholesky
+from moe_jax.core.cholesky import shifted_cholesky
 from moe_jax.core.convert import convert_arguments
 from moe_jax.experts.alphas import require_positive
 from moe_jax.experts.ridge import center, is_dual, kernel
@@ -102,10 +103,10 @@ def _ridge_leverage(x_train: jax.Array, alpha: jax.Array, x: jax.Array) -> jax.A
     matrix, jitter = kernel(data)
     factor = shifted_cholesky(matrix, alpha + jitter)
     if is_dual(data.x):
-        a = cho_solve(factor, matmul(data.x, new.T))
+        a = jsl.cho_solve((factor, True), matmul(data.x, new.T))
         remainder = new - matmul(a.T, data.x)
         return 1.0 / n + jnp.sum(remainder**2, axis=1) / alpha + jnp.sum(a**2, axis=0)
-    return 1.0 / n + jnp.sum(new.T * cho_solve(factor, new.T), axis=0)
+    return 1.0 / n + jnp.sum(new.T * jsl.cho_solve((factor, True), new.T), axis=0)
 
 
 @functools.partial(jax.jit, static_argnames="n_experts")

@@ -38,8 +38,7 @@ def inverse_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike, jitter: A
     """
     if isinstance(matrix, np.ndarray):
         factor = _factorize(matrix, shift, jitter)
-        trtri = _lapack("trtri", factor)
-        return np.asarray(trtri(factor, lower=1, overwrite_c=1)[0])
+        return _lapack("trtri", factor)(factor, lower=1, overwrite_c=1)[0]
     on_device = shifted_cholesky(matrix, shift, jitter)
     return lax.linalg.triangular_solve(on_device, jnp.eye(len(matrix), dtype=matrix.dtype), left_side=True, lower=True)
 
@@ -48,16 +47,14 @@ def cholesky_solver(matrix: Float[AnyArray, "M M"], shift: ArrayLike, jitter: Ar
     """The function that multiplies columns by (matrix + (shift + jitter) I)^-1; for the jitter see ``shifted_cholesky``."""
     if isinstance(matrix, np.ndarray):
         factor = _factorize(matrix, shift, jitter)
-        potrs = _lapack("potrs", factor)
-        return lambda b: potrs(factor, b, lower=1)[0]
+        return lambda b: _lapack("potrs", factor)(factor, b, lower=1)[0]
     on_device = shifted_cholesky(matrix, shift, jitter)
-    return lambda b: cho_solve(on_device, b)
+    return lambda b: jsl.cho_solve((on_device, True), b)
 
 
-def _lapack(name: str, matrix: np.ndarray) -> Callable[..., tuple[np.ndarray, int]]:
+def _lapack(name: str, matrix: np.ndarray) -> Any:
     """LAPACK's routine in the precision of the matrix."""
-    routine: Callable[..., tuple[np.ndarray, int]] = getattr(scipy.linalg.lapack, {"f": "s", "d": "d"}[matrix.dtype.char] + name)
-    return routine
+    return scipy.linalg.get_lapack_funcs(name, (matrix,))
 
 
 def _factorize(matrix: np.ndarray, shift: ArrayLike, jitter: ArrayLike | None) -> np.ndarray:
@@ -106,11 +103,4 @@ def shifted_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike, jitter: A
         lambda state: (32 * state[0], is_bad(factor(32 * state[0], fixed, at), 32 * state[0])),
         (start, is_bad(first, start)),
     )
-    result: jax.Array = lax.cond(grown > start, lambda: factor(grown), lambda: first)
-    return result
-
-
-def cho_solve(factor: Float[jax.Array, "M M"], b: Float[jax.Array, "M ..."]) -> Float[jax.Array, "M ..."]:
-    """Solution of the equations whose Cholesky factor is given."""
-    solution: jax.Array = jsl.cho_solve((factor, True), b)
-    return solution
+    return lax.cond(grown > start, lambda: factor(grown), lambda: first)
