@@ -1,13 +1,13 @@
 """Exact cross-validation of ridge regressions: the residuals of every fold, for every alpha, without refitting.
 
-There are three forms; ``choose_solver`` takes the cheapest. S are the rows of a fold.
+There are three forms; ``Solver`` takes the cheapest. S are the rows of a fold.
 
-- ``Dual``, for fewer stars than pixels. K is the kernel, C the upper left block of the inverse of the bordered matrix
+- Dual, for fewer stars than pixels. K is the kernel, C the upper left block of the inverse of the bordered matrix
   [[K + alpha I, 1], [1', 0]], and a = C y. The held-out residuals are C_SS^-1 a_S (Cawley & Talbot 2004, eq. 11; An, Liu &
   Venkatesh 2007, eq. 15).
-- ``Primal``, for many small folds. H is the hat matrix and r are the residuals of the fit to all stars. The held-out residuals
+- Primal, for many small folds. H is the hat matrix and r are the residuals of the fit to all stars. The held-out residuals
   are (I - H_SS)^-1 r_S.
-- ``ByFold``, for few large folds: a fit to the sums of all stars less those of the fold.
+- By fold, for few large folds: a fit to the sums of all stars less those of the fold.
 
 The first two take one factorisation for each alpha, however many folds there are: leave-one-out costs what five folds cost.
 """
@@ -92,9 +92,7 @@ def cross_validate_ridge(
     require_positive(alphas)
     x, y, alphas = to_host(x, y, alphas)
     alphas = alphas.astype(x.dtype)
-    solver = choose_solver(x, y, np.ones(len(x), x.dtype), held_rows(folds))
-    cv: RidgeCV = to_device(solver.cross_validate(alphas))
-    return cv
+    return to_device(Solver(x, y, np.ones(len(x), x.dtype), held_rows(folds)).cross_validate(alphas))
 
 
 def fit_cross_validated(
@@ -105,21 +103,11 @@ def fit_cross_validated(
     held: Int[np.ndarray, "folds n_held"],
     extend_decades: int = 0,
 ) -> CrossValidatedRidge:
-    """Cross-validates over the alphas and fits with the best; the Gram matrix is formed once.
-
-    Args:
-        x: features; rows of padding are 0.
-        y: target, padded likewise.
-        mask: 1 for a star, 0 for padding.
-        alphas: penalties.
-        held: ``held_rows``.
-        extend_decades: see ``search_alphas``.
-    """
-    solver = choose_solver(x, y, mask, held)
+    """Cross-validates over the alphas and fits with the best; the arrays are those of ``Solver``."""
+    solver = Solver(x, y, mask, held)
     choice, tried, mse, out_of_fold = search_alphas(alphas, solver.cross_validate, extend_decades)
     fit = CrossValidatedRidge(solver.solve(choice.alpha), choice.alpha, choice.at_edge, tried, mse, out_of_fold)
-    on_device: CrossValidatedRidge = to_device(fit)
-    return on_device
+    return to_device(fit)
 
 
 def held_rows(folds: AnyArray, n_padded: int | None = None, slack: int = 0) -> Int[np.ndarray, "folds n_held"]:
@@ -148,31 +136,27 @@ def held_rows(folds: AnyArray, n_padded: int | None = None, slack: int = 0) -> I
     return rows
 
 
-def choose_solver(x: AnyArray, y: AnyArray, mask: AnyArray, held: Int[np.ndarray, "folds n_held"]) -> Dual | Primal | ByFold:
-    """The cheapest form for the numbers of stars, pixels and folds; arguments as those of ``fit_cross_validated``."""
-    (n, p), (n_folds, n_held) = x.shape, held.shape
-    if is_dual(x):
-        return Dual(x, y, mask, held)
-    by_fold = n_folds * CHOLESKY_COST * p**3
-    at_once = INVERSE_CHOLESKY_COST * p**3 + n * p**2 + n_folds * (n_held**2 * p + n_held**3)
-    return ByFold(x, y, mask, held) if by_fold < at_once else Primal(x, y, mask, held)
+class Solver:
+    """The fits to all stars, and to all but those of each fold, for any alpha; the Gram matrix is formed once.
 
+    Args:
+        x: features; rows of padding are 0.
+        y: target, padded likewise.
+        mask: 1 for a star, 0 for padding.
+        held: ``held_rows``.
+    """
 
-class _Solver:
-    """What the three forms share: the inverse Cholesky factor of the Gram matrix for each alpha, and the fit to all stars."""
-
-    data: Centred
-    matrix: AnyArray  # the Gram matrix, X X' or X'X
-    jitter: AnyArray
-
-    def __init__(self, x: AnyArray, y: AnyArray, mask: AnyArray, held: np.ndarray) -> None:
+    def __init__(self, x: AnyArray, y: AnyArray, mask: AnyArray, held: Int[np.ndarray, "folds n_held"]) -> None:
+        (n, p), (n_folds, n_held) = x.shape, held.shape
+        cost_by_fold = n_folds * CHOLESKY_COST * p**3
+        cost_at_once = INVERSE_CHOLESKY_COST * p**3 + n * p**2 + n_folds * (n_held**2 * p + n_held**3)
         self.held = held
         self._factors: dict[float, AnyArray] = {}
-        self.prepare(x, y, mask)
-
-    def prepare(self, x: AnyArray, y: AnyArray, mask: AnyArray) -> None:
-        """Sets what does not depend on alpha."""
-        self.data, self.matrix, self.jitter = _center_and_multiply(x, y, mask)
+        self.without_fold: Moments | None = None
+        if is_dual(x) or cost_at_once <= cost_by_fold:
+            self.data, self.matrix, self.jitter = _center_and_multiply(x, y, mask)
+        else:
+            self.data, self.matrix, self.jitter, self.without_fold = _center_and_sum(x, y, mask, held)
 
     def inverse_factor(self, alpha: Any) -> AnyArray:
         """W with (matrix + alpha I)^-1 = W' W, computed once for each alpha."""
@@ -184,7 +168,10 @@ class _Solver:
 
     def residuals(self, alpha: Any) -> Float[AnyArray, " N"]:
         """Target less out-of-fold prediction."""
-        raise NotImplementedError
+        if self.without_fold is not None:
+            return _residuals_by_fold(self.data, self.without_fold, alpha, self.held)
+        held_out = _dual_residuals if is_dual(self.data.x) else _primal_residuals
+        return held_out(self.data, self.inverse_factor(alpha), self.held)
 
     def cross_validate(self, alphas: AnyArray) -> RidgeCV:
         """Errors and out-of-fold predictions."""
@@ -194,30 +181,6 @@ class _Solver:
     def solve(self, alpha: Any) -> Ridge:
         """The ridge of all stars."""
         return _solve(self.data, alpha, self.inverse_factor(alpha))
-
-
-class Dual(_Solver):
-    """One factor of the kernel for each alpha."""
-
-    def residuals(self, alpha: Any) -> Float[AnyArray, " N"]:
-        return _dual_residuals(self.data, self.inverse_factor(alpha), self.held)
-
-
-class Primal(_Solver):
-    """One factor of the scatter matrix for each alpha."""
-
-    def residuals(self, alpha: Any) -> Float[AnyArray, " N"]:
-        return _primal_residuals(self.data, self.inverse_factor(alpha), self.held)
-
-
-class ByFold(_Solver):
-    """One factor of the scatter matrix for each alpha and fold."""
-
-    def prepare(self, x: AnyArray, y: AnyArray, mask: AnyArray) -> None:
-        self.data, self.matrix, self.jitter, self.without_fold = _center_and_sum(x, y, mask, self.held)
-
-    def residuals(self, alpha: Any) -> Float[AnyArray, " N"]:
-        return _residuals_by_fold(self.data, self.without_fold, alpha, self.held)
 
 
 _inverse_factor = jit_off_host(inverse_cholesky)
@@ -278,8 +241,7 @@ def _hold_out_each(hold_out: Callable[[Any], AnyArray], data: Centred, held: Any
 def _solve_block(block: AnyArray, residual: AnyArray, padding: AnyArray) -> AnyArray:
     """Solves one fold's symmetric positive (n_held, n_held) block for its residuals; padded rows become the identity."""
     xp = namespace(block)
-    solution: AnyArray = xp.linalg.solve(block + xp.diag(padding.astype(block.dtype)), residual)
-    return solution
+    return xp.linalg.solve(block + xp.diag(padding.astype(block.dtype)), residual)
 
 
 @jit_off_host
