@@ -61,7 +61,7 @@ config = moe_jax.GateConfig(epochs=2)
 mixture = moe_jax.fit_moe(keys[6], features, y, np.arange(len(y)) % 2, alphas=(1.0,), n_folds=2, config=config)
 moe_jax.predict_moe(mixture, features)
 from moe_jax.experts.streaming import Blocks, add_block, collect, device_mesh, empty_sums, fit_sums
-mesh, blocks, thin = device_mesh(), Blocks(2, 64, 40), np.asarray(flux)[:, :40]
+mesh, blocks, thin = device_mesh(), Blocks(64, 40), np.asarray(flux)[:, :40]
 sums = empty_sums(2, 40, mesh)
 for block in [*blocks.add(thin, np.asarray(survey.labels.log_g), folds), *blocks.flush()]:
     sums = add_block(sums, block, mesh)

@@ -135,7 +135,7 @@ def accumulate(
     first = next(slices(0, train.n_stars))
     offsets = Offsets(jnp.mean(train.flux(first.start, first.stop), axis=0), jnp.asarray(log_g[first].mean()))
     done, sums = load_sums(saved, mesh, stages) or SavedSums(0, empty_sums(n_groups, n_pixels, mesh))
-    blocks = Blocks(n_groups, BLOCK_ROWS * mesh.size, n_pixels)
+    blocks = Blocks(BLOCK_ROWS * mesh.size, n_pixels)
     chunks = chunks_of_process(train.n_stars, config.chunk_stars)
     n_stars, n_done = (sum(stop - start for start, stop in part) for part in (chunks, chunks[:done]))
     with stages.chunks("sums of the training stars", n_stars, n_done) as advance:

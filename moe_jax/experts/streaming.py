@@ -68,53 +68,42 @@ def _add(sums: Sums, x: jax.Array, y: jax.Array, mask: jax.Array, group: jax.Arr
 
     rows = PartitionSpec(STARS)
     add = jax.shard_map(add_part, mesh=mesh, in_specs=(rows, rows, rows, rows, PartitionSpec()), out_specs=rows)
-    total: Sums = add(sums, x, y, mask, group)
-    return total
+    return add(sums, x, y, mask, group)
 
 
 class Blocks:
     """Stars as they come, sorted into blocks of their groups.
 
     Args:
-        n_groups: G.
         n_rows: R, rows of a block: a multiple of the number of devices.
         n_pixels: P.
         dtype: of the stars.
     """
 
-    def __init__(self, n_groups: int, n_rows: int, n_pixels: int, dtype: np.dtype | type = np.float32) -> None:
-        self._n_rows, self._n_pixels, self._dtype = n_rows, n_pixels, dtype
-        self._waiting: list[Block | None] = [None] * n_groups
-        self._count = np.zeros(n_groups, int)
+    def __init__(self, n_rows: int, n_pixels: int, dtype: np.dtype | type = np.float32) -> None:
+        self._shape, self._dtype = (n_rows, n_pixels), dtype
+        self._waiting: dict[int, tuple[Block, int]] = {}  # by group: a block that is not full, and its number of stars
 
     def add(self, x: Float[np.ndarray, "N P"], y: Float[np.ndarray, " N"], group: Int[np.ndarray, " N"]) -> Iterator[Block]:
         """Takes stars, and gives each block that they fill."""
-        order = np.argsort(group, kind="stable")
-        for g, rows in ((int(group[part[0]]), part) for part in np.split(order, np.flatnonzero(np.diff(group[order])) + 1)):
+        n_rows, zeros = self._shape[0], functools.partial(np.zeros, dtype=self._dtype)
+        for g in map(int, np.unique(group)):
+            rows = np.flatnonzero(group == g)
             while len(rows):
-                block = self._waiting[g] or self._empty(g)
-                first = self._count[g]
-                taken, rows = rows[: self._n_rows - first], rows[self._n_rows - first :]
+                empty = Block(g, zeros(self._shape), zeros(n_rows), zeros(n_rows)), 0
+                block, first = self._waiting.pop(g, empty)
+                taken, rows = rows[: n_rows - first], rows[n_rows - first :]
                 filled = slice(first, first + len(taken))
                 block.x[filled], block.y[filled], block.mask[filled] = x[taken], y[taken], 1.0
-                self._waiting[g], self._count[g] = block, filled.stop
-                if filled.stop == self._n_rows:
-                    yield self._release(g)
+                if filled.stop == n_rows:
+                    yield block
+                else:
+                    self._waiting[g] = block, filled.stop
 
     def flush(self) -> Iterator[Block]:
         """Gives the blocks that hold stars but are not full."""
-        for g in np.flatnonzero(self._count):
-            yield self._release(int(g))
-
-    def _empty(self, group: int) -> Block:
-        zeros = functools.partial(np.zeros, dtype=self._dtype)
-        return Block(group, zeros((self._n_rows, self._n_pixels)), zeros(self._n_rows), zeros(self._n_rows))
-
-    def _release(self, group: int) -> Block:
-        block = self._waiting[group]
-        assert block is not None
-        self._waiting[group], self._count[group] = None, 0
-        return block
+        for g in sorted(self._waiting):
+            yield self._waiting.pop(g)[0]
 
 
 def collect(sums: Sums, groups: Int[np.ndarray, "n m"]) -> Sums:
@@ -130,8 +119,7 @@ def _collect_here(sums: Sums, groups: jax.Array) -> Sums:
             return jax.tree.map(lambda leaf: jnp.sum(lax.dynamic_index_in_dim(leaf, row[i], 1, keepdims=False), axis=0), sums)
 
         # One group at a time: the Gram matrices of several would be most of the memory.
-        total: Sums = lax.fori_loop(1, groups.shape[1], lambda i, total: jax.tree.map(jnp.add, total, group(i)), group(0))
-        return total
+        return lax.fori_loop(1, groups.shape[1], lambda i, total: jax.tree.map(jnp.add, total, group(i)), group(0))
 
     return lax.map(one, groups)
 
@@ -148,11 +136,9 @@ def sum_processes(tree: Tree) -> Tree:
     def reduce(array: jax.Array) -> jax.Array:
         one = jax.device_put(jnp.asarray(array)[None], jax.local_devices()[0])
         whole = jax.make_array_from_single_device_arrays((len(firsts), *array.shape), apart, [one])
-        total: jax.Array = add(whole).addressable_data(0)
-        return total
+        return add(whole).addressable_data(0)
 
-    summed: Tree = jax.tree.map(reduce, tree)
-    return summed
+    return jax.tree.map(reduce, tree)
 
 
 def fit_sums(
@@ -190,8 +176,7 @@ def fit_sums(
 
     whole = with_offsets(_fit(by_fold, choice.alpha))
     fit = CrossValidatedRidge(whole, choice.alpha, choice.at_edge, tried, mse, np.zeros(0, mse.dtype))
-    fits: tuple[CrossValidatedRidge, Ridge] = to_device((fit, with_offsets(without_fold)))
-    return fits
+    return to_device((fit, with_offsets(without_fold)))
 
 
 @jit_off_host

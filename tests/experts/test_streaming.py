@@ -33,7 +33,7 @@ def group_of(cell, folds):
 
 def add_up(x, y, group, mesh, parts=7, n_rows=32):
     sums = empty_sums((N_CELLS + 1) * N_FOLDS, x.shape[1], mesh, x.dtype)
-    blocks = Blocks(len(np.unique(group)), n_rows, x.shape[1], x.dtype)
+    blocks = Blocks(n_rows, x.shape[1], x.dtype)
     for rows in np.array_split(np.arange(len(x)), parts):
         for block in blocks.add(x[rows], y[rows], group[rows]):
             sums = add_block(sums, block, mesh)
@@ -94,7 +94,7 @@ def test_a_grid_is_extended_as_in_memory(x64):
 
 def test_blocks_lose_no_star_and_never_mix_groups(rng):
     x, group = rng.normal(size=(100, 3)), rng.integers(0, 4, 100)
-    blocks = Blocks(4, 8, 3, float)
+    blocks = Blocks(8, 3, float)
     given = [block for rows in np.array_split(np.arange(100), 9) for block in blocks.add(x[rows], x[rows, 0], group[rows])]
     given += blocks.flush()
     assert not list(blocks.flush())
