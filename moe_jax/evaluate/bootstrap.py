@@ -38,6 +38,7 @@ from moe_jax.evaluate.intervals import (
     require_interval,
     simultaneous_interval,
 )
+from moe_jax.evaluate.metrics import center_groups, varies
 
 #: Of the four methods, its actual coverage comes closest to the confidence level: see results/calibrate_bootstrap.
 DEFAULT_METHOD: IntervalMethod = "basic"
@@ -63,8 +64,7 @@ class Difference(NamedTuple):
     @property
     def n_undefined(self) -> Int[jax.Array, "*G"]:
         """Number of resamples without an R2."""
-        n_undefined: jax.Array = _count_nan(self.samples)
-        return n_undefined
+        return _count_nan(self.samples)
 
 
 @by_numpy
@@ -184,16 +184,11 @@ def _unit(y: AnyArray) -> ArrayLike:
     return xp.ldexp(xp.ones((), y.dtype), -xp.clip(exponent, -most, most))
 
 
+@by_numpy
 def squared_error_gain(
     y: Float[AnyArray, ...], prediction: Float[AnyArray, ...], baseline: Float[AnyArray, ...]
-) -> Float[jax.Array, ...]:
+) -> Float[AnyArray, ...]:
     """(y - baseline)^2 - (y - prediction)^2 of each star, in a form that is exactly 0 where the two methods agree."""
-    gain: jax.Array = _squared_error_gain(y, prediction, baseline)
-    return gain
-
-
-@by_numpy
-def _squared_error_gain(y: AnyArray, prediction: AnyArray, baseline: AnyArray) -> AnyArray:
     return (prediction - baseline) * ((y - baseline) + (y - prediction))  # small differences, also where y has a large offset
 
 
@@ -305,16 +300,11 @@ def _columns(y: jax.Array, gain: jax.Array, groups: jax.Array, n_groups: int) ->
     n = len(y)
     # One row for all stars, then one for each group; (1 + G, N).
     member = jnp.concatenate([jnp.ones((1, n), bool), groups[None, :] == jnp.arange(n_groups)[:, None]])
-    size = jnp.maximum(jnp.sum(member, axis=1), 1)
-    # Centred by group: the sum of squares is then not the difference of two large numbers. Twice, as the first mean is rounded.
-    d = jnp.broadcast_to(y, member.shape)
-    for _ in range(2):
-        d = jnp.where(member, d - (jnp.sum(jnp.where(member, d, 0.0), axis=1) / size)[:, None], 0.0)
+    d = center_groups(y, member)  # by group: the sum of squares is then not the difference of two large numbers
     g = jnp.where(member, gain[None, :], 0.0)
     columns = jnp.stack([member.astype(y.dtype), d, d**2, d**3, d**4, g, g * d, g * d**2, g**2])
     sums = jnp.sum(columns, axis=2)[:, None, :]
-    varies = jnp.max(jnp.where(member, y, -jnp.inf), axis=1) > jnp.min(jnp.where(member, y, jnp.inf), axis=1)
-    estimate, error = (row[0] for row in _delta_and_error(sums, varies[None, :]))
+    estimate, error = (row[0] for row in _delta_and_error(sums, varies(y, member)[None, :]))
     influence = jnp.where(member, g - estimate[:, None] * d**2, 0.0)
     square = jnp.sum(influence**2, axis=1)
     acceleration = jnp.sum(influence**3, axis=1) / jnp.where(square > 0, 6.0 * square**1.5, 1.0)
@@ -329,6 +319,9 @@ def _resample(key: jax.Array, y: jax.Array, columns: jax.Array, n_resamples: int
     def count(rows: jax.Array) -> jax.Array:
         return jnp.zeros(n, y.dtype).at[rows].add(1.0, mode="promise_in_bounds")
 
+    def varies_in(counts: jax.Array) -> jax.Array:
+        return varies(y, (columns[0] > 0) & (counts > 0)[None, :])
+
     def tile(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
         # One resample after another: XLA's CPU code for a scatter of all of them is several times slower within a loop, and
         # under vmap JAX's generator "rbg" draws another sequence for a key than alone.
@@ -338,7 +331,7 @@ def _resample(key: jax.Array, y: jax.Array, columns: jax.Array, n_resamples: int
         ss_total = squares - sums[1] ** 2 / jnp.maximum(drawn, 1.0)
         # For a constant y, ss_total is rounding error. Only if some ss_total is that small, the exact test is run.
         surely_defined = ss_total > 8.0 * n * jnp.finfo(y.dtype).eps * squares
-        defined = lax.cond(jnp.all(surely_defined), lambda: surely_defined, lambda: _is_not_constant(y, columns[0] > 0, counts))
+        defined = lax.cond(jnp.all(surely_defined), lambda: surely_defined, lambda: lax.map(varies_in, counts))
         return _delta_and_error(sums, defined)
 
     n_in_tile = min(max(COUNTS_IN_TILE // n, 1), RESAMPLES_IN_TILE)
@@ -358,18 +351,6 @@ def _delta_and_error(sums: jax.Array, defined: jax.Array) -> tuple[jax.Array, ja
     cross = gd2 - 2.0 * m * gd + m**2 * g1  # sum of g (d - m)^2
     error = jnp.sqrt(jnp.maximum(g2 - 2.0 * delta * cross + delta**2 * fourth, 0.0)) / ss_total
     return jnp.where(defined, delta, jnp.nan), jnp.where(defined, error, jnp.nan)
-
-
-def _is_not_constant(y: jax.Array, member: jax.Array, counts: jax.Array) -> jax.Array:
-    """(B, 1 + G): whether y takes more than one value among the drawn members of each group, without rounding."""
-
-    def resample(counts: jax.Array) -> jax.Array:
-        drawn = member & (counts > 0)[None, :]
-        highest = jnp.max(jnp.where(drawn, y[None, :], -jnp.inf), axis=1)
-        return highest > jnp.min(jnp.where(drawn, y[None, :], jnp.inf), axis=1)
-
-    different: jax.Array = lax.map(resample, counts)
-    return different
 
 
 def _require_whole(name: str, number: int, least: int) -> None:

@@ -129,8 +129,7 @@ def column_quantiles(samples: Float[jax.Array, "B C"], probabilities: jax.Array)
         return jnp.stack([read(lowest, probabilities[0] * last), read(highest, (1.0 - probabilities[1]) * last)])
 
     outside = (probabilities[0] * last <= n_kept - 2) & ((1.0 - probabilities[1]) * last <= n_kept - 2)
-    quantiles: jax.Array = lax.cond(jnp.all(outside & (last >= n_kept)), partly, whole)
-    return quantiles
+    return lax.cond(jnp.all(outside & (last >= n_kept)), partly, whole)
 
 
 def simultaneous_interval(resampled: Resampled, confidence_level: ArrayLike) -> Interval:

@@ -79,17 +79,26 @@ def r2_by_group(
 @functools.partial(jax.jit, static_argnames="n_groups")
 def _r2_by_group(y: jax.Array, prediction: jax.Array, groups: jax.Array, n_groups: int) -> GroupScores:
     member = groups[None, :] == jnp.arange(n_groups)[:, None]
-    n = jnp.sum(member, axis=1)
+    total = jnp.sum(center_groups(y, member) ** 2, axis=1)
+    residual = jnp.sum(jnp.where(member, (y - prediction)[None, :], 0.0) ** 2, axis=1)
+    defined = varies(y, member)
+    r2 = jnp.where(defined, 1.0 - residual / jnp.where(defined, total, 1.0), jnp.nan)
+    return GroupScores(r2, jnp.sum(member, axis=1), defined)
+
+
+def center_groups(y: Float[jax.Array, " N"], member: Bool[jax.Array, "G N"]) -> Float[jax.Array, "G N"]:
+    """Y less its mean over the members of each group, 0 for others. Centred twice, as the first mean is rounded."""
+    size = jnp.maximum(jnp.sum(member, axis=1), 1)
     d = jnp.broadcast_to(y, member.shape)
     for _ in range(2):
-        d = jnp.where(member, d - (jnp.sum(jnp.where(member, d, 0.0), axis=1) / jnp.maximum(n, 1))[:, None], 0.0)
-    total = jnp.sum(d**2, axis=1)
-    residual = jnp.sum(jnp.where(member, (y - prediction)[None, :], 0.0) ** 2, axis=1)
+        d = jnp.where(member, d - (jnp.sum(jnp.where(member, d, 0.0), axis=1) / size)[:, None], 0.0)
+    return d
+
+
+def varies(y: Float[jax.Array, " N"], member: Bool[jax.Array, "G N"]) -> Bool[jax.Array, " G"]:
+    """Whether y takes more than one value among the members of each group, without rounding."""
     highest = jnp.max(jnp.where(member, y[None, :], -jnp.inf), axis=1)
-    lowest = jnp.min(jnp.where(member, y[None, :], jnp.inf), axis=1)
-    defined = highest > lowest
-    r2 = jnp.where(defined, 1.0 - residual / jnp.where(defined, total, 1.0), jnp.nan)
-    return GroupScores(r2, n, defined)
+    return highest > jnp.min(jnp.where(member, y[None, :], jnp.inf), axis=1)
 
 
 def retention(r2: float, r2_global: float, r2_oracle: float) -> float:

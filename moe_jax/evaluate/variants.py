@@ -40,8 +40,7 @@ def compare_variants(
     y64 = np.asarray(y, np.float64)
 
     def squared_error(predictions: AnyArray) -> np.ndarray:
-        error: np.ndarray = np.mean((y64[None, :] - np.asarray(predictions, np.float64)) ** 2, axis=0)
-        return error
+        return np.mean((y64[None, :] - np.asarray(predictions, np.float64)) ** 2, axis=0)
 
     reference, rows = squared_error(baseline), []
     for name, predictions in variants.items():
