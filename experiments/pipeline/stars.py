@@ -9,12 +9,12 @@ import numpy as np
 
 from experiments.pipeline.config import DataConfig
 from experiments.runner.stages import Stages
-from moe_jax.core.arrays import AnyArray, InputError, take_rows
+from moe_jax.core.arrays import AnyArray, InputError, mean_and_scale, scale_columns, take_rows
 from moe_jax.core.pca import PCA
 from moe_jax.experts.cross_validation import CrossValidatedRidge
 from moe_jax.experts.fit import cross_fitted_predictions
 from moe_jax.gates.classifier import ClassifierFit, fit_classifier
-from moe_jax.gates.features import FeatureModel, scale_features, standardize
+from moe_jax.gates.features import FeatureModel
 from moe_jax.gates.training import require_informative
 from moe_jax.spectra.survey import Labels
 
@@ -83,8 +83,8 @@ def finish(
     Raises:
         InputError: where the stars of a survey teach nothing; see ``require_informative``.
     """
-    model = standardize(pca, train.features)
-    train, test = (stars._replace(features=scale_features(model, stars.features)) for stars in (train, test))
+    model = FeatureModel(pca, *mean_and_scale(train.features))
+    train, test = (stars._replace(features=scale_columns(stars.features, model.mean, model.scale)) for stars in (train, test))
     for name, file, stars in (("training", config.train_file, train), ("test", config.test_file, test)):
         try:
             require_informative(stars.features, stars.predictions, stars.log_g)

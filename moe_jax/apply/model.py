@@ -120,7 +120,7 @@ def predict_model(
             raise InputError("good was given for a model without uncertainties, expected one that knows how to fill masked pixels")
         # Not a part of _predict: with the loop over stars inside, XLA's CPU runtime stands still after some calls (jaxlib 0.10.2).
         flux = fill_masked(flux, good, model.uncertainty.center, model.uncertainty.leverage.basis)
-    pixels = tuple(line_pixels(model.wave).values())
+    pixels = line_pixels(model.wave)
     arrays = model._replace(gate=cast(Any, None), provenance={}, local=None)  # what a compiled program can take
     prediction: MixturePrediction = _predict(model.gate, arrays, pixels, flux, error, good, scale_error)
     if model.local is None:
@@ -146,7 +146,7 @@ def _noise_level(model: Model, flux: AnyArray, error: AnyArray | None, good: Any
 def _predict(
     gate: Gate,
     model: Model,
-    pixels: tuple[LinePixels, ...],
+    pixels: dict[str, LinePixels],
     flux: jax.Array,
     error: jax.Array | None,
     good: jax.Array | None,
@@ -193,7 +193,7 @@ def _mix(
     params: Params,
     experts: Ridge,
     feature_model: FeatureModel,
-    pixels: tuple[LinePixels, ...],
+    pixels: dict[str, LinePixels],
     flux: jax.Array,
     differentiate: bool,
 ) -> tuple[tuple[Any, Any], tuple[Any, Any, Any]]:

@@ -97,39 +97,28 @@ def raw_features(flux: Float[AnyArray, "N P"], wave: AnyArray, pca: PCA) -> Floa
     Raises:
         InputError: as ``line_pixels``.
     """
-    return _raw_features(flux, tuple(line_pixels(wave).values()), pca)
+    return _raw_features(flux, line_pixels(wave), pca)
 
 
 @by_numpy
-def _raw_features(flux: AnyArray, pixels: tuple[LinePixels, ...], pca: PCA) -> AnyArray:
-    lines = line_features(flux, dict(zip(LINE_WINDOWS, pixels, strict=True)))
+def _raw_features(flux: AnyArray, pixels: dict[str, LinePixels], pca: PCA) -> AnyArray:
     scores = matmul(flux, pca.components.T) - matmul(pca.mean[None, :], pca.components.T)
-    return namespace(flux).concatenate([lines, scores], axis=1)
+    return namespace(flux).concatenate([line_features(flux, pixels), scores], axis=1)
 
 
 @convert_arguments("wave")
 def fit_features(key: PRNGKeyArray, flux: Float[AnyArray, "N P"], wave: AnyArray) -> FeatureModel:
     """Fits the components, and the mean and scale of each raw feature, to the training stars."""
     pca = fit_pca(key, flux, N_COMPONENTS)
-    return standardize(pca, raw_features(flux, wave, pca))
-
-
-def standardize(pca: PCA, raw: Float[AnyArray, "N F"]) -> FeatureModel:
-    """The feature model of these components, standardised by the raw features of the training stars."""
-    return FeatureModel(pca, *mean_and_scale(raw))
+    return FeatureModel(pca, *mean_and_scale(raw_features(flux, wave, pca)))
 
 
 @convert_arguments("wave")
 def compute_features(model: FeatureModel, flux: Float[AnyArray, "N P"], wave: AnyArray) -> Float[AnyArray, "N F"]:
     """The 13 features of any stars, standardised by the mean and scale of the training stars."""
-    return scale_features(model, raw_features(flux, wave, model.pca))
+    return features_of_pixels(model, flux, line_pixels(wave))
 
 
-def features_of_pixels(model: FeatureModel, flux: Float[AnyArray, "N P"], pixels: tuple[LinePixels, ...]) -> Float[AnyArray, "N F"]:
-    """``compute_features`` given the values of ``line_pixels(wave)``, in their order; may be traced."""
-    return scale_features(model, _raw_features(flux, pixels, model.pca))
-
-
-def scale_features(model: FeatureModel, raw: Float[AnyArray, "N F"]) -> Float[AnyArray, "N F"]:
-    """Raw features, standardised."""
-    return scale_columns(raw, model.mean, model.scale)
+def features_of_pixels(model: FeatureModel, flux: Float[AnyArray, "N P"], pixels: dict[str, LinePixels]) -> Float[AnyArray, "N F"]:
+    """``compute_features`` given ``line_pixels(wave)``; may be traced."""
+    return scale_columns(_raw_features(flux, pixels, model.pca), model.mean, model.scale)
