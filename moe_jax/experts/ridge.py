@@ -64,20 +64,17 @@ def fit_ridge(
         InputError: shapes that disagree, numbers that are not finite, or an alpha that is not positive.
     """
     require_same_length(x=x, y=y)
+    return _fit(x, y, alpha, np.ones(len(x), np.float32), tangents)
+
+
+def _fit(x: AnyArray, y: AnyArray, alpha: ArrayLike, root: AnyArray, tangents: AnyArray | None) -> Ridge:
+    """The fit of stars with the given roots of their weights; where it is not finite, the error names the array to blame."""
     require_positive(alpha)
-    _require_tangents(x, tangents)
-    return _finite(_fit(x, y, alpha, np.ones(len(x), np.float32), tangents), x=x, y=y, tangents=tangents)
-
-
-def _require_tangents(x: AnyArray, tangents: AnyArray | None) -> None:
     if tangents is not None and (tangents.shape[0], tangents.shape[2]) != x.shape:
         raise InputError(f"tangents has shape {tangents.shape}, expected ({len(x)}, T, {x.shape[1]}) for x of shape {x.shape}")
-
-
-def _finite(ridge: Ridge, **arrays: AnyArray | None) -> Ridge:
-    """The ridge; an ``InputError`` where it is not finite, with the array that is to blame."""
+    ridge: Ridge = _center_and_solve(x, y, alpha, root, tangents)
     if not isinstance(ridge.coef, jax.core.Tracer) and not np.isfinite(ridge.coef).all():
-        for name, array in arrays.items():
+        for name, array in (("x", x), ("y", y), ("tangents", tangents)):
             if array is not None and not np.isfinite(np.asarray(array)).all():
                 raise InputError(f"{name} holds numbers that are not finite, expected finite ones")
         raise InputError("the fit is not finite, expected x of a smaller range or a larger alpha")
@@ -85,7 +82,7 @@ def _finite(ridge: Ridge, **arrays: AnyArray | None) -> Ridge:
 
 
 @by_numpy
-def _fit(x: AnyArray, y: AnyArray, alpha: Any, root: AnyArray, tangents: AnyArray | None) -> Ridge:
+def _center_and_solve(x: AnyArray, y: AnyArray, alpha: Any, root: AnyArray, tangents: AnyArray | None) -> Ridge:
     data = center(x, y, root.astype(x.dtype))
     if tangents is not None:
         data = _append_tangents(data, tangents)
@@ -117,14 +114,11 @@ def fit_weighted_ridge(
         InputError: shapes that disagree, numbers that are not finite, weights or an alpha out of range.
     """
     require_same_length(x=x, y=y, sample_weight=sample_weight)
-    _require_tangents(x, tangents)
-    require_positive(alpha)
     if not isinstance(sample_weight, jax.core.Tracer):
         values = np.asarray(sample_weight)
         if not (np.isfinite(values) & (values >= 0)).all() or not values.any():
             raise InputError(f"sample_weight holds {values.min()} to {values.max()}, expected numbers >= 0, not all 0")
-    root = namespace(sample_weight).sqrt(sample_weight)
-    return _finite(_fit(x, y, alpha, root, tangents), x=x, y=y, tangents=tangents)
+    return _fit(x, y, alpha, namespace(sample_weight).sqrt(sample_weight), tangents)
 
 
 @convert_arguments()
@@ -196,8 +190,7 @@ def kernel(data: Centred) -> tuple[AnyArray, Any]:
 
 def jitter(matrix: AnyArray) -> Any:
     """What is added to the diagonal of a Gram matrix so that its factorisation succeeds."""
-    mean_eigenvalue = matrix.trace() / len(matrix)
-    return JITTER_ULPS * jnp.finfo(matrix.dtype).eps * mean_eigenvalue
+    return JITTER_ULPS * jnp.finfo(matrix.dtype).eps * (matrix.trace() / len(matrix))
 
 
 def solve(data: Centred, alpha: Any, apply_inverse: Callable[[AnyArray], AnyArray]) -> Ridge:
