@@ -28,7 +28,8 @@ def _bin(values: AnyArray, edges: tuple[float, ...]) -> AnyArray:
 
 
 @convert_arguments()
-def assign_cells(T_eff: Float[AnyArray, " N"], M_H: Float[AnyArray, " N"]) -> Int[jax.Array, " N"]:
+@by_numpy
+def assign_cells(T_eff: Float[AnyArray, " N"], M_H: Float[AnyArray, " N"]) -> Int[AnyArray, " N"]:
     """Cell of each star: 3 * (T_eff bin) + ([M/H] bin), or -1 for a star that no cell covers (NaN labels included).
 
     Args:
@@ -39,12 +40,6 @@ def assign_cells(T_eff: Float[AnyArray, " N"], M_H: Float[AnyArray, " N"]) -> In
         InputError: where the shapes disagree.
     """
     require_vectors(T_eff=T_eff, M_H=M_H)
-    cells: jax.Array = _assign_cells(T_eff, M_H)
-    return cells
-
-
-@by_numpy
-def _assign_cells(T_eff: AnyArray, M_H: AnyArray) -> AnyArray:
     t, m = _bin(T_eff, T_EFF_EDGES), _bin(M_H, M_H_EDGES)
     return namespace(t).where((t >= 0) & (m >= 0), 3 * t + m, NOT_COVERED)
 
@@ -52,6 +47,4 @@ def _assign_cells(T_eff: AnyArray, M_H: AnyArray) -> AnyArray:
 @convert_arguments()
 def nearest_cells(T_eff: Float[AnyArray, " N"], M_H: Float[AnyArray, " N"]) -> Int[jax.Array, " N"]:
     """Cell of each star after its labels are clamped to the range of the cells: no star is left over, but for NaN labels."""
-    require_vectors(T_eff=T_eff, M_H=M_H)
-    cells: jax.Array = _assign_cells(T_eff.clip(T_EFF_EDGES[0], T_EFF_EDGES[-1]), M_H.clip(M_H_EDGES[0], M_H_EDGES[-1]))
-    return cells
+    return assign_cells(T_eff.clip(T_EFF_EDGES[0], T_EFF_EDGES[-1]), M_H.clip(M_H_EDGES[0], M_H_EDGES[-1]))
