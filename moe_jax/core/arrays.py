@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,7 @@ def jit_off_host(function: Callable[..., Tree]) -> Callable[..., Tree]:
     @functools.wraps(function)
     def call(*args: Any) -> Tree:
         if namespace(*jax.tree.leaves(args)) is not np:
-            return cast(Tree, compiled(*args))
+            return compiled(*args)
         with np.errstate(all="ignore"):  # an overflow gives infinity without a warning, as in XLA
             return function(*args)
 
@@ -146,9 +146,9 @@ def map_rows(function: Callable[[Any], Tree], arrays: Any, batch_size: int | Non
     """``lax.map`` over the first dimension of a tree of arrays; a loop where they are NumPy's."""
     leaves = jax.tree.leaves(arrays)
     if namespace(*leaves) is jnp:
-        return cast(Tree, lax.map(function, arrays, batch_size=batch_size))
+        return lax.map(function, arrays, batch_size=batch_size)
     rows = [function(jax.tree.map(lambda leaf, i=i: leaf[i], arrays)) for i in range(len(leaves[0]))]
-    return cast(Tree, jax.tree.map(lambda *parts: np.stack(parts), *rows))
+    return jax.tree.map(lambda *parts: np.stack(parts), *rows)
 
 
 def matmul(a: AnyArray, b: AnyArray) -> Any:

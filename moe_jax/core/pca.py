@@ -12,7 +12,6 @@ from jaxtyping import Float, PRNGKeyArray
 from moe_jax.core.arrays import AnyArray, InputError, matmul, namespace, to_device, to_host
 
 _OVERSAMPLING = 28
-
 _POWER_ITERATIONS = 9
 
 
@@ -47,19 +46,16 @@ def fit_pca(key: PRNGKeyArray, x: Float[AnyArray, "N P"], n_components: int) -> 
         projected = matmul(x, vectors) - matmul(mean[None, :], vectors)
         return matmul(x.T, projected) - xp.outer(mean, projected.sum(axis=0))
 
-    pca: PCA = to_device(PCA(mean, _components(key, scatter, mean, n_components, len(x))))
-    return pca
+    return _fit(key, scatter, mean, n_components, len(x))
 
 
 def fit_pca_scatter(key: PRNGKeyArray, mean: Float[AnyArray, " P"], scatter: Float[AnyArray, "P P"], n_components: int) -> PCA:
     """``fit_pca`` from the mean of the stars and the sum of their products about it."""
     mean, scatter = to_host(mean, scatter)
-    components = _components(key, lambda vectors: matmul(scatter, vectors), mean, n_components, len(scatter))
-    pca: PCA = to_device(PCA(mean, components))
-    return pca
+    return _fit(key, lambda vectors: matmul(scatter, vectors), mean, n_components, len(scatter))
 
 
-def _components(key: jax.Array, scatter: Callable[[Any], Any], mean: AnyArray, n_components: int, n_most: int) -> AnyArray:
+def _fit(key: jax.Array, scatter: Callable[[Any], Any], mean: AnyArray, n_components: int, n_most: int) -> PCA:
     """The first eigenvectors of the scatter matrix that ``scatter`` multiplies by."""
     p, xp = len(mean), namespace(mean)
     shape = (p, min(n_components + _OVERSAMPLING, n_most, p))
@@ -73,4 +69,4 @@ def _components(key: jax.Array, scatter: Callable[[Any], Any], mean: AnyArray, n
     _, rotation = xp.linalg.eigh(matmul(basis.T, scatter(basis)))
     components = matmul(basis, rotation[:, ::-1][:, :n_components]).T
     largest = xp.take_along_axis(components, xp.argmax(xp.abs(components), axis=1)[:, None], axis=1)
-    return components * xp.sign(largest)
+    return to_device(PCA(mean, components * xp.sign(largest)))

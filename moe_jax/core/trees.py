@@ -38,8 +38,7 @@ def load_tree(path: Path | str, kind: type[Tree]) -> Tree:
             leaves = dict(file)
     except (zipfile.BadZipFile, ValueError, EOFError) as reason:
         raise InputError(f"{path}: found a file that cannot be read ({reason}), expected a tree of arrays") from reason
-    tree: Tree = build_tree(str(path), kind, leaves)
-    return tree
+    return build_tree(str(path), kind, leaves)
 
 
 def name_leaves(tree: Any, path: str = "") -> dict[str, np.ndarray]:

@@ -75,9 +75,8 @@ def search_alphas(
         more = (beyond, *evaluate(beyond))
         alphas, mse, arrays = jax.tree.map(lambda old, new: xp.concatenate([old, new]), (alphas, mse, arrays), more)
         choice = select_alpha(alphas, mse)
-    alphas_tried, errors = (xp.pad(array, (0, n_most - len(alphas)), constant_values=xp.nan) for array in (alphas, mse))
-    best: Tree = jax.tree.map(lambda array: array[choice.position], arrays)
-    return choice, alphas_tried, errors, best
+    tried, errors = (xp.pad(array, (0, n_most - len(alphas)), constant_values=xp.nan) for array in (alphas, mse))
+    return choice, tried, errors, jax.tree.map(lambda array: array[choice.position], arrays)
 
 
 def require_positive(alpha: ArrayLike) -> None:

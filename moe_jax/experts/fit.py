@@ -139,8 +139,7 @@ def fit_global(
 @convert_arguments()
 def predict_experts(experts: CrossValidatedRidge, x: Float[AnyArray, "N P"]) -> Float[jax.Array, "N K"]:
     """Predictions of all experts for all stars: ``predict_ridge`` of ``experts.ridge``."""
-    predictions: jax.Array = predict_ridge(experts.ridge, x)
-    return predictions
+    return predict_ridge(experts.ridge, x)
 
 
 @convert_arguments()

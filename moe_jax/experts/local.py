@@ -179,10 +179,8 @@ def project_flux(model: FluxModel, flux: Float[AnyArray, "N P"]) -> Float[AnyArr
 
 def predict_local_experts(experts: LocalExperts, z: Float[AnyArray, "N C"], noise: Float[AnyArray, " N"]) -> LocalPrediction:
     """Predictions of the mixture from components."""
-    predict = functools.partial(_predict_block, experts)
     noise = _at_least(noise, experts.mean, experts.variance)
-    prediction: LocalPrediction = map_blocks(predict, (z, noise), 0, len(z), _BATCH)
-    return prediction
+    return map_blocks(functools.partial(_predict_block, experts), (z, noise), 0, len(z), _BATCH)
 
 
 @by_numpy

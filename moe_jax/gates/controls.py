@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,8 +39,7 @@ def simplex_weights(predictions: Float[AnyArray, "N K"], y: Float[AnyArray, " N"
     except np.linalg.LinAlgError as reason:
         raise InputError("predictions: found experts whose errors are linearly dependent, expected independent ones") from reason
     solution, _ = scipy.optimize.nnls(factor.T, np.linalg.solve(factor, np.ones(len(gram))))
-    weights: np.ndarray = solution / solution.sum()
-    return weights
+    return solution / solution.sum()
 
 
 @convert_arguments("weights", "predictions", "y", finite=("weights", "predictions", "y"))
@@ -57,7 +55,7 @@ def fit_temperature(weights: Float[AnyArray, "N K"], predictions: Float[AnyArray
     return float(np.exp(optimum.x))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("network",))
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class SquaredError:
     """(y - network(x))^2 of each star; the network is that of a gate with one output."""

@@ -48,8 +48,7 @@ class _FlaxGate:
         from flax import nnx
 
         _, state = nnx.split(self.build(n_features, n_experts, nnx.Rngs(key)))
-        params: Params = nnx.to_pure_dict(state)
-        return params
+        return nnx.to_pure_dict(state)
 
     def apply(self, params: Params, features: Float[AnyArray, "N F"]) -> Float[jax.Array, "N K"]:
         """Weights of the experts for each star: the softmax of the network's logits, positive, sum 1."""
@@ -64,9 +63,7 @@ class _FlaxGate:
 def _logits(gate: _FlaxGate, params: Params, features: jax.Array) -> jax.Array:
     from flax import nnx
 
-    network = nnx.merge(_graph(gate, features.shape[-1], params["head"]["bias"].shape[-1]), params)
-    logits: jax.Array = network(features)
-    return logits
+    return nnx.merge(_graph(gate, features.shape[-1], params["head"]["bias"].shape[-1]), params)(features)
 
 
 @functools.partial(jax.jit, static_argnames="gate")
@@ -79,8 +76,7 @@ def _graph(gate: _FlaxGate, n_features: int, n_experts: int) -> Any:
     """The ``nnx.GraphDef`` of a gate's network: its static part."""
     from flax import nnx
 
-    network = nnx.eval_shape(lambda: gate.build(n_features, n_experts, nnx.Rngs(0)))
-    return nnx.split(network)[0]
+    return nnx.split(nnx.eval_shape(lambda: gate.build(n_features, n_experts, nnx.Rngs(0))))[0]
 
 
 @jax.tree_util.register_static

@@ -40,9 +40,7 @@ class Adam:
     gradient_tolerance: float = 1e-5  #: decides only whether the result is called converged
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=(), meta_fields=("max_iterations", "patience", "gradient_tolerance")
-)
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class LBFGS:
     """L-BFGS on all training stars at once."""

@@ -224,27 +224,14 @@ def fit_gates(
 ) -> GateFit:
     """``fit_gate`` for each of S keys in one compiled call; each result is that of ``fit_gate`` with its key.
 
-    Args:
-        keys: S random keys.
-        gate: as ``fit_gate``.
-        features: as ``fit_gate``.
-        expert_predictions: as ``fit_gate``.
-        y: as ``fit_gate``.
-        config: ``GateConfig()`` by default.
-        devices: the keys are divided among these; by default all devices of this process.
-
-    Returns:
-        A ``GateFit`` whose arrays have a first dimension S.
-
-    Raises:
-        InputError: as ``fit_gate``.
+    The arrays of the ``GateFit`` have a first dimension S. The keys are divided among ``devices``, by default all of this process.
+    The other arguments, and the errors, are those of ``fit_gate``.
     """
     require_informative(features, expert_predictions, y)
     data = tuple(map(jnp.asarray, (features, expert_predictions, y)))
     chosen = devices_for(len(keys), devices)
     divided = _fit_gates(*on_all((keys, data), chosen), gate, config, chosen)
-    fits: GateFit = jax.device_put(divided, chosen[0])  # together on one device, as other computations expect
-    return fits
+    return jax.device_put(divided, chosen[0])  # together on one device, as other computations expect
 
 
 @functools.partial(jax.jit, static_argnames=("gate", "config", "devices"))
@@ -255,8 +242,7 @@ def _fit_gates(
         features, expert_predictions, y = data
         return fit_gate(key, gate, features, expert_predictions, y, config)
 
-    fits: GateFit = map_devices(fit, keys, data, devices)
-    return fits
+    return map_devices(fit, keys, data, devices)
 
 
 @functools.partial(jax.jit, static_argnames=("gate", "n_features", "n_experts", "dtype"))
