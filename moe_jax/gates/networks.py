@@ -37,18 +37,21 @@ class Gate(Protocol):
 
 
 class _FlaxGate:
-    """``init`` and ``apply`` of any gate that can build its network."""
+    """``init`` and ``apply`` of a gate with a number of hidden units, which may be 0."""
+
+    hidden: int
 
     def build(self, n_features: int, n_experts: int, rngs: Any) -> Any:
         """The ``nnx.Module`` that maps (N, F) features to (N, K) logits, its params drawn from ``nnx.Rngs``."""
-        raise NotImplementedError
+        from moe_jax.gates.flax_networks import Network
+
+        return Network(n_features, n_experts, self.hidden, rngs)
 
     def init(self, key: PRNGKeyArray, n_features: int, n_experts: int) -> Params:
         """Random params: kernels uniform in +-1 / sqrt(fan-in), biases 0."""
         from flax import nnx
 
-        _, state = nnx.split(self.build(n_features, n_experts, nnx.Rngs(key)))
-        return nnx.to_pure_dict(state)
+        return nnx.to_pure_dict(nnx.state(self.build(n_features, n_experts, nnx.Rngs(key))))
 
     def apply(self, params: Params, features: Float[AnyArray, "N F"]) -> Float[jax.Array, "N K"]:
         """Weights of the experts for each star: the softmax of the network's logits, positive, sum 1."""
@@ -84,10 +87,7 @@ def _graph(gate: _FlaxGate, n_features: int, n_experts: int) -> Any:
 class LinearGate(_FlaxGate):
     """softmax(W features + b): the form of a multinomial logistic regression."""
 
-    def build(self, n_features: int, n_experts: int, rngs: Any) -> Any:
-        from moe_jax.gates.flax_networks import LinearNetwork
-
-        return LinearNetwork(n_features, n_experts, rngs=rngs)
+    hidden = 0
 
     def from_linear(self, params: Params, linear: Params) -> Params:
         """The params ``linear`` themselves, in the precision of ``params``."""
@@ -106,11 +106,6 @@ class MLPGate(_FlaxGate):
         if self.hidden < 1:
             raise InputError(f"hidden is {self.hidden}, expected at least 1")
 
-    def build(self, n_features: int, n_experts: int, rngs: Any) -> Any:
-        from moe_jax.gates.flax_networks import MLPNetwork
-
-        return MLPNetwork(n_features, n_experts, self.hidden, rngs=rngs)
-
     def from_linear(self, params: Params, linear: Params) -> Params:
         """Params that give the same weights as a ``LinearGate`` with ``linear``.
 
@@ -120,21 +115,16 @@ class MLPGate(_FlaxGate):
         Raises:
             InputError: for fewer than 2 F hidden units.
         """
-        n_features, n_experts = linear["head"]["kernel"].shape
-        if self.hidden < 2 * n_features:
-            raise InputError(
-                f"hidden is {self.hidden}, expected at least {2 * n_features}, twice the features, to start at a linear gate"
-            )
-        identity, kernel = jnp.eye(n_features), linear["head"]["kernel"]
-        carried = jnp.concatenate([identity, -identity], axis=1)
-        rest = jnp.zeros((self.hidden - 2 * n_features, n_experts))
-        hidden = params["hidden"]
+        kernel, hidden = linear["head"]["kernel"], params["hidden"]
+        n_features, n_experts = kernel.shape
+        n_used = 2 * n_features
+        if self.hidden < n_used:
+            raise InputError(f"hidden is {self.hidden}, expected at least {n_used}, twice the features, to start at a linear gate")
+        identity = jnp.eye(n_features, dtype=hidden["kernel"].dtype)
+        carried, rest = jnp.concatenate([identity, -identity], axis=1), jnp.zeros((self.hidden - n_used, n_experts), kernel.dtype)
         start = {
-            "hidden": {
-                "bias": hidden["bias"].at[: 2 * n_features].set(0.0),
-                "kernel": hidden["kernel"].at[:, : 2 * n_features].set(carried.astype(hidden["kernel"].dtype)),
-            },
-            "head": {"bias": linear["head"]["bias"], "kernel": jnp.concatenate([kernel, -kernel, rest.astype(kernel.dtype)])},
+            "hidden": {"bias": hidden["bias"].at[:n_used].set(0.0), "kernel": hidden["kernel"].at[:, :n_used].set(carried)},
+            "head": {"bias": linear["head"]["bias"], "kernel": jnp.concatenate([kernel, -kernel, rest])},
         }
         return jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), params, start)
 
