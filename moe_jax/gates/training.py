@@ -155,7 +155,6 @@ def fit_gate(
     config: GateConfig | None = None,
     *,
     logistic: Params | None = None,
-    start: Params | None = None,
     hyper: Hyper | None = None,
 ) -> GateFit:
     """Trains a gate on the squared error of the mixture; the params of the lowest validation loss are kept.
@@ -174,7 +173,6 @@ def fit_gate(
         y: target (log g).
         config: ``GateConfig()`` by default.
         logistic: params of the classification gate, for ``init="logistic"``.
-        start: params to start from, instead of those that ``config.init`` names.
         hyper: replaces the learning rate and the penalties of ``config``; may hold tracers, to vmap over them.
 
     Raises:
@@ -183,14 +181,12 @@ def fit_gate(
     """
     config = GateConfig() if config is None else config
     require_informative(features, expert_predictions, y)
-    if start is None and config.init == "logistic" and logistic is None:
-        raise InputError("logistic is None, expected the params of a classification gate, as config.init is 'logistic'")
     features, expert_predictions, y = (jnp.asarray(array) for array in (features, expert_predictions, y))
     key_init, key_train = jax.random.split(key)
     params = _init(key_init, gate, features.shape[1], expert_predictions.shape[1], features.dtype)
-    if start is not None:
-        params = start
-    elif config.init == "logistic" and logistic is not None:
+    if config.init == "logistic":
+        if logistic is None:
+            raise InputError("logistic is None, expected the params of a classification gate, as config.init is 'logistic'")
         params = gate.from_linear(params, logistic)
     require_simplex(gate, params, features)
     numbers = Hyper.of(config) if hyper is None else hyper
