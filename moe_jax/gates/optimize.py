@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from moe_jax.core.arrays import AnyArray, InputError
 
 Params = dict[str, dict[str, jax.Array]]
 Rows = tuple[jax.Array, ...]  #: arrays with one row for each star
+#: (N,) losses of stars. It is a pytree, so that numbers in it may be traced; see ``jax.tree_util.register_dataclass``.
+Objective = Callable[[Params, Rows], jax.Array]
 
 
 @functools.partial(
@@ -60,14 +62,6 @@ class GateFit(NamedTuple):
     converged: Bool[jax.Array, ""]  #: whether that is within the gradient tolerance
     train_loss: Float[jax.Array, " E"]  #: Adam: mean over the epoch's batches; L-BFGS: before the iteration; NaN after the stop
     validation_loss: Float[jax.Array, " E"]  #: at the same time; NaN after the stop, and everywhere without validation stars
-
-
-@runtime_checkable
-class Objective(Protocol):
-    """A loss for each star. It is a pytree, so that numbers in it may be traced; see ``jax.tree_util.register_dataclass``."""
-
-    def __call__(self, params: Params, rows: Rows) -> jax.Array:
-        """(N,) losses of the stars in ``rows``."""
 
 
 def minimize(
