@@ -50,7 +50,7 @@ def convert_arguments(*concrete: str, finite: tuple[str, ...] = ()) -> Callable[
                     raise InputError(f"{name} is None, expected an array, or a key")
                 if (kind := kinds[name]) is not None and value is not None:
                     given.arguments[name] = array = _convert(name, value, kind[1], kind[2])
-                    if name in finite and not _is_finite(array):
+                    if name in finite and not isinstance(array, jax.core.Tracer) and not np.isfinite(np.asarray(array)).all():
                         raise InputError(f"{name} holds numbers that are not finite, expected finite ones")
             return function(*given.args, **given.kwargs)
 
@@ -81,11 +81,6 @@ def _convert(name: str, value: Any, kind: str | None, dimensions: str | None) ->
     if n_dimensions > 1 and "*" not in str(dimensions) and "..." not in str(dimensions) and array.ndim != n_dimensions:
         raise InputError(f"{name} has shape {array.shape}, expected ({', '.join(str(dimensions).split())})")
     return array
-
-
-def _is_finite(array: jax.Array | np.ndarray) -> bool:
-    """Whether all numbers are finite, or not known yet."""
-    return isinstance(array, jax.core.Tracer) or bool(np.isfinite(np.asarray(array)).all())
 
 
 def _array(name: str, value: Any) -> np.ndarray:
