@@ -26,15 +26,9 @@ LEAST_PIVOT = 0.5  # of the smallest eigenvalue; a smaller square of the diagona
 
 
 def inverse_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike, jitter: ArrayLike | None = None) -> Float[AnyArray, "M M"]:
-    """Inverse W of the Cholesky factor of matrix + (shift + jitter) I, so that its inverse is W' W.
+    """Inverse W of the Cholesky factor of matrix + (shift + jitter) I, so that its inverse is W' W; see ``shifted_cholesky``.
 
-    Args:
-        matrix: symmetric.
-        shift: added to the diagonal.
-        jitter: see ``shifted_cholesky``.
-
-    Returns:
-        W, a lower triangle. It holds NaN where the matrix is not positive definite.
+    W is a lower triangle. It holds NaN where the matrix is not positive definite.
     """
     if isinstance(matrix, np.ndarray):
         factor = _factorize(matrix, shift, jitter)

@@ -29,16 +29,8 @@ def map_devices(function: Callable[..., Any], inputs: Any, shared: Any = (), dev
     products into a loop anyway, each input alone fits the cache better, and branches that are not taken cost nothing. Either
     way each result is that of the function alone, up to rounding.
 
-    Under ``jit`` the arguments must be on all of the devices (see ``on_all``). The results are divided among the devices.
-
-    Args:
-        function: pure function of one input and the shared arrays; returns a tree of arrays.
-        inputs: tree of arrays, each with a first dimension S.
-        shared: tree of arrays.
-        devices: by default ``devices_for`` the inputs. A CPU is one device unless ``jax_num_cpu_devices`` says otherwise.
-
-    Returns:
-        The results of the function, with a first dimension S.
+    Under ``jit`` the arguments must be on all of the devices (see ``on_all``). The results are divided among the devices. A CPU is
+    one device unless ``jax_num_cpu_devices`` says otherwise.
     """
     n_inputs = len(jax.tree.leaves(inputs)[0])
     devices = devices_for(n_inputs) if devices is None else devices

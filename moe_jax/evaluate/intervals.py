@@ -87,12 +87,8 @@ def borrow_spread(resampled: Resampled, size: Int[AnyArray, " C"], n_borrowed: f
     """Standard errors of groups that borrow from all stars, as if each group had further stars with the spread of the whole.
 
     The variance of a group's influence becomes (n s^2 + m S^2) / (n + m), of its own s^2 and that of all stars S^2. No standard
-    error becomes smaller. Symmetric, studentized and simultaneous intervals become wider in proportion.
-
-    Args:
-        resampled: column 0 is of all stars, the others are of groups.
-        size: n, stars of each column.
-        n_borrowed: m.
+    error becomes smaller. Symmetric, studentized and simultaneous intervals become wider in proportion. Column 0 is of all stars,
+    the others are of groups of n = ``size``; m = ``n_borrowed``.
     """
     error, n = resampled.standard_error, jnp.asarray(size, resampled.standard_error.dtype)
     spread = jnp.square(error) * n

@@ -111,16 +111,10 @@ def fit_cross_validated(
 
 
 def held_rows(folds: AnyArray, n_padded: int | None = None, slack: int = 0) -> Int[np.ndarray, "folds n_held"]:
-    """Rows of each fold, padded to a common length.
+    """Rows of each fold, padded to a common length with ``n_padded``: the number of rows of the arrays, N by default.
 
-    Args:
-        folds: fold of each star, any integers, at least two different ones.
-        n_padded: number of rows of the padded arrays that are indexed, N by default. The same number marks padding.
-        slack: if not 0, the length is at least that of equal folds of the padded rows plus this, so that data sets of one
-            padded size share their shapes.
-
-    Raises:
-        InputError: fewer than two folds.
+    With a slack the length is at least that of equal folds of the padded rows plus the slack, so that data sets of one padded
+    size share their shapes. Raises an ``InputError`` for fewer than two folds.
     """
     folds = np.asarray(folds)
     n_padded = len(folds) if n_padded is None else n_padded

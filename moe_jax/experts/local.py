@@ -116,15 +116,8 @@ def fit_flux_model(
     """Reduced-rank ridge regression of the flux on the terms, with weights 1 / noise^2 and pixels in units of their error.
 
     With the weighted scatter G of the terms plus the penalty, G = L L', and the scatter R of terms with flux, the coefficients
-    are L'^-1 (L^-1 R). The components are the right singular vectors of L^-1 R / template.
-
-    Args:
-        terms: of ``polynomial_terms``.
-        flux: noisy flux.
-        noise: noise level of each star, > 0.
-        template: error of each pixel in units of the noise level, > 0.
-        n_components: C.
-        used: 1 for the stars to fit, 0 for those to hold out; all by default.
+    are L'^-1 (L^-1 R). The components are the right singular vectors of L^-1 R / template. ``template`` is the error of each
+    pixel in units of a star's noise level; ``used`` is 1 for the stars to fit, 0 for those to hold out.
     """
     terms, flux = jnp.asarray(terms), jnp.asarray(flux)
     weight = (jnp.ones_like(noise) if used is None else jnp.asarray(used, flux.dtype)) / jnp.asarray(noise) ** 2
@@ -144,14 +137,9 @@ def fit_flux_model(
 def fit_local_experts(
     h: Float[AnyArray, "N C"], y: Float[AnyArray, " N"], cell: Int[AnyArray, " N"], n_cells: int, rank: int
 ) -> LocalExperts:
-    """The moments of clean spectra and target by cell; a cell without stars has no weight.
+    """The moments of clean spectra and target by cell, of the ``rank`` leading axes: the labels move a spectrum along as many.
 
-    Args:
-        h: clean spectra in components.
-        y: target.
-        cell: 0 to n_cells - 1 for each star; -1 for a star that is left out.
-        n_cells: K.
-        rank: R, leading axes of a cell that are kept; no more than C. The labels move a spectrum along as many.
+    A star of cell -1 is left out; a cell without stars has no weight.
     """
     h, y = jnp.asarray(h), jnp.asarray(y)
     cell = jnp.where(cell < 0, n_cells, cell)  # segment_sum drops what lies beyond the last segment

@@ -194,13 +194,7 @@ def jitter(matrix: AnyArray) -> Any:
 
 
 def solve(data: Centred, alpha: Any, apply_inverse: Callable[[AnyArray], AnyArray]) -> Ridge:
-    """Ridge of centred data, refined against the data.
-
-    Args:
-        data: N centred rows.
-        alpha: penalty.
-        apply_inverse: multiplies a column by the inverse of the kernel plus alpha.
-    """
+    """Ridge of centred data, refined against the data; ``apply_inverse`` multiplies a column by (kernel + alpha I)^-1."""
     x, y = data.x, data.y
     a, coef = 0.0 * y, 0.0 * data.x_mean
     for _ in range(REFINEMENT_STEPS):

@@ -64,15 +64,9 @@ def solve_moments(train: Moments, alpha: Any) -> Ridge:
 
 
 def hold_out_each(evaluate: Callable[..., Tree], by_part: Sums, *more: AnyArray) -> Tree:
-    """Holds out each part in turn, by subtraction from the sums of all parts.
+    """Holds out each part in turn, by subtraction from the sums of all parts; stacks what ``evaluate`` gives.
 
-    Args:
-        evaluate: takes the sums of one part, those of all other parts, and the part's row of each of ``more``.
-        by_part: sums of each part.
-        *more: arrays whose first dimension counts the parts.
-
-    Returns:
-        What ``evaluate`` gives, stacked over the parts.
+    ``evaluate`` takes the sums of one part, those of all other parts, and the part's row of each of ``more``.
     """
     total = sum_parts(by_part)
 

@@ -42,14 +42,10 @@ class FeatureModel(NamedTuple):
 
 
 def line_pixels(wave: AnyArray, source: str = "wave") -> dict[str, LinePixels]:
-    """Pixels of the window and the sidebands of each line.
-
-    Args:
-        wave: vacuum wavelengths, Angstrom; concrete.
-        source: name of the file or argument in error messages.
+    """Pixels of the window and the sidebands of each line, from concrete vacuum wavelengths in Angstrom.
 
     Raises:
-        InputError: fewer pixels than features, or a wavelength range that misses a window.
+        InputError: fewer pixels than features, or a wavelength range that misses a window; it starts with ``source``.
     """
     wave = np.asarray(wave, np.float64)
     if len(wave) < N_FEATURES:
@@ -87,16 +83,7 @@ def line_features(flux: Float[AnyArray, "N P"], pixels: dict[str, LinePixels]) -
 
 
 def raw_features(flux: Float[AnyArray, "N P"], wave: AnyArray, pca: PCA) -> Float[AnyArray, "N F"]:
-    """The 13 features of N stars before standardisation, in the order of ``FEATURE_NAMES``.
-
-    Args:
-        flux: noisy flux.
-        wave: vacuum wavelengths, Angstrom; concrete.
-        pca: components of the training stars.
-
-    Raises:
-        InputError: as ``line_pixels``.
-    """
+    """The 13 features of N stars before standardisation, in the order of ``FEATURE_NAMES``; for ``wave`` see ``line_pixels``."""
     return _raw_features(flux, line_pixels(wave), pca)
 
 
