@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any, Literal
 
 import jax
@@ -14,7 +13,7 @@ from sklearn.cluster import KMeans
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from moe_jax.core.arrays import InputError, mean_and_scale, scale_columns
+from moe_jax.core.arrays import InputError, mean_and_scale, require_whole, scale_columns
 from moe_jax.gates.networks import Gate, LinearGate, MLPGate
 from moe_jax.gates.training import GateConfig
 from moe_jax.mixture import ALPHAS, MixtureOfExperts, fit_moe, predict_moe
@@ -109,10 +108,8 @@ class RidgeMixtureRegressor(RegressorMixin, BaseEstimator):
         return np.asarray(scale_columns(X, *self._x_scaling))
 
     def _gate(self) -> Gate:
-        if not isinstance(self.n_experts, Integral) or self.n_experts < 1:
-            raise InputError(f"n_experts is {self.n_experts!r}, expected a whole number, at least 1")
-        if not isinstance(self.n_folds, Integral) or self.n_folds < 2:
-            raise InputError(f"n_folds is {self.n_folds!r}, expected a whole number, at least 2")
+        require_whole("n_experts", self.n_experts, 1)
+        require_whole("n_folds", self.n_folds, 2)
         if self.gate == "mlp":
             return MLPGate(self.hidden)
         if self.gate == "linear":

@@ -54,6 +54,12 @@ def require_vectors(**arrays: AnyArray) -> int:
     return require_same_length(**arrays)
 
 
+def require_whole(name: str, number: Any, least: int) -> None:
+    """Raises an ``InputError`` unless a number is whole and large enough."""
+    if not isinstance(number, int | np.integer) or number < least:
+        raise InputError(f"{name} is {number!r}, expected a whole number, at least {least}")
+
+
 def without_offset(y: AnyArray, *others: AnyArray) -> tuple[AnyArray, ...]:
     """All arrays less the mean of y, if they are float64 of NumPy that JAX will cut to float32; else as they are.
 

@@ -26,6 +26,7 @@ from moe_jax.core.arrays import (
     namespace,
     require_same_length,
     require_vectors,
+    require_whole,
     to_host,
     without_offset,
 )
@@ -133,7 +134,7 @@ def paired_bootstrap(key: PRNGKeyArray, statistic: Callable[..., Any], arrays: t
         raise InputError("arrays is empty, expected at least one array")
     if len({len(array) for array in arrays}) != 1:
         raise InputError(f"arrays have {[len(array) for array in arrays]} rows, expected the same number in each")
-    _require_whole("n_resamples", n_resamples, 1)
+    require_whole("n_resamples", n_resamples, 1)
     arrays, n = tuple(map(jnp.asarray, arrays)), len(arrays[0])
     # Under vmap, JAX's generator "rbg" draws another sequence for a key than alone; in a loop, it draws the same.
     rows = lax.map(lambda key: resample_rows(key, n), jax.random.split(key, n_resamples))
@@ -226,7 +227,7 @@ def bootstrap_gain(
         InputError: as ``bootstrap_delta_r2``.
     """
     require_vectors(y=y, gain=gain)
-    _require_whole("n_resamples", n_resamples, 1)
+    require_whole("n_resamples", n_resamples, 1)
     require_interval(method, confidence_level)
     if not 0 <= n_borrowed < np.inf:
         raise InputError(f"n_borrowed is {n_borrowed}, expected a finite number, at least 0")
@@ -241,7 +242,7 @@ def bootstrap_gain(
         n_groups = max(int(np.max(np.asarray(groups))) + 1, 0)
         if n_groups > len(y):
             raise InputError(f"groups holds {n_groups - 1}, expected numbers below {len(y)}, that of the stars, or n_groups")
-    _require_whole("n_groups", n_groups, 0)
+    require_whole("n_groups", n_groups, 0)
     _require_finite(y=y, gain=gain)
     y, gain = _on_host(*without_offset(y), gain)
     unit = _unit(y)
@@ -351,11 +352,6 @@ def _delta_and_error(sums: jax.Array, defined: jax.Array) -> tuple[jax.Array, ja
     cross = gd2 - 2.0 * m * gd + m**2 * g1  # sum of g (d - m)^2
     error = jnp.sqrt(jnp.maximum(g2 - 2.0 * delta * cross + delta**2 * fourth, 0.0)) / ss_total
     return jnp.where(defined, delta, jnp.nan), jnp.where(defined, error, jnp.nan)
-
-
-def _require_whole(name: str, number: int, least: int) -> None:
-    if not isinstance(number, int | np.integer) or number < least:
-        raise InputError(f"{name} is {number}, expected a whole number, at least {least}")
 
 
 def _require_finite(**arrays: AnyArray) -> None:
