@@ -68,7 +68,7 @@ def variance_components(values: Float[AnyArray, "S N G T"], confidence_level: fl
         InputError: if there are fewer than two of anything, or a value is not finite.
     """
     y = np.asarray(values, np.float64)
-    if y.ndim != 4 or min(y.shape) < 2:
+    if min(y.shape) < 2:
         raise InputError(f"values have shape {y.shape}, expected (surveys, noise draws, seeds, test sets), at least 2 of each")
     if not np.isfinite(y).all():
         raise InputError(f"values hold {int((~np.isfinite(y)).sum())} that are not finite")

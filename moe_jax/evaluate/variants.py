@@ -25,13 +25,8 @@ def compare_variants(
     """R2 of variants that were trained with several seeds, and the mean difference from a baseline with its interval.
 
     The difference is the mean over seeds; its interval is by a paired bootstrap over stars. All variants see the same resamples.
-
-    Args:
-        key: random key.
-        y: target.
-        variants: name of each variant -> its predictions by seed and star.
-        baseline: predictions of the baseline; it may have another number of seeds.
-        options: keyword arguments of ``bootstrap_gain``: ``n_resamples``, ``confidence_level`` and ``method``.
+    The baseline may have another number of seeds. The options are those of ``bootstrap_gain``: ``n_resamples``,
+    ``confidence_level`` and ``method``.
 
     Returns:
         One row for each variant: its R2 (mean and standard deviation over seeds), and ``delta_r2`` with its interval ``low`` to

@@ -54,10 +54,8 @@ def search_alphas(
 ) -> tuple[AlphaChoice, Float[AnyArray, " D"], Float[AnyArray, " D"], Tree]:
     """Evaluates a grid, and extends it while the best alpha lies at an end: each time by one alpha, ten times beyond that end.
 
-    Args:
-        alphas: the grid. A grid of one alpha has no ends and is not extended.
-        evaluate: takes n alphas and gives their n errors, and arrays whose first dimension is n.
-        extend_decades: how many alphas may be added; with 0, the function works under ``jit``.
+    ``evaluate`` takes n alphas and gives their n errors, and arrays whose first dimension is n. A grid of one alpha has no ends
+    and is not extended. With 0 ``extend_decades``, the most alphas that may be added, the function works under ``jit``.
 
     Returns:
         The choice; the D = A + extend_decades alphas, those of the grid first, and their errors, NaN where none was added; and

@@ -211,7 +211,7 @@ def predict_local(mixture: LocalMixture, flux: Float[AnyArray, "N P"], noise: Fl
         InputError: shapes that disagree.
     """
     n_pixels = len(mixture.model.mean)
-    if flux.ndim != 2 or flux.shape[1] != n_pixels or noise.shape != flux.shape[:1]:
+    if flux.shape[1] != n_pixels or noise.shape != flux.shape[:1]:
         raise InputError(f"flux and noise have shapes {flux.shape} and {noise.shape}, expected (N, {n_pixels}) and (N,)")
     return predict_local_experts(mixture.experts, project_flux(mixture.model, flux), noise)
 
@@ -249,7 +249,7 @@ def fit_local(
     from sklearn.cluster import KMeans
 
     n = require_same_length(flux=flux, y=y)
-    if error.shape != flux.shape or labels.ndim != 2 or len(labels) != n:
+    if error.shape != flux.shape or len(labels) != n:
         raise InputError(f"error and labels have shapes {error.shape} and {labels.shape}, expected {flux.shape} and ({n}, L)")
     if n < 2 * n_cells:
         raise InputError(f"found {n} stars for {n_cells} cells, expected at least 2 in each on average")

@@ -16,7 +16,7 @@ FALLBACK_THRESHOLD = 0.5
 
 
 def _require_weights(weights: AnyArray, predictions: AnyArray) -> None:
-    if weights.shape != predictions.shape or weights.ndim != 2:
+    if weights.shape != predictions.shape:
         raise InputError(f"weights have shape {weights.shape}, expected (N, K) like expert_predictions {predictions.shape}")
 
 
