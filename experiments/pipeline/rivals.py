@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
-from moe_jax.core.arrays import AnyArray, mean_and_scale, scale_columns
+from moe_jax.core.arrays import AnyArray
 from moe_jax.experts.cells import N_CELLS
 from moe_jax.experts.ridge import Ridge, predict_ridge
-from moe_jax.gates.controls import SquaredError
+from moe_jax.gates.controls import Regressor, SquaredError, fit_regressor
 from moe_jax.gates.networks import MLPGate
-from moe_jax.gates.optimize import Params, Rows, minimize
+from moe_jax.gates.optimize import Params, Rows
 from moe_jax.gates.routing import route_soft
 from moe_jax.gates.training import GateConfig
 
@@ -167,31 +166,21 @@ class ConvNet(MLPGate):
         return Network()
 
 
-class Regressor(NamedTuple):
-    """A fitted network, and the scales of its input and output."""
-
-    params: Params
-    x_mean: Float[AnyArray, " F"]
-    x_scale: Float[AnyArray, " F"]
-    y_mean: Float[AnyArray, ""]
-    y_scale: Float[AnyArray, ""]
-
-
 def fit_conv(
     key: PRNGKeyArray, x: Float[AnyArray, "N F"], y: Float[AnyArray, " N"], network: ConvNet, config: GateConfig
 ) -> Regressor:
     """Regresses y on pixels and one more column; Adam, until stars that are held out are predicted no better."""
     key_init, key_train = jax.random.split(key)
     start = network.init(key_init, x.shape[1], 1)
-    return _fit(key_train, SquaredError(network), start, x, y, config)
+    return fit_regressor(key_train, SquaredError(network), start, x, jnp.asarray(y), config)[0]
 
 
 def predict_conv(network: ConvNet, fitted: Regressor, x: Float[AnyArray, "N F"]) -> Float[jax.Array, " N"]:
     """Predictions of a fitted network."""
-    return network.logits(fitted.params, scale_columns(x, *fitted[1:3]))[:, 0] * fitted.y_scale + fitted.y_mean
+    return fitted.predict(lambda params, x: network.logits(params, x)[:, 0], x)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("gate",))
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class JointError:
     """Squared error of a mixture of linear experts whose params are all free, the experts beside those of the gate."""
@@ -216,21 +205,12 @@ def fit_joint(
     key_gate, key_experts, key_train = jax.random.split(key, 3)
     coef = jax.random.normal(key_experts, (n_experts, x.shape[1]), jnp.asarray(y).dtype) / x.shape[1] ** 0.5
     start = gate.init(key_gate, x.shape[1], n_experts) | {"experts": {"coef": coef, "intercept": coef[:, 0]}}
-    return _fit(key_train, JointError(gate), start, x, y, config)
+    return fit_regressor(key_train, JointError(gate), start, x, jnp.asarray(y), config)[0]
 
 
 def predict_joint(gate: MLPGate, fitted: Regressor, x: Float[AnyArray, "N F"]) -> Float[jax.Array, " N"]:
     """Predictions of a mixture that was trained as a whole."""
-    return JointError(gate).mixture(fitted.params, scale_columns(x, *fitted[1:3])) * fitted.y_scale + fitted.y_mean
-
-
-def _fit(
-    key: PRNGKeyArray, objective: Any, start: Params, x: Float[AnyArray, "N F"], y: Float[AnyArray, " N"], config: GateConfig
-) -> Regressor:
-    (x_mean, x_scale), ((y_mean,), (y_scale,)) = mean_and_scale(x), mean_and_scale(jnp.asarray(y)[:, None])
-    data = (scale_columns(x, x_mean, x_scale), (jnp.asarray(y) - y_mean) / y_scale)
-    fit = minimize(key, objective, start, data, config.method(), validation=config.validation_fraction)
-    return Regressor(fit.params, x_mean, x_scale, y_mean, y_scale)
+    return fitted.predict(JointError(gate).mixture, x)
 
 
 def rival_methods(

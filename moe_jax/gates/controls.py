@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jaxtyping import Float, PRNGKeyArray
 from moe_jax.core.arrays import AnyArray, InputError, mean_and_scale, require_same_length, scale_columns
 from moe_jax.core.convert import convert_arguments
 from moe_jax.gates.networks import MLPGate
-from moe_jax.gates.optimize import GateFit, Params, Rows, minimize
+from moe_jax.gates.optimize import GateFit, Objective, Params, Rows, minimize
 from moe_jax.gates.routing import route_soft, sharpen
 from moe_jax.gates.training import GateConfig
 
@@ -68,14 +69,29 @@ class SquaredError:
         return (y - self.network.logits(params, x)[:, 0]) ** 2
 
 
-class MLPRegressor(NamedTuple):
-    """A network with one hidden layer, and the scales of its input and output."""
+class Regressor(NamedTuple):
+    """A network, and the scales of its input and output."""
 
     params: Params
     x_mean: Float[jax.Array, " F"]
     x_scale: Float[jax.Array, " F"]
     y_mean: Float[jax.Array, ""]
     y_scale: Float[jax.Array, ""]
+
+    def predict(self, network: Callable[[Params, Any], Any], x: Float[AnyArray, "N F"]) -> Float[jax.Array, " N"]:
+        """What the network makes of standardised columns, in the unit of y."""
+        return network(self.params, scale_columns(x, self.x_mean, self.x_scale)) * self.y_scale + self.y_mean
+
+
+def fit_regressor(
+    key: PRNGKeyArray, objective: Objective, params: Params, x: Float[AnyArray, "N F"], y: Float[AnyArray, " N"], config: GateConfig
+) -> tuple[Regressor, GateFit]:
+    """Fits params to x and y, which are standardised, as a gate is trained; the objective takes them as its two rows."""
+    (x_mean, x_scale), ((y_mean,), (y_scale,)) = mean_and_scale(x), mean_and_scale(y[:, None])
+    data = (scale_columns(x, x_mean, x_scale), (y - y_mean) / y_scale)
+    validation, decay = config.validation_fraction, config.weight_decay
+    fit = minimize(key, objective, params, data, config.method(), validation=validation, weight_decay=decay)
+    return Regressor(fit.params, x_mean, x_scale, y_mean, y_scale), fit
 
 
 @convert_arguments(finite=("x", "y"))
@@ -86,7 +102,7 @@ def fit_mlp_regressor(
     *,
     hidden: int = 64,
     config: GateConfig | None = None,
-) -> tuple[MLPRegressor, GateFit]:
+) -> tuple[Regressor, GateFit]:
     """Regresses y on x with the network of an MLP gate, which is trained as a gate is; x and y are standardised inside.
 
     Args:
@@ -101,25 +117,14 @@ def fit_mlp_regressor(
     """
     require_same_length(x=x, y=y)
     x, y, config = jnp.asarray(x), jnp.asarray(y), GateConfig() if config is None else config
-    x_mean, x_scale = mean_and_scale(x)
-    (y_mean,), (y_scale,) = mean_and_scale(y[:, None])
     network = MLPGate(hidden)
     key_init, key_train = jax.random.split(key)
     params = jax.tree.map(lambda leaf: leaf.astype(x.dtype), network.init(key_init, x.shape[1], 1))
-    fit = minimize(
-        key_train,
-        SquaredError(network),
-        params,
-        (scale_columns(x, x_mean, x_scale), (y - y_mean) / y_scale),
-        config.method(),
-        validation=config.validation_fraction,
-        weight_decay=config.weight_decay,
-    )
-    return MLPRegressor(fit.params, x_mean, x_scale, y_mean, y_scale), fit
+    return fit_regressor(key_train, SquaredError(network), params, x, y, config)
 
 
 @convert_arguments()
-def predict_mlp_regressor(model: MLPRegressor, x: Float[AnyArray, "N F"]) -> Float[jax.Array, " N"]:
+def predict_mlp_regressor(model: Regressor, x: Float[AnyArray, "N F"]) -> Float[jax.Array, " N"]:
     """Predictions of a fitted network."""
     network = MLPGate(hidden=model.params["head"]["kernel"].shape[0])
-    return network.logits(model.params, scale_columns(x, model.x_mean, model.x_scale))[:, 0] * model.y_scale + model.y_mean
+    return model.predict(lambda params, x: network.logits(params, x)[:, 0], x)
