@@ -11,8 +11,7 @@ import numpy as np
 
 from experiments.pipeline.config import DataConfig, draw_keys
 from experiments.pipeline.surveys import experts_of, open_surveys
-from moe_jax.core.arrays import AnyArray, InputError, by_numpy, map_blocks, to_device
-from moe_jax.experts.fit import require_cell_sizes
+from moe_jax.core.arrays import AnyArray, InputError, by_numpy, map_blocks, require_cell_sizes, to_device
 from moe_jax.spectra.survey import Labels, Spectra, add_star_noise, star_keys
 
 SLICE = 2_048  # stars that are in memory at a time

@@ -60,6 +60,16 @@ def require_whole(name: str, number: Any, least: int) -> None:
         raise InputError(f"{name} is {number!r}, expected a whole number, at least {least}")
 
 
+def require_cell_sizes(source: str, cell: AnyArray, n_experts: int, at_least: int) -> None:
+    """Raises an ``InputError`` that starts with ``source`` where a cell holds too few stars to cross-validate."""
+    counts = np.bincount(np.asarray(cell)[np.asarray(cell) >= 0], minlength=n_experts)
+    if len(counts) > n_experts:
+        raise InputError(f"{source}: found cell {len(counts) - 1}, expected cells 0 to {n_experts - 1} or -1")
+    if counts.min() < at_least:
+        k = int(counts.argmin())
+        raise InputError(f"{source}: found {counts[k]} stars in cell {k}, expected at least {at_least} to cross-validate")
+
+
 def without_offset(y: AnyArray, *others: AnyArray) -> tuple[AnyArray, ...]:
     """All arrays less the mean of y, if they are float64 of NumPy that JAX will cut to float32; else as they are.
 

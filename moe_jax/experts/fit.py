@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from moe_jax.core.arrays import AnyArray, InputError, by_numpy, namespace, require_same_length, to_device, to_host
+from moe_jax.core.arrays import AnyArray, by_numpy, namespace, require_cell_sizes, require_same_length, to_device, to_host
 from moe_jax.core.convert import convert_arguments
 from moe_jax.experts.alphas import require_positive
 from moe_jax.experts.cross_validation import CrossValidatedRidge, fit_cross_validated, held_rows
@@ -160,13 +160,3 @@ def cross_fitted_predictions(
     xp = namespace(predictions)
     was_fitted_to = cell[:, None] == xp.arange(predictions.shape[1])[None, :]
     return xp.where(was_fitted_to, out_of_fold[:, None], predictions)
-
-
-def require_cell_sizes(source: str, cell: AnyArray, n_experts: int, at_least: int) -> None:
-    """Raises an ``InputError`` that starts with ``source`` where a cell holds too few stars to cross-validate."""
-    counts = np.bincount(np.asarray(cell)[np.asarray(cell) >= 0], minlength=n_experts)
-    if len(counts) > n_experts:
-        raise InputError(f"{source}: found cell {len(counts) - 1}, expected cells 0 to {n_experts - 1} or -1")
-    if counts.min() < at_least:
-        k = int(counts.argmin())
-        raise InputError(f"{source}: found {counts[k]} stars in cell {k}, expected at least {at_least} to cross-validate")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from moe_jax.core.arrays import AnyArray, InputError, require_same_length
+from moe_jax.core.arrays import AnyArray, InputError, require_cell_sizes, require_same_length
 from moe_jax.core.convert import convert_arguments
 from moe_jax.gates.networks import linear_params
 from moe_jax.gates.optimize import Params
@@ -55,10 +55,7 @@ def fit_classifier(
     cell = np.asarray(cell)
     if cell.min() < 0:
         raise InputError(f"cell holds {cell.min()}, expected 0 to K - 1")
-    counts = np.bincount(cell)
-    if counts.min() < n_folds:
-        k = int(counts.argmin())
-        raise InputError(f"cell: found {counts[k]} stars in cell {k}, expected at least {n_folds} to cross-validate")
+    require_cell_sizes("cell", cell, int(cell.max()) + 1, n_folds)
     x, C_grid = np.asarray(features, np.float64), tuple(sorted(C_grid))
     # Newton steps on the exact Hessian need a dozen iterations where L-BFGS needs hundreds at large C. Each fit starts from that
     # of the next smaller C.
