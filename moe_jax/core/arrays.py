@@ -25,16 +25,10 @@ class InputError(ValueError):
 
 
 def require_same_length(**arrays: AnyArray) -> int:
-    """Raises unless all arrays have the same first dimension N and those after the first have no more than one dimension.
-
-    Args:
-        **arrays: arrays by the name that the message uses; the first may be (N,) or (N, P), the others are (N,).
-
-    Returns:
-        N.
+    """N, the first dimension of all arrays: the first may be (N,) or (N, P), the others must be (N,).
 
     Raises:
-        InputError: shapes that disagree, an (N, 1) among the (N,), or no stars at all.
+        InputError: with the name of the array, for shapes that disagree, an (N, 1) among the (N,), or no stars at all.
     """
     (first, reference), *others = arrays.items()
     n = reference.shape[0] if reference.ndim else 0

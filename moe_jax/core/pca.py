@@ -26,12 +26,7 @@ def fit_pca(key: PRNGKeyArray, x: Float[AnyArray, "N P"], n_components: int) -> 
     """Principal components by randomised subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4).
 
     With 28 extra vectors and nine iterations the components of stellar spectra are those of a full decomposition to
-    float32's rounding, for a fraction of its time.
-
-    Args:
-        key: random key of the start; it does not show in the result beyond rounding.
-        x: noisy flux of the training stars.
-        n_components: C.
+    float32's rounding, for a fraction of its time. So the key of the start does not show in the result.
 
     Raises:
         InputError: for more components than stars or pixels.

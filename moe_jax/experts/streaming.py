@@ -72,13 +72,7 @@ def _add(sums: Sums, x: jax.Array, y: jax.Array, mask: jax.Array, group: jax.Arr
 
 
 class Blocks:
-    """Stars as they come, sorted into blocks of their groups.
-
-    Args:
-        n_rows: R, rows of a block: a multiple of the number of devices.
-        n_pixels: P.
-        dtype: of the stars.
-    """
+    """Stars as they come, sorted into blocks of their groups; ``n_rows`` of a block are a multiple of the number of devices."""
 
     def __init__(self, n_rows: int, n_pixels: int, dtype: np.dtype | type = np.float32) -> None:
         self._shape, self._dtype = (n_rows, n_pixels), dtype
