@@ -12,7 +12,7 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -21,14 +21,14 @@ from jaxtyping import Float
 from moe_jax.core.arrays import InputError
 from moe_jax.core.files import import_extra, require_readable
 from moe_jax.spectra.resample import MaskedSpectra
-from moe_jax.spectra.survey_file import require_wave
+from moe_jax.spectra.survey_file import name_damage, require_wave
 from moe_jax.spectra.telescope_file import UNCERTAINTIES, TelescopeFile, error_of, is_fits, mask_unusable, to_angstrom
 
 #: Names of columns and extensions, in small letters.
-NAMES = {
-    "wave": ("wavelength", "wave", "lambda", "lam", "wl", "spectral_axis", "loglam", "log_lambda", "logwave", "col1"),
-    "flux": ("flux", "flux_density", "f_lambda", "flam", "spectrum", "spec", "counts", "intensity", "normalized_flux", "col2"),
-    "error": (
+NAMES = dict(
+    wave=("wavelength", "wave", "lambda", "lam", "wl", "spectral_axis", "loglam", "log_lambda", "logwave", "col1"),
+    flux=("flux", "flux_density", "f_lambda", "flam", "spectrum", "spec", "counts", "intensity", "normalized_flux", "col2"),
+    error=(
         "error",
         "err",
         "flux_error",
@@ -42,31 +42,12 @@ NAMES = {
         "unc",
         "col3",
     ),
-    "ivar": ("ivar", "inverse_variance", "invvar", "flux_ivar"),
-    "variance": ("variance", "var", "flux_variance", "flux_var"),
-}
+    ivar=("ivar", "inverse_variance", "invvar", "flux_ivar"),
+    variance=("variance", "var", "flux_variance", "flux_var"),
+)
 _MISSING = ("", "-", "--", "n/a", "na", "null", "none", "masked")  # numbers that are not there, in text
 _LOGARITHMIC = ("loglam", "log_lambda", "logwave")
 _NAME_WITH_UNIT = re.compile(r"\s*(.*?)\s*(?:[\[(]\s*(.*?)\s*[\])]|_(nm|um|aa|angstrom|micron))\s*", re.IGNORECASE)
-
-
-class Source(Protocol):
-    """Spectra on common wavelengths: those of a file, or a part of it."""
-
-    @property
-    def wave(self) -> Float[np.ndarray, " P"]:
-        """Wavelengths, Angstrom, increasing."""
-
-    @property
-    def n_stars(self) -> int:
-        """Number of stars, N."""
-
-    @property
-    def has_errors(self) -> bool:
-        """Whether the file gives errors."""
-
-    def read(self, start: int, stop: int) -> MaskedSpectra:
-        """The stars ``start`` to ``stop - 1``."""
 
 
 class LoadedSpectra(NamedTuple):
@@ -90,6 +71,10 @@ class LoadedSpectra(NamedTuple):
         return MaskedSpectra(*(array[start:stop] for array in self.spectra))
 
 
+#: Spectra on common wavelengths: those of a file, or a part of it.
+Source = TelescopeFile | LoadedSpectra
+
+
 class _Field(NamedTuple):
     """An array of a file."""
 
@@ -109,7 +94,7 @@ def open_spectra(path: Path | str) -> list[Source]:
     require_readable(path)
     if not path.is_file() or h5py.is_hdf5(path):
         return [TelescopeFile(path)]
-    try:
+    with name_damage(path):
         if not is_fits(path):
             return _sources(path, [_read_text(path)])
         with import_extra("astropy.io.fits", "FITS").open(path, memmap=False, lazy_load_hdus=False) as hdus:
@@ -119,11 +104,6 @@ def open_spectra(path: Path | str) -> list[Source]:
             if "flux" in images and wave is not None and wave.values.ndim == 1 and not wave.unit:
                 return [TelescopeFile(path)]  # reads in parts
             return _sources(path, parts)
-    except (InputError, ModuleNotFoundError):
-        raise
-    except Exception as reason:  # astropy and NumPy raise a dozen types for a damaged file
-        summary = str(reason).split("\n")[0]
-        raise InputError(f"{path}: found a file that cannot be read ({summary}), expected a whole one") from reason
 
 
 def _sources(path: Path, parts: Sequence[list[_Field]]) -> list[Source]:
@@ -169,16 +149,13 @@ def _group(path: Path, found: dict[str, _Field]) -> Iterable[LoadedSpectra]:
         there = np.isfinite(wave[start])  # rows of stars of different lengths are filled up
         if there.sum() < 2:
             raise InputError(f"{path}: {field.name}: found {there.sum()} numbers for star {start}, expected at least 2 wavelengths")
-        if not there[(np.cumsum(there) > 0) & (np.cumsum(there[::-1])[::-1] > 0)].all():
-            place = f"star {start}: {(~there).sum()} of {len(there)} wavelengths"
-            raise InputError(
-                f"{path}: {field.name}: found {place} that are not numbers between those that are, expected all of them"
-            )
+        if not np.trim_zeros(there).all():
+            gap = f"star {start}: {(~there).sum()} of {len(there)} wavelengths that are not numbers between those that are"
+            raise InputError(f"{path}: {field.name}: found {gap}, expected all of them")
         order = np.flatnonzero(there)[np.argsort(wave[start][there])]
         require_wave(path, field.name, wave[start][order])
-        yield LoadedSpectra(
-            wave[start][order], mask_unusable(arrays["flux"][rows][:, order], None if error is None else error[rows][:, order])
-        )
+        flux, error_there = arrays["flux"][rows][:, order], None if error is None else error[rows][:, order]
+        yield LoadedSpectra(wave[start][order], mask_unusable(flux, error_there))
 
 
 def _named(name: str, values: Any, unit: str | None = None) -> _Field:
@@ -211,12 +188,8 @@ def _fields_of(hdu: Any) -> list[_Field]:
     header, data = hdu.header, np.asarray(hdu.data)
     fields = [_named(hdu.name or "primary", data, header.get("BUNIT"))]
     step = header.get("CDELT1", header.get("CD1_1"))
-    if (
-        fields[0].name in [name for kind in UNCERTAINTIES for name in NAMES[kind]]
-        or step is None
-        or "CRVAL1" not in header
-        or data.ndim > 3
-    ):
+    is_error = fields[0].name in [name for kind in UNCERTAINTIES for name in NAMES[kind]]
+    if is_error or step is None or "CRVAL1" not in header or data.ndim > 3:
         return fields
     wave = header["CRVAL1"] + (np.arange(data.shape[-1]) + 1 - header.get("CRPIX1", 1)) * step
     logarithmic = header.get("DC-FLAG") == 1 or "LOG" in str(header.get("CTYPE1", "")).upper() or (2 < wave[0] < 5 and step < 1e-2)
