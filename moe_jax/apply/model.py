@@ -132,10 +132,8 @@ def predict_model(
 def _noise_level(model: Model, flux: AnyArray, error: AnyArray | None, good: AnyArray | None) -> AnyArray:
     """(N,) median error of each star's good pixels; that of the training stars where errors are not known."""
     if error is None:
-        error = (
-            jnp.sqrt(model.uncertainty.noise_variance)[None, :] if model.uncertainty is not None else jnp.ones((1, flux.shape[1]))
-        )
-        return jnp.broadcast_to(median_error(error), flux.shape[:1])
+        variance = np.ones(flux.shape[1]) if model.uncertainty is None else model.uncertainty.noise_variance
+        return jnp.broadcast_to(median_error(jnp.sqrt(variance)[None, :]), flux.shape[:1])
     if good is None or np.asarray(good).all():
         return median_error(error)
     known = np.ma.masked_array(np.asarray(error), ~np.asarray(good))  # a star without good pixels has no answer anyway

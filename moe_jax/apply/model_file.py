@@ -129,15 +129,11 @@ def _require_layers(path: Path, gate: Gate, leaves: dict[str, np.ndarray]) -> di
     """The numbers of experts and features; raises an ``InputError`` unless experts and gates have the shapes that go with them."""
     n_experts, n_features = np.size(leaves.get("experts/intercept", ())), len(FEATURE_NAMES)
     hidden = gate.hidden if isinstance(gate, MLPGate) else None
-    layers: dict[str, tuple[int, ...]] = {
-        "classification/head": (n_features, n_experts),
-        "gate/head": (hidden or n_features, n_experts),
-    }
-    if hidden:
-        layers["gate/hidden"] = (n_features, hidden)
+    layers = [("classification/head", n_features, n_experts), ("gate/head", hidden or n_features, n_experts)]
+    layers += [("gate/hidden", n_features, hidden)] if hidden else []
     expected: dict[str, tuple[int, ...]] = {"experts/intercept": (n_experts,), "global/intercept": ()}
-    for layer, shape in layers.items():
-        expected |= {f"{layer}/kernel": shape, f"{layer}/bias": shape[1:]}
+    for layer, n_inputs, n_outputs in layers:
+        expected |= {f"{layer}/kernel": (n_inputs, n_outputs), f"{layer}/bias": (n_outputs,)}
     for name, shape in expected.items():
         if name not in leaves or leaves[name].shape != shape:
             found = f"{name} has shape {leaves[name].shape}" if name in leaves else f"found no array {name!r}"
@@ -184,5 +180,4 @@ def _read_meaning(path: Path) -> dict[str, Any]:
     for name, expected in FEATURE_DEFINITION.items():
         if meaning[name] != expected:
             raise InputError(f"{path}: {name}: found {meaning[name]}, expected {expected} as this version computes them")
-    description: dict[str, Any] = meaning
-    return description
+    return meaning
