@@ -63,11 +63,7 @@ class Application(NamedTuple):
 
 
 def prepare_application(
-    model: Model,
-    wave: Float[AnyArray, " Q"],
-    source: str = "wave",
-    answer: Answer | None = None,
-    resolution: float | None = None,
+    model: Model, wave: Float[AnyArray, " Q"], source: str = "wave", answer: Answer | None = None, resolution: float | None = None
 ) -> Application:
     """Checks that a model fits the wavelengths of spectra, and sets up the resampling where its own differ.
 

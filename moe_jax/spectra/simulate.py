@@ -204,10 +204,7 @@ class SimulatedSpectra:
 
 @functools.partial(jax.jit, static_argnames=("axes",))
 def _spectra(
-    labels: dict[str, jax.Array],
-    axes: tuple[tuple[float, ...], ...],
-    components: tuple[jax.Array, ...],
-    factors: jax.Array | None,
+    labels: dict[str, jax.Array], axes: tuple[tuple[float, ...], ...], components: tuple[jax.Array, ...], factors: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Flux and error of some stars."""
     grid = SpectralGrid(*map(np.array, axes), *components)

@@ -1,8 +1,6 @@
 """Spectra as they come: HDF5, FITS images and tables, and text, opened as sources that share their wavelengths.
 
-Read are the HDF5 and FITS layouts of ``moe_jax.spectra.telescope_file``; FITS tables with a row for each pixel or for each star
-(those of SDSS, with loglam, flux and ivar, and specutils' tabular-fits among them); FITS images whose header gives the wavelengths
-(CRVAL1, CDELT1); and text with columns: CSV, white space, or ECSV. Columns and extensions are found by their names. Units come
+The page on spectra lists the layouts. Columns and extensions are found by their names, whatever their case: ``NAMES``. Units come
 from the file. Where it names none, the numbers tell Angstrom, nm and um apart.
 """
 
@@ -28,20 +26,7 @@ from moe_jax.spectra.telescope_file import UNCERTAINTIES, TelescopeFile, error_o
 NAMES = dict(
     wave=("wavelength", "wave", "lambda", "lam", "wl", "spectral_axis", "loglam", "log_lambda", "logwave", "col1"),
     flux=("flux", "flux_density", "f_lambda", "flam", "spectrum", "spec", "counts", "intensity", "normalized_flux", "col2"),
-    error=(
-        "error",
-        "err",
-        "flux_error",
-        "flux_err",
-        "e_flux",
-        "fluxerr",
-        "sigma",
-        "std",
-        "stddev",
-        "uncertainty",
-        "unc",
-        "col3",
-    ),
+    error=("error", "err", "flux_error", "flux_err", "e_flux", "fluxerr", "sigma", "std", "stddev", "uncertainty", "unc", "col3"),
     ivar=("ivar", "inverse_variance", "invvar", "flux_ivar"),
     variance=("variance", "var", "flux_variance", "flux_var"),
 )

@@ -84,17 +84,12 @@ def add_noise(
     """
     if flux.shape != error.shape:
         raise InputError(f"error has shape {error.shape}, expected {flux.shape} like flux")
-    return _add_noise(key, flux, error, noise_level)
+    return add_star_noise(star_keys(key, len(flux)), flux, error, noise_level)
 
 
 def star_keys(key: PRNGKeyArray, n_stars: int) -> Key[jax.Array, " N"]:
     """One key for the noise of each star."""
     return jax.random.split(key, n_stars)
-
-
-@jax.jit
-def _add_noise(key: jax.Array, flux: jax.Array, error: jax.Array, noise_level: ArrayLike) -> jax.Array:
-    return add_star_noise(star_keys(key, len(flux)), flux, error, noise_level)
 
 
 @jax.jit
