@@ -168,15 +168,8 @@ def _predict(
     sigma = jnp.sqrt(uncertainty.noise_variance)[None, :] if error is None else jnp.asarray(error)
     if good is not None:
         sigma = jnp.where(good, sigma, jnp.sqrt(uncertainty.rest_variance)[None, :])
-    variance = predictive_variance(
-        weights,
-        predictions,
-        approximate_leverage(uncertainty.leverage, flux),
-        uncertainty.residual_variance,
-        uncertainty.misfit,
-        gradient,
-        jnp.broadcast_to(sigma, flux.shape),
-    )
+    of_experts = approximate_leverage(uncertainty.leverage, flux), uncertainty.residual_variance, uncertainty.misfit
+    variance = predictive_variance(weights, predictions, *of_experts, gradient, jnp.broadcast_to(sigma, flux.shape))
     if scale_error is not None:
         scaling = jnp.sum(gradient * flux, axis=1) * scale_error
         variance = variance._replace(noise=variance.noise + scaling**2)

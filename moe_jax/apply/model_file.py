@@ -150,11 +150,11 @@ def _describe_gate(gate: Gate) -> dict[str, Any]:
 
 
 def _read_gate(path: Path, description: Any) -> Gate:
-    form = description.get("form") if isinstance(description, dict) else None
-    if form == "LinearGate":
-        return LinearGate()
-    if form == "MLPGate" and isinstance(description.get("hidden"), int):
-        return MLPGate(description["hidden"])
+    match description:
+        case {"form": "LinearGate"}:
+            return LinearGate()
+        case {"form": "MLPGate", "hidden": int(hidden)}:
+            return MLPGate(hidden)
     raise InputError(f"{path}: gate: found {description!r}, expected a LinearGate or an MLPGate")
 
 
@@ -168,12 +168,9 @@ def _read_meaning(path: Path) -> dict[str, Any]:
     except ValueError as reason:
         raise InputError(f"{path}: found a file that is not JSON ({reason}), expected the description of a model") from reason
     version = meaning.get("schema_version") if isinstance(meaning, dict) else None
-    if not isinstance(version, int):
-        raise InputError(f"{path}: schema_version: found {version!r}, expected {SCHEMA_VERSION}: this is not a model")
     if version != SCHEMA_VERSION:
-        raise InputError(
-            f"{path}: schema_version: found {version}, expected {SCHEMA_VERSION}: make the model again with this version"
-        )
+        advice = "make the model again with this version" if isinstance(version, int) else "this is not a model"
+        raise InputError(f"{path}: schema_version: found {version!r}, expected {SCHEMA_VERSION}: {advice}")
     for name in ("arrays_sha256", "gate", "provenance", *FEATURE_DEFINITION):
         if name not in meaning:
             raise InputError(f"{path}: {name}: found nothing, expected it in schema {SCHEMA_VERSION}")

@@ -195,24 +195,23 @@ def _read_text(path: Path) -> list[_Field]:
         return [_named(name, _filled(table[name]), str(table[name].unit or "")) for name in table.colnames]
     rows = [_split(line) for line in lines if line.strip() and line.lstrip()[0] not in "#%"]
     comments = [_split(line.lstrip(" #%")) for line in lines if line.lstrip().startswith(("#", "%"))]
-    header = rows.pop(0) if rows and not _is_number(rows[0][0]) else None
+    headers = [rows.pop(0)] if rows and not _is_number(rows[0][0]) else comments[::-1]
     if not any(_is_number(cell) for row in rows for cell in row):
         raise InputError(f"{path}: found a file that is not HDF5, FITS or columns of numbers, expected one with spectra")
     if odd := next((row for row in rows if len(row) != len(rows[0])), None):
         raise InputError(f"{path}: found {len(odd)} cells in the line {odd[:3]}, expected {len(rows[0])} like the first")
-    if header is None:
-        header = next((names for names in reversed(comments) if len(names) == len(rows[0])), None)
-    names = header if header is not None and len(header) == len(rows[0]) else [f"col{i + 1}" for i in range(len(rows[0]))]
+    names = next((names for names in headers if len(names) == len(rows[0])), [f"col{i + 1}" for i in range(len(rows[0]))])
     known = [name for kinds in NAMES.values() for name in kinds]
     short = [_named(name, None).name for name in names]
     if twice := next((name for name in short if name in known and short.count(name) > 1), None):
         raise InputError(f"{path}: found {short.count(twice)} columns named {twice}, expected one")
+    fields = []
     for name, meaning, column in zip(names, short, zip(*rows, strict=True), strict=True):
         text = [cell for cell in column if not _is_number(cell) and cell.lower() not in _MISSING]
         if text and meaning in known:
             raise InputError(f"{path}: {name}: found {text[0]!r} ({len(text)} such cells), expected numbers")
-    columns = zip(*([float(cell or "nan") if _is_number(cell) else np.nan for cell in row] for row in rows), strict=True)
-    return [_named(name, np.array(column)) for name, column in zip(names, columns, strict=True)]
+        fields.append(_named(name, np.array([float(cell or "nan") if _is_number(cell) else np.nan for cell in column])))
+    return fields
 
 
 def _split(line: str) -> list[str]:
