@@ -126,7 +126,7 @@ def main(config: PredictConfig) -> None:
         raise InputError(f"{twice}: found it twice among the files of spectra, expected it once")
     flags: Counter[str] = Counter()
     n_stars = masked = 0
-    with open_catalogue(config.output) as catalogue:
+    with open_catalogue(config.output) as add_rows:
         for path, (name, figures) in zip(paths, short_names(paths), strict=True):
             star = 0
             for source in open_spectra(path):
@@ -139,7 +139,7 @@ def main(config: PredictConfig) -> None:
                         part = apply_model(application, spectra, star + start, chunk)
                         _draw(config, application, spectra, part, figures)
                         part.insert(0, "file", name)
-                        catalogue.write(part)
+                        add_rows(part)
                         flags.update(flag for row in part["flags"] for flag in row.split("|") if flag)
                         masked += int(part["n_masked"].sum())
                         advance(stop - start)

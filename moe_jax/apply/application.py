@@ -21,7 +21,7 @@ import scipy
 from jaxtyping import Bool, Float
 
 from moe_jax.apply.conformal import LEVELS
-from moe_jax.apply.model import Model, Uncertainty, predict_model, with_variance
+from moe_jax.apply.model import MixturePrediction, Model, Uncertainty, predict_model, with_variance
 from moe_jax.apply.robust import COOL, QUANTILES, RobustFit, fit_robustly
 from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.gates.features import LINE_WINDOWS, SIDEBAND
@@ -63,11 +63,7 @@ class Application(NamedTuple):
 
 
 def prepare_application(
-    model: Model,
-    wave: Float[AnyArray, " Q"],
-    source: str = "wave",
-    answer: Answer | None = None,
-    resolution: float | None = None,
+    model: Model, wave: Float[AnyArray, " Q"], source: str = "wave", answer: Answer | None = None, resolution: float | None = None
 ) -> Application:
     """Checks that a model fits the wavelengths of spectra, and sets up the resampling where its own differ.
 
@@ -186,8 +182,7 @@ def _correlated_noise(
     telescope_gradient = (overlap.T @ (resampled_gradient / np.where(covered > 0, covered, 1.0)).T).T
     resampled_error = np.where(on_model.good, np.asarray(on_model.error), 0.0)
     independent = np.sum((resampled_gradient * resampled_error) ** 2, axis=1)
-    difference: np.ndarray = np.sum((telescope_gradient * error) ** 2, axis=1) - independent
-    return difference
+    return np.sum((telescope_gradient * error) ** 2, axis=1) - independent
 
 
 def apply_model(application: Application, spectra: MaskedSpectra, first_star: int = 0, pad_to: int = 0) -> pd.DataFrame:
@@ -201,86 +196,75 @@ def apply_model(application: Application, spectra: MaskedSpectra, first_star: in
 
     Returns:
         Columns star, log_g, uncertainty (half-width of the 68 % interval; of a mixture that is not calibrated, the standard
-        deviation), half_width_LEVEL for the higher levels, those of ``fit_columns`` if the answer is that of the fit,
-        mixture_log_g and mixture_uncertainty if it is not the mixture's, weight_CELL for each expert, distance (in feature space,
-        in units of the limit), n_masked (number of masked pixels) and flags (names joined by |). NaN for a star that is not
-        predicted, and in the columns of a mixture that knows sharper spectra only.
+        deviation) and half_width_LEVEL for the higher levels; of a fit velocity (km/s), T_eff (K), M_H and a_M, each with
+        NAME_error, chi2, cool (0 or 1) and outside_cells; mixture_log_g and mixture_uncertainty if the answer is not the mixture's;
+        weight_CELL for each expert, distance (in feature space, in units of the limit), n_masked (number of masked pixels) and
+        flags (names joined by |). NaN for a star that is not predicted, and in the columns of a mixture that knows sharper
+        spectra only.
     """
     n_stars = len(spectra.flux)
     pad = ((0, max(0, pad_to - n_stars)), (0, 0))
-    padded = MaskedSpectra(*(np.pad(array, pad, mode="edge") for array in spectra))
-    mixture, usable, masked = _apply_mixture(application, padded)
-    mixture, usable, masked = mixture[:n_stars], usable[:n_stars], masked[:n_stars]
-    wave, distance = np.asarray(application.model.wave), mixture["distance"].to_numpy()
+    prediction, on_model = _apply_mixture(application, MaskedSpectra(*(np.pad(array, pad, mode="edge") for array in spectra)))
+    usable, masked = on_model.usable[:n_stars], ~on_model.good[:n_stars]
+    wave, distance = np.asarray(application.model.wave), np.asarray(prediction.distance)[:n_stars]
     many = masked.mean(axis=1) > MANY
     for low, high in LINE_WINDOWS.values():
         many |= masked[:, (wave >= low) & (wave <= high)].mean(axis=1) > MANY
     n_masked = masked.sum(axis=1)
     raised = {UNLIKE_TRAINING: usable & ~(distance <= 1)}
-    table = mixture
-    if application.answer == "fit":
+    levels = application.uncertainty.calibration.levels
+    answer = _interval_columns(prediction.log_g, prediction.sigma, prediction.half_width, levels)
+    mixture = {} if application.answer == "mixture" else {f"mixture_{name}": answer[name] for name in ("log_g", "uncertainty")}
+    mixture |= {f"weight_{k}": weight for k, weight in enumerate(np.asarray(prediction.weights).T)} | {"distance": distance}
+    if application.blurred:
+        mixture = {name: np.full_like(column, np.nan) for name, column in mixture.items()}
+    if application.answer == "local":
+        assert application.model.local is not None
+        assert prediction.local is not None
+        answer = _interval_columns(*prediction.local, application.model.local.calibration.levels)
+    elif application.answer == "fit":
         fit = fit_robustly(spectra, application.wave, resolution=application.resolution)
         usable &= fit.fitted
         raised = fit.flags()
         n_masked += fit.n_masked.astype(int)
-        mixture = mixture.drop(columns=[name for name in mixture if str(name).startswith("half_width_")])
-        mixture = mixture.rename(columns={"log_g": "mixture_log_g", "uncertainty": "mixture_uncertainty"})
-        if application.blurred:
-            mixture[:] = np.nan
-        table = pd.concat([fit_columns(fit), mixture], axis=1)
-    usable &= np.isfinite(table["log_g"].to_numpy())
+        answer = _fit_columns(fit)
+    usable &= np.isfinite(answer["log_g"][:n_stars])
     raised |= {MANY_MASKED: many, NOT_PREDICTED: ~usable}
     flags = ["|".join(name for name, is_raised in raised.items() if is_raised[i]) for i in range(n_stars)]
+    table = pd.DataFrame({name: column[:n_stars] for name, column in (answer | mixture).items()})
     table.loc[~usable] = np.nan
     table.insert(0, "star", np.arange(first_star, first_star + n_stars))
     return table.assign(n_masked=n_masked, flags=flags)
 
 
-def fit_columns(fit: RobustFit) -> pd.DataFrame:
-    """log_g and its intervals, velocity (km/s), T_eff (K), M_H, a_M, each with NAME_error; chi2, cool (0 or 1), outside_cells."""
-    columns = {"log_g": fit.labels[:, 1], "uncertainty": QUANTILES[0] * fit.error[:, 1]}
-    columns |= {
-        f"half_width_{100 * level:.0f}": quantile * fit.error[:, 1]
-        for level, quantile in zip(LEVELS[1:], QUANTILES[1:], strict=True)
-    }
+def _interval_columns(log_g: Any, sigma: Any, half_width: Any, levels: Any) -> dict[str, np.ndarray]:
+    """Columns log_g, uncertainty and half_width_LEVEL of an answer."""
+    half_width = np.asarray(half_width)
+    columns = {"log_g": np.asarray(log_g), "uncertainty": half_width[:, 0] if half_width.shape[1] else np.asarray(sigma)}
+    return columns | {f"half_width_{100 * level:.0f}": half_width[:, i] for i, level in enumerate(np.asarray(levels)) if i}
+
+
+def _fit_columns(fit: RobustFit) -> dict[str, np.ndarray]:
+    """Columns of the answer of a fit."""
+    columns = _interval_columns(fit.labels[:, 1], None, np.outer(fit.error[:, 1], QUANTILES), LEVELS)
     columns |= {"velocity": fit.velocity, "velocity_error": fit.velocity_error}
     for name, i in (("T_eff", 0), ("M_H", 2), ("a_M", 3)):
         columns |= {name: fit.labels[:, i], f"{name}_error": fit.error[:, i]}
     cool = np.where(fit.fitted, fit.labels[:, 0] < COOL, np.nan)
-    return pd.DataFrame(columns | {"chi2": fit.chi2, "cool": cool, "outside_cells": fit.outside})
+    return columns | {"chi2": fit.chi2, "cool": cool, "outside_cells": fit.outside}
 
 
-def _interval_columns(log_g: AnyArray, sigma: AnyArray | None, half_width: AnyArray, levels: AnyArray) -> dict[str, Any]:
-    """Columns log_g, uncertainty and half_width_LEVEL of an answer."""
-    half_width = np.asarray(half_width)
-    columns = {"log_g": log_g, "uncertainty": half_width[:, 0] if half_width.shape[1] else sigma}
-    return columns | {f"half_width_{100 * level:.0f}": half_width[:, i] for i, level in enumerate(np.asarray(levels)) if i}
-
-
-def _apply_mixture(
-    application: Application, spectra: MaskedSpectra
-) -> tuple[pd.DataFrame, Bool[np.ndarray, " N"], Bool[np.ndarray, "N P"]]:
-    """Log g with intervals, weights and distance; which stars are usable; and which pixels of the model are masked."""
-    model, uncertainty = application.model, application.uncertainty
+def _apply_mixture(application: Application, spectra: MaskedSpectra) -> tuple[MixturePrediction, ModelSpectra]:
+    """What the model predicts, with the noise that resampled pixels share; and the spectra on its pixels."""
     on_model = to_model(application, spectra)
     flux, error, good, usable, _, factor_error = on_model
     fillable = np.where(usable[:, None], good, True)  # an unusable star has nothing to be filled from; its results are dropped
     optional = [None if array is None else jnp.asarray(array, flux.dtype) for array in (error, factor_error)]
-    prediction = predict_model(model, jnp.asarray(flux), optional[0], jnp.asarray(fillable), optional[1])
-    assert prediction.variance is not None
+    prediction = predict_model(application.model, jnp.asarray(flux), optional[0], jnp.asarray(fillable), optional[1])
     if application.overlap is not None and error is not None:
+        assert prediction.variance is not None
         assert prediction.gradient is not None
         correlated = _correlated_noise(application.overlap, spectra, on_model, prediction.gradient)
         noise = jnp.maximum(prediction.variance.noise + jnp.asarray(correlated, flux.dtype), 0.0)
-        prediction = with_variance(model, prediction, prediction.variance._replace(noise=noise))
-    weights, levels = np.asarray(prediction.weights), uncertainty.calibration.levels
-    assert prediction.half_width is not None
-    columns = _interval_columns(prediction.log_g, prediction.sigma, prediction.half_width, levels)
-    if application.answer == "local":
-        assert model.local is not None
-        assert prediction.local is not None
-        columns = {f"mixture_{name}": columns[name] for name in ("log_g", "uncertainty")}
-        columns = _interval_columns(*prediction.local, model.local.calibration.levels) | columns
-    columns |= {f"weight_{k}": weights[:, k] for k in range(weights.shape[1])}
-    table = pd.DataFrame({name: np.asarray(values) for name, values in (columns | {"distance": prediction.distance}).items()})
-    return table, usable, ~good
+        prediction = with_variance(application.model, prediction, prediction.variance._replace(noise=noise))
+    return prediction, on_model

@@ -132,10 +132,8 @@ def predict_model(
 def _noise_level(model: Model, flux: AnyArray, error: AnyArray | None, good: AnyArray | None) -> AnyArray:
     """(N,) median error of each star's good pixels; that of the training stars where errors are not known."""
     if error is None:
-        error = (
-            jnp.sqrt(model.uncertainty.noise_variance)[None, :] if model.uncertainty is not None else jnp.ones((1, flux.shape[1]))
-        )
-        return jnp.broadcast_to(median_error(error), flux.shape[:1])
+        variance = np.ones(flux.shape[1]) if model.uncertainty is None else model.uncertainty.noise_variance
+        return jnp.broadcast_to(median_error(jnp.sqrt(variance)[None, :]), flux.shape[:1])
     if good is None or np.asarray(good).all():
         return median_error(error)
     known = np.ma.masked_array(np.asarray(error), ~np.asarray(good))  # a star without good pixels has no answer anyway
@@ -153,28 +151,27 @@ def _predict(
     scale_error: jax.Array | None,
 ) -> MixturePrediction:
     """``predict_model`` in one program."""
-    uncertainty = model.uncertainty
-    (log_g, gradient), (weights, features, predictions) = _mix(
-        gate, model.gate_params, model.experts, model.features, pixels, flux, uncertainty is not None
-    )
+
+    def mixture(flux: jax.Array) -> tuple[Any, tuple[Any, Any, Any]]:
+        features = features_of_pixels(model.features, flux, pixels)
+        weights, predictions = gate.apply(model.gate_params, features), predict_ridge(model.experts, flux)
+        return route_soft(weights, predictions), (weights, features, predictions)
+
+    log_g, pull_back, (weights, features, predictions) = jax.vjp(mixture, flux, has_aux=True)
     cell = jnp.argmax(LinearGate().apply(model.classification_params, features), axis=1)
     prediction = MixturePrediction(log_g, weights, features, predictions, predict_ridge(model.global_ridge, flux), cell)
+    uncertainty = model.uncertainty
     if uncertainty is None:
         return prediction
+    # One reverse pass gives the gradients of all stars, since each prediction depends on its own star's flux alone.
+    (gradient,) = pull_back(jnp.ones_like(log_g))
     sigma = jnp.sqrt(uncertainty.noise_variance)[None, :] if error is None else jnp.asarray(error)
     if good is not None:
         sigma = jnp.where(good, sigma, jnp.sqrt(uncertainty.rest_variance)[None, :])
-    variance = predictive_variance(
-        weights,
-        predictions,
-        approximate_leverage(uncertainty.leverage, flux),
-        uncertainty.residual_variance,
-        uncertainty.misfit,
-        gradient,
-        jnp.broadcast_to(sigma, flux.shape),
-    )
+    of_experts = approximate_leverage(uncertainty.leverage, flux), uncertainty.residual_variance, uncertainty.misfit
+    variance = predictive_variance(weights, predictions, *of_experts, gradient, jnp.broadcast_to(sigma, flux.shape))
     if scale_error is not None:
-        scaling = jnp.sum(jnp.asarray(gradient) * flux, axis=1) * scale_error
+        scaling = jnp.sum(gradient * flux, axis=1) * scale_error
         variance = variance._replace(noise=variance.noise + scaling**2)
     prediction = prediction._replace(distance=feature_distance(uncertainty.feature_range, features), gradient=gradient)
     return with_variance(model, prediction, variance)
@@ -186,29 +183,3 @@ def with_variance(model: Model, prediction: MixturePrediction, variance: Predict
     sigma = jnp.sqrt(variance.total(model.uncertainty.part_scales))
     half_width = half_widths(model.uncertainty.calibration, sigma, prediction.cell)
     return prediction._replace(variance=variance, sigma=sigma, half_width=half_width)
-
-
-def _mix(
-    gate: Gate,
-    params: Params,
-    experts: Ridge,
-    feature_model: FeatureModel,
-    pixels: dict[str, LinePixels],
-    flux: jax.Array,
-    differentiate: bool,
-) -> tuple[tuple[Any, Any], tuple[Any, Any, Any]]:
-    """(log_g, its gradient in the flux or None), (weights, features, expert predictions).
-
-    One reverse pass gives the gradients of all stars, since each prediction depends on its own star's flux alone.
-    """
-
-    def mixture(flux: jax.Array) -> tuple[Any, tuple[Any, Any, Any]]:
-        features = features_of_pixels(feature_model, flux, pixels)
-        weights, predictions = gate.apply(params, features), predict_ridge(experts, flux)
-        return route_soft(weights, predictions), (weights, features, predictions)
-
-    if not differentiate:
-        log_g, parts = mixture(flux)
-        return (log_g, None), parts
-    log_g, pull_back, parts = jax.vjp(mixture, flux, has_aux=True)
-    return (log_g, pull_back(jnp.ones_like(log_g))[0]), parts

@@ -129,15 +129,11 @@ def _require_layers(path: Path, gate: Gate, leaves: dict[str, np.ndarray]) -> di
     """The numbers of experts and features; raises an ``InputError`` unless experts and gates have the shapes that go with them."""
     n_experts, n_features = np.size(leaves.get("experts/intercept", ())), len(FEATURE_NAMES)
     hidden = gate.hidden if isinstance(gate, MLPGate) else None
-    layers: dict[str, tuple[int, ...]] = {
-        "classification/head": (n_features, n_experts),
-        "gate/head": (hidden or n_features, n_experts),
-    }
-    if hidden:
-        layers["gate/hidden"] = (n_features, hidden)
+    layers = [("classification/head", n_features, n_experts), ("gate/head", hidden or n_features, n_experts)]
+    layers += [("gate/hidden", n_features, hidden)] if hidden else []
     expected: dict[str, tuple[int, ...]] = {"experts/intercept": (n_experts,), "global/intercept": ()}
-    for layer, shape in layers.items():
-        expected |= {f"{layer}/kernel": shape, f"{layer}/bias": shape[1:]}
+    for layer, n_inputs, n_outputs in layers:
+        expected |= {f"{layer}/kernel": (n_inputs, n_outputs), f"{layer}/bias": (n_outputs,)}
     for name, shape in expected.items():
         if name not in leaves or leaves[name].shape != shape:
             found = f"{name} has shape {leaves[name].shape}" if name in leaves else f"found no array {name!r}"
@@ -154,11 +150,11 @@ def _describe_gate(gate: Gate) -> dict[str, Any]:
 
 
 def _read_gate(path: Path, description: Any) -> Gate:
-    form = description.get("form") if isinstance(description, dict) else None
-    if form == "LinearGate":
-        return LinearGate()
-    if form == "MLPGate" and isinstance(description.get("hidden"), int):
-        return MLPGate(description["hidden"])
+    match description:
+        case {"form": "LinearGate"}:
+            return LinearGate()
+        case {"form": "MLPGate", "hidden": int(hidden)}:
+            return MLPGate(hidden)
     raise InputError(f"{path}: gate: found {description!r}, expected a LinearGate or an MLPGate")
 
 
@@ -172,17 +168,13 @@ def _read_meaning(path: Path) -> dict[str, Any]:
     except ValueError as reason:
         raise InputError(f"{path}: found a file that is not JSON ({reason}), expected the description of a model") from reason
     version = meaning.get("schema_version") if isinstance(meaning, dict) else None
-    if not isinstance(version, int):
-        raise InputError(f"{path}: schema_version: found {version!r}, expected {SCHEMA_VERSION}: this is not a model")
     if version != SCHEMA_VERSION:
-        raise InputError(
-            f"{path}: schema_version: found {version}, expected {SCHEMA_VERSION}: make the model again with this version"
-        )
+        advice = "make the model again with this version" if isinstance(version, int) else "this is not a model"
+        raise InputError(f"{path}: schema_version: found {version!r}, expected {SCHEMA_VERSION}: {advice}")
     for name in ("arrays_sha256", "gate", "provenance", *FEATURE_DEFINITION):
         if name not in meaning:
             raise InputError(f"{path}: {name}: found nothing, expected it in schema {SCHEMA_VERSION}")
     for name, expected in FEATURE_DEFINITION.items():
         if meaning[name] != expected:
             raise InputError(f"{path}: {name}: found {meaning[name]}, expected {expected} as this version computes them")
-    description: dict[str, Any] = meaning
-    return description
+    return meaning

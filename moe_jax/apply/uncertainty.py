@@ -163,12 +163,13 @@ def fit_leverage(
         n_stars: number of stars that each expert was fitted to; the sums are scaled to it.
     """
 
-    def fit_one(sums: FluxSums, alpha: jax.Array, n_stars: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        n = jnp.maximum(sums.n, 1.0)
-        mean = sums.x / n
+    def fit_one(expert: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        n, x, xx, zz, alpha, n_stars = expert
+        n = jnp.maximum(n, 1.0)
+        mean = x / n
         z = matmul(basis, mean[:, None])[:, 0]
-        along = (sums.zz / n - jnp.outer(z, z)) * n_stars
-        total = (sums.xx / n - mean**2) * n_stars
+        along = (zz / n - jnp.outer(z, z)) * n_stars
+        total = (xx / n - mean**2) * n_stars
         beside = jnp.maximum(total - jnp.sum(basis * matmul(along, basis), axis=0), 0.0)
         inverse = 1.0 / (beside + alpha)
         values, vectors = jnp.linalg.eigh(along)
@@ -177,7 +178,7 @@ def fit_leverage(
         core = matmul(root, jnp.linalg.solve(inner, root.T))
         return jnp.asarray(center) + mean, inverse, core
 
-    mean, inverse, core = lax.map(lambda expert: fit_one(*expert), (sums._replace(rest=jnp.zeros_like(sums.x)), alpha, n_stars))
+    mean, inverse, core = lax.map(fit_one, (sums.n, sums.x, sums.xx, sums.zz, alpha, n_stars))
     return Leverage(jnp.asarray(n_stars), mean, inverse, jnp.asarray(basis), core)
 
 

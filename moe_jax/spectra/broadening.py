@@ -37,8 +37,7 @@ def broaden(spectra: Float[AnyArray, "N P"], widths: Sequence[float]) -> Float[n
         if width == 0:
             return np.asarray(spectra)
         filtered = scipy.ndimage.gaussian_filter1d(fine, width / (even[1] - even[0]), axis=1, mode="nearest")
-        on_pixels: np.ndarray = scipy.interpolate.make_interp_spline(even, filtered, axis=1)(log_wave)
-        return on_pixels
+        return scipy.interpolate.make_interp_spline(even, filtered, axis=1)(log_wave)
 
     return np.stack([convolve(width) for width in widths])
 

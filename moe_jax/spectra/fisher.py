@@ -94,5 +94,4 @@ def log_g_floor(information: Float[np.ndarray, "N 4 4"], *, prior: bool = False)
         widths = [(LABEL_LATTICE[name][1] - LABEL_LATTICE[name][0]) / unit for name, unit in LABEL_UNITS.items()]
         information = information + np.diag(12.0 / np.square(widths))[None]
     unit = LABEL_UNITS["log_g"]
-    floor: np.ndarray = unit * np.sqrt(np.linalg.inv(information)[:, 1, 1])
-    return floor
+    return unit * np.sqrt(np.linalg.inv(information)[:, 1, 1])

@@ -125,8 +125,7 @@ def _expand(grid: SpectralGrid, norm_coef: jax.Array, continuum_coef: jax.Array)
         return jnp.matmul(coef, basis, precision=lax.Precision.HIGHEST) + jnp.expand_dims(mean, range(coef.ndim - 1))
 
     return GridSpectra(
-        expand(norm_coef, grid.norm_basis, grid.norm_mean),
-        expand(continuum_coef, grid.continuum_basis, grid.continuum_mean),
+        expand(norm_coef, grid.norm_basis, grid.norm_mean), expand(continuum_coef, grid.continuum_basis, grid.continuum_mean)
     )
 
 

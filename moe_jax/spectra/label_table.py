@@ -16,7 +16,6 @@ from typing import Any
 import h5py
 import numpy as np
 
-LAYOUTS = ("frame", "frame_table")  # pandas' names of the layouts "fixed" and "table"
 _LARGEST_PICKLE = 100_000  # bytes; the names of eight columns take about a hundred
 
 
@@ -42,32 +41,24 @@ def read_table(file: h5py.File) -> dict[str, np.ndarray]:
     Raises:
         TableError: for no table or several, another layout, columns of different lengths, or a damaged file.
     """
+    items: list[Any] = []
     try:
-        return _read_only_table(file)
+        file.visititems(lambda _, item: items.append(item))
+        groups = [item for item in items if isinstance(item, h5py.Group) and "pandas_type" in item.attrs]
+        if len(groups) != 1:
+            names = ", ".join(group.name for group in groups)
+            raise TableError(f"{len(groups)} pandas tables ({names})" if groups else "no pandas table")
+        layout = _text(groups[0].attrs["pandas_type"])
+        if layout not in _LAYOUTS:
+            raise TableError(f"a pandas {layout!r}")
+        columns = _LAYOUTS[layout](groups[0])
+        if len({len(column) for column in columns.values()}) > 1:
+            raise TableError("columns of different lengths")
+        return columns
     except TableError:
         raise
     except Exception as reason:  # h5py and NumPy raise a dozen types for a damaged file
         raise TableError(f"damage: {str(reason).splitlines()[0] if str(reason) else type(reason).__name__}") from reason
-
-
-def _read_only_table(file: h5py.File) -> dict[str, np.ndarray]:
-    groups: list[h5py.Group] = []
-
-    def collect(_: str, item: Any) -> None:
-        if isinstance(item, h5py.Group) and "pandas_type" in item.attrs:
-            groups.append(item)
-
-    file.visititems(collect)
-    if len(groups) != 1:
-        names = ", ".join(group.name for group in groups)
-        raise TableError(f"{len(groups)} pandas tables ({names})" if groups else "no pandas table")
-    layout = _text(groups[0].attrs["pandas_type"])
-    if layout not in LAYOUTS:
-        raise TableError(f"a pandas {layout!r}")
-    columns = _read_fixed(groups[0]) if layout == "frame" else _read_appendable(groups[0])
-    if len({len(column) for column in columns.values()}) > 1:
-        raise TableError("columns of different lengths")
-    return columns
 
 
 def write_table(file: h5py.File, key: str, columns: Mapping[str, np.ndarray]) -> None:
@@ -79,18 +70,16 @@ def write_table(file: h5py.File, key: str, columns: Mapping[str, np.ndarray]) ->
     frame = {"pandas_type": "frame", "encoding": "UTF-8", "errors": "strict", "ndim": 2, "nblocks": 1}
     variety = dict.fromkeys(("axis0_variety", "axis1_variety", "block0_items_variety"), "regular")
     _set_attributes(group, node | frame | variety)
-    arrays: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
-        "axis0": (names, {"kind": "string"}),
-        "axis1": (np.arange(len(values)), {"kind": "integer"}),
-        "block0_items": (names, {"kind": "string"}),
-        "block0_values": (values, {}),
-    }
-    for name, (array, kind) in arrays.items():
-        dataset = group.create_dataset(name, data=array)
-        # "N." is a pickled None: pandas' name of an index that has none.
-        index = kind | {"name": np.bytes_("N.")} if kind else {}
-        common = {"CLASS": "ARRAY", "FLAVOR": "numpy", "TITLE": "", "VERSION": "2.4", "transposed": np.uint8(1)}
-        _set_attributes(dataset, common | index | ({"nan_rep": ""} if kind.get("kind") == "string" else {}))
+    index = {"name": np.bytes_("N.")}  # a pickled None: pandas' name of an index that has none
+    integers, strings = {"kind": "integer"} | index, {"kind": "string"} | index | {"nan_rep": ""}
+    common = {"CLASS": "ARRAY", "FLAVOR": "numpy", "TITLE": "", "VERSION": "2.4", "transposed": np.uint8(1)}
+    for name, array, kind in (
+        ("axis0", names, strings),
+        ("axis1", np.arange(len(values)), integers),
+        ("block0_items", names, strings),
+        ("block0_values", values, {}),
+    ):
+        _set_attributes(group.create_dataset(name, data=array), common | kind)
 
 
 def _set_attributes(item: Any, attributes: Mapping[str, Any]) -> None:
@@ -130,6 +119,9 @@ def _read_appendable(group: h5py.Group) -> dict[str, np.ndarray]:
             raise TableError(f"{values.shape[1]} columns in {field} with {len(names)} names")
         columns |= dict(zip(names, values.T, strict=True))
     return columns
+
+
+_LAYOUTS = {"frame": _read_fixed, "frame_table": _read_appendable}  # pandas' names of the layouts "fixed" and "table"
 
 
 def _array(group: h5py.Group, name: str) -> np.ndarray:

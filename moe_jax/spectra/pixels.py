@@ -38,5 +38,4 @@ def average_pixels(spectra: Float[AnyArray, "N P"], sides: Float[np.ndarray, "2 
     """Means over other pixels of spectra on the grid's, by a cubic spline of the flux up to each edge: it is conserved."""
     total = np.cumsum(spectra * np.diff(PIXEL_EDGES)[None, :], axis=1)
     up_to = scipy.interpolate.make_interp_spline(PIXEL_EDGES, np.insert(total, 0, 0, axis=1), axis=1)
-    means: np.ndarray = (up_to(sides[1]) - up_to(sides[0])) / (sides[1] - sides[0])[None, :]
-    return means
+    return (up_to(sides[1]) - up_to(sides[0])) / (sides[1] - sides[0])[None, :]

@@ -37,6 +37,7 @@ SKY_VARIANCE = 0.00428  #: variance of the median sky at mag 21.5
 _BATCH = 500  # stars that are interpolated at a time; bounds the memory
 
 
+@functools.partial(jax.jit, static_argnames=("n_stars", "label_sampling"))
 def draw_labels(key: PRNGKeyArray, n_stars: int, label_sampling: LabelSampling = "lattice") -> dict[str, jax.Array]:
     """Random labels of N stars, by name; each label is uniform in its range.
 
@@ -53,9 +54,6 @@ def draw_labels(key: PRNGKeyArray, n_stars: int, label_sampling: LabelSampling =
         values = jnp.where(is_free, values, nodes)
     labels = dict(zip(LABEL_LATTICE, values, strict=True))
     return labels | {"mag": jax.random.uniform(key_mag, (n_stars,), minval=MAG_RANGE[0], maxval=MAG_RANGE[1])}
-
-
-_draw_labels = jax.jit(draw_labels, static_argnames=("n_stars", "label_sampling"))
 
 
 def median_rows(x: Float[AnyArray, "N P"]) -> Float[jax.Array, " N"]:
@@ -193,7 +191,7 @@ class SimulatedSpectra:
             low, high, _ = LABEL_LATTICE[name]
             if axis[0] > low or axis[-1] < high:
                 raise InputError(f"the grid's {name} runs from {axis[0]:g} to {axis[-1]:g}, expected {low:g} to {high:g}")
-        drawn = _draw_labels(key, n_stars, label_sampling)
+        drawn = draw_labels(key, n_stars, label_sampling)
         self.wave, self.n_stars = to_device(WAVE if wave is None else np.asarray(wave, np.float64)), n_stars
         self.labels = Labels(**drawn, redshift=to_device(np.zeros(n_stars)), snr=to_device(np.full(n_stars, np.nan)))
 
@@ -206,10 +204,7 @@ class SimulatedSpectra:
 
 @functools.partial(jax.jit, static_argnames=("axes",))
 def _spectra(
-    labels: dict[str, jax.Array],
-    axes: tuple[tuple[float, ...], ...],
-    components: tuple[jax.Array, ...],
-    factors: jax.Array | None,
+    labels: dict[str, jax.Array], axes: tuple[tuple[float, ...], ...], components: tuple[jax.Array, ...], factors: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Flux and error of some stars."""
     grid = SpectralGrid(*map(np.array, axes), *components)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from moe_jax.spectra.grid import GRID_RESOLUTION
 from moe_jax.spectra.pixels import WAVE
 
 ROTATIONAL_TEMPERATURE = 190.0  # K
-RESOLUTION = 5000.0
 #: Upper and lower vibrational level: band origin (vacuum Angstrom) and strength relative to the strongest band.
 OH_BANDS = {
     (8, 3): (7274.5, 0.60),
@@ -54,20 +54,20 @@ def oh_lines() -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(waves), np.concatenate(strengths)
 
 
-def sky_variance(wave: np.ndarray = WAVE) -> np.ndarray:
-    """(P,) variance of the night sky in units of its median, at vacuum wavelengths ``wave`` (Angstrom)."""
+def sky_variance() -> np.ndarray:
+    """(P,) variance of the night sky in units of its median."""
     line_waves, strengths = oh_lines()
-    sigma = line_waves / RESOLUTION / np.sqrt(8.0 * np.log(2.0))
-    profiles = np.exp(-0.5 * ((wave[:, None] - line_waves) / sigma) ** 2)
-    position = (wave - wave[0]) / (wave[-1] - wave[0])
+    sigma = line_waves / GRID_RESOLUTION / np.sqrt(8.0 * np.log(2.0))
+    profiles = np.exp(-0.5 * ((WAVE[:, None] - line_waves) / sigma) ** 2)
+    position = (WAVE - WAVE[0]) / (WAVE[-1] - WAVE[0])
     floor = (1.0 - FLOOR_ERROR_FALL * position) ** 2
     lines = profiles @ (strengths / sigma)
     variance = floor * (1.0 + (PEAK_OVER_FLOOR - 1.0) * lines / lines.max())
     return variance / np.median(variance)
 
 
-def throughput(wave: np.ndarray = WAVE) -> np.ndarray:
+def throughput() -> np.ndarray:
     """(P,) slowly varying throughput of median 1: a dome that falls by 15 % to the ends of the arm."""
-    position = 2.0 * (wave - wave[0]) / (wave[-1] - wave[0]) - 1.0
+    position = 2.0 * (WAVE - WAVE[0]) / (WAVE[-1] - WAVE[0]) - 1.0
     dome = 1.0 - 0.15 * position**2
     return dome / np.median(dome)

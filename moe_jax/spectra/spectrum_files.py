@@ -1,8 +1,6 @@
 """Spectra as they come: HDF5, FITS images and tables, and text, opened as sources that share their wavelengths.
 
-Read are the HDF5 and FITS layouts of ``moe_jax.spectra.telescope_file``; FITS tables with a row for each pixel or for each star
-(those of SDSS, with loglam, flux and ivar, and specutils' tabular-fits among them); FITS images whose header gives the wavelengths
-(CRVAL1, CDELT1); and text with columns: CSV, white space, or ECSV. Columns and extensions are found by their names. Units come
+The page on spectra lists the layouts. Columns and extensions are found by their names, whatever their case: ``NAMES``. Units come
 from the file. Where it names none, the numbers tell Angstrom, nm and um apart.
 """
 
@@ -12,7 +10,7 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -21,52 +19,20 @@ from jaxtyping import Float
 from moe_jax.core.arrays import InputError
 from moe_jax.core.files import import_extra, require_readable
 from moe_jax.spectra.resample import MaskedSpectra
-from moe_jax.spectra.survey_file import require_wave
+from moe_jax.spectra.survey_file import name_damage, require_wave
 from moe_jax.spectra.telescope_file import UNCERTAINTIES, TelescopeFile, error_of, is_fits, mask_unusable, to_angstrom
 
 #: Names of columns and extensions, in small letters.
-NAMES = {
-    "wave": ("wavelength", "wave", "lambda", "lam", "wl", "spectral_axis", "loglam", "log_lambda", "logwave", "col1"),
-    "flux": ("flux", "flux_density", "f_lambda", "flam", "spectrum", "spec", "counts", "intensity", "normalized_flux", "col2"),
-    "error": (
-        "error",
-        "err",
-        "flux_error",
-        "flux_err",
-        "e_flux",
-        "fluxerr",
-        "sigma",
-        "std",
-        "stddev",
-        "uncertainty",
-        "unc",
-        "col3",
-    ),
-    "ivar": ("ivar", "inverse_variance", "invvar", "flux_ivar"),
-    "variance": ("variance", "var", "flux_variance", "flux_var"),
-}
+NAMES = dict(
+    wave=("wavelength", "wave", "lambda", "lam", "wl", "spectral_axis", "loglam", "log_lambda", "logwave", "col1"),
+    flux=("flux", "flux_density", "f_lambda", "flam", "spectrum", "spec", "counts", "intensity", "normalized_flux", "col2"),
+    error=("error", "err", "flux_error", "flux_err", "e_flux", "fluxerr", "sigma", "std", "stddev", "uncertainty", "unc", "col3"),
+    ivar=("ivar", "inverse_variance", "invvar", "flux_ivar"),
+    variance=("variance", "var", "flux_variance", "flux_var"),
+)
 _MISSING = ("", "-", "--", "n/a", "na", "null", "none", "masked")  # numbers that are not there, in text
 _LOGARITHMIC = ("loglam", "log_lambda", "logwave")
 _NAME_WITH_UNIT = re.compile(r"\s*(.*?)\s*(?:[\[(]\s*(.*?)\s*[\])]|_(nm|um|aa|angstrom|micron))\s*", re.IGNORECASE)
-
-
-class Source(Protocol):
-    """Spectra on common wavelengths: those of a file, or a part of it."""
-
-    @property
-    def wave(self) -> Float[np.ndarray, " P"]:
-        """Wavelengths, Angstrom, increasing."""
-
-    @property
-    def n_stars(self) -> int:
-        """Number of stars, N."""
-
-    @property
-    def has_errors(self) -> bool:
-        """Whether the file gives errors."""
-
-    def read(self, start: int, stop: int) -> MaskedSpectra:
-        """The stars ``start`` to ``stop - 1``."""
 
 
 class LoadedSpectra(NamedTuple):
@@ -90,6 +56,10 @@ class LoadedSpectra(NamedTuple):
         return MaskedSpectra(*(array[start:stop] for array in self.spectra))
 
 
+#: Spectra on common wavelengths: those of a file, or a part of it.
+Source = TelescopeFile | LoadedSpectra
+
+
 class _Field(NamedTuple):
     """An array of a file."""
 
@@ -109,7 +79,7 @@ def open_spectra(path: Path | str) -> list[Source]:
     require_readable(path)
     if not path.is_file() or h5py.is_hdf5(path):
         return [TelescopeFile(path)]
-    try:
+    with name_damage(path):
         if not is_fits(path):
             return _sources(path, [_read_text(path)])
         with import_extra("astropy.io.fits", "FITS").open(path, memmap=False, lazy_load_hdus=False) as hdus:
@@ -119,11 +89,6 @@ def open_spectra(path: Path | str) -> list[Source]:
             if "flux" in images and wave is not None and wave.values.ndim == 1 and not wave.unit:
                 return [TelescopeFile(path)]  # reads in parts
             return _sources(path, parts)
-    except (InputError, ModuleNotFoundError):
-        raise
-    except Exception as reason:  # astropy and NumPy raise a dozen types for a damaged file
-        summary = str(reason).split("\n")[0]
-        raise InputError(f"{path}: found a file that cannot be read ({summary}), expected a whole one") from reason
 
 
 def _sources(path: Path, parts: Sequence[list[_Field]]) -> list[Source]:
@@ -169,16 +134,13 @@ def _group(path: Path, found: dict[str, _Field]) -> Iterable[LoadedSpectra]:
         there = np.isfinite(wave[start])  # rows of stars of different lengths are filled up
         if there.sum() < 2:
             raise InputError(f"{path}: {field.name}: found {there.sum()} numbers for star {start}, expected at least 2 wavelengths")
-        if not there[(np.cumsum(there) > 0) & (np.cumsum(there[::-1])[::-1] > 0)].all():
-            place = f"star {start}: {(~there).sum()} of {len(there)} wavelengths"
-            raise InputError(
-                f"{path}: {field.name}: found {place} that are not numbers between those that are, expected all of them"
-            )
+        if not np.trim_zeros(there).all():
+            gap = f"star {start}: {(~there).sum()} of {len(there)} wavelengths that are not numbers between those that are"
+            raise InputError(f"{path}: {field.name}: found {gap}, expected all of them")
         order = np.flatnonzero(there)[np.argsort(wave[start][there])]
         require_wave(path, field.name, wave[start][order])
-        yield LoadedSpectra(
-            wave[start][order], mask_unusable(arrays["flux"][rows][:, order], None if error is None else error[rows][:, order])
-        )
+        flux, error_there = arrays["flux"][rows][:, order], None if error is None else error[rows][:, order]
+        yield LoadedSpectra(wave[start][order], mask_unusable(flux, error_there))
 
 
 def _named(name: str, values: Any, unit: str | None = None) -> _Field:
@@ -211,12 +173,8 @@ def _fields_of(hdu: Any) -> list[_Field]:
     header, data = hdu.header, np.asarray(hdu.data)
     fields = [_named(hdu.name or "primary", data, header.get("BUNIT"))]
     step = header.get("CDELT1", header.get("CD1_1"))
-    if (
-        fields[0].name in [name for kind in UNCERTAINTIES for name in NAMES[kind]]
-        or step is None
-        or "CRVAL1" not in header
-        or data.ndim > 3
-    ):
+    is_error = fields[0].name in [name for kind in UNCERTAINTIES for name in NAMES[kind]]
+    if is_error or step is None or "CRVAL1" not in header or data.ndim > 3:
         return fields
     wave = header["CRVAL1"] + (np.arange(data.shape[-1]) + 1 - header.get("CRPIX1", 1)) * step
     logarithmic = header.get("DC-FLAG") == 1 or "LOG" in str(header.get("CTYPE1", "")).upper() or (2 < wave[0] < 5 and step < 1e-2)
@@ -237,24 +195,23 @@ def _read_text(path: Path) -> list[_Field]:
         return [_named(name, _filled(table[name]), str(table[name].unit or "")) for name in table.colnames]
     rows = [_split(line) for line in lines if line.strip() and line.lstrip()[0] not in "#%"]
     comments = [_split(line.lstrip(" #%")) for line in lines if line.lstrip().startswith(("#", "%"))]
-    header = rows.pop(0) if rows and not _is_number(rows[0][0]) else None
+    headers = [rows.pop(0)] if rows and not _is_number(rows[0][0]) else comments[::-1]
     if not any(_is_number(cell) for row in rows for cell in row):
         raise InputError(f"{path}: found a file that is not HDF5, FITS or columns of numbers, expected one with spectra")
     if odd := next((row for row in rows if len(row) != len(rows[0])), None):
         raise InputError(f"{path}: found {len(odd)} cells in the line {odd[:3]}, expected {len(rows[0])} like the first")
-    if header is None:
-        header = next((names for names in reversed(comments) if len(names) == len(rows[0])), None)
-    names = header if header is not None and len(header) == len(rows[0]) else [f"col{i + 1}" for i in range(len(rows[0]))]
+    names = next((names for names in headers if len(names) == len(rows[0])), [f"col{i + 1}" for i in range(len(rows[0]))])
     known = [name for kinds in NAMES.values() for name in kinds]
     short = [_named(name, None).name for name in names]
     if twice := next((name for name in short if name in known and short.count(name) > 1), None):
         raise InputError(f"{path}: found {short.count(twice)} columns named {twice}, expected one")
+    fields = []
     for name, meaning, column in zip(names, short, zip(*rows, strict=True), strict=True):
         text = [cell for cell in column if not _is_number(cell) and cell.lower() not in _MISSING]
         if text and meaning in known:
             raise InputError(f"{path}: {name}: found {text[0]!r} ({len(text)} such cells), expected numbers")
-    columns = zip(*([float(cell or "nan") if _is_number(cell) else np.nan for cell in row] for row in rows), strict=True)
-    return [_named(name, np.array(column)) for name, column in zip(names, columns, strict=True)]
+        fields.append(_named(name, np.array([float(cell or "nan") if _is_number(cell) else np.nan for cell in column])))
+    return fields
 
 
 def _split(line: str) -> list[str]:

@@ -7,7 +7,7 @@ M_H must be there; the others are NaN where they are not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -31,48 +31,36 @@ REQUIRED = ("T_eff", "log_g", "M_H")  #: labels without which nothing can be tra
 
 def save_survey(path: Path | str, survey: Survey) -> None:
     """Writes a survey in the layout of this module, float32."""
-    _write(Path(path), survey.wave, len(survey.flux), [(survey.flux, survey.error)], lambda _: survey.labels)
+    save_spectra(path, survey, snr=survey.labels.snr)
 
 
 def save_spectra(
-    path: Path | str, spectra: Spectra, chunk_stars: int = 4_096, on_written: Callable[[int], None] = lambda _: None
+    path: Path | str,
+    spectra: Spectra,
+    chunk_stars: int = 4_096,
+    on_written: Callable[[int], None] = lambda _: None,
+    snr: AnyArray | None = None,
 ) -> None:
-    """Writes spectra that are computed or read in parts; the label snr is computed from them.
+    """Writes spectra that are computed or read in parts, in the layout of this module, float32.
 
     Args:
         path: file to write.
         spectra: spectra and labels.
         chunk_stars: number of stars in memory at a time.
         on_written: called after each part with its number of stars; for a progress bar.
+        snr: (N,) the label of this name; by default it is computed from the spectra.
     """
-
-    def parts() -> Iterator[tuple[AnyArray, AnyArray]]:
-        for start in range(0, spectra.n_stars, chunk_stars):
-            stop = min(start + chunk_stars, spectra.n_stars)
-            yield spectra.read(start, stop)
-            on_written(stop - start)
-
-    _write(Path(path), spectra.wave, spectra.n_stars, parts(), lambda snr: spectra.labels._replace(snr=snr))
-
-
-def _write(
-    path: Path,
-    wave: AnyArray,
-    n_stars: int,
-    parts: Iterable[tuple[AnyArray, AnyArray]],
-    labels_of: Callable[[np.ndarray], Labels],
-) -> None:
-    """Writes spectra that come in parts, and labels that may depend on the spectra's snr (N,)."""
-    snr, start = np.zeros(n_stars, np.float32), 0
+    shape, computed = (spectra.n_stars, len(spectra.wave)), np.zeros(spectra.n_stars, np.float32)
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
-        file[WAVE_FIELD] = np.asarray(wave, np.float64)
-        datasets = [file.create_dataset(field, (n_stars, len(wave)), np.float32) for field in (FLUX_FIELD, ERROR_FIELD)]
-        for flux, error in parts:
-            rows = slice(start, start + len(flux))
-            datasets[0][rows], datasets[1][rows] = np.asarray(flux, np.float32), np.asarray(error, np.float32)
-            snr[rows] = mean_snr(flux, error)
-            start = rows.stop
-        labels = labels_of(snr)._asdict()
+        file[WAVE_FIELD] = np.asarray(spectra.wave, np.float64)
+        fluxes, errors = (file.create_dataset(field, shape, np.float32) for field in (FLUX_FIELD, ERROR_FIELD))
+        for start in range(0, spectra.n_stars, chunk_stars):
+            rows = slice(start, min(start + chunk_stars, spectra.n_stars))
+            flux, error = spectra.read(rows.start, rows.stop)
+            fluxes[rows], errors[rows] = np.asarray(flux, np.float32), np.asarray(error, np.float32)
+            computed[rows] = mean_snr(flux, error)
+            on_written(len(flux))
+        labels = spectra.labels._replace(snr=computed if snr is None else snr)._asdict()
         write_table(file, LABELS_KEY, {name: np.asarray(column, np.float32) for name, column in labels.items()})
 
 
@@ -94,22 +82,14 @@ class SurveyFile:
 
     def __init__(self, path: Path | str, n_stars: int | None = None, columns: Mapping[str, str] = MappingProxyType({})) -> None:
         self.path = Path(path)
-        with _open(self.path, n_stars) as file:
-            fields = ((WAVE_FIELD, 1), (FLUX_FIELD, 2), (ERROR_FIELD, 2))
-            wave, flux, error = (_dataset(self.path, file, field, ndim) for field, ndim in fields)
-            n_pixels = wave.shape[0]
-            if n_pixels < 2 or flux.shape[0] < 1:
-                raise InputError(f"{path}: {FLUX_FIELD} has shape {flux.shape}, expected at least one star of 2 pixels")
-            if flux.shape[1] != n_pixels:
-                raise InputError(
-                    f"{path}: {FLUX_FIELD} has shape {flux.shape}, expected (N, {n_pixels}) as {WAVE_FIELD} has {n_pixels} pixels"
-                )
-            if error.shape != flux.shape:
-                raise InputError(f"{path}: {ERROR_FIELD} has shape {error.shape}, expected {flux.shape} like {FLUX_FIELD}")
-            self.wave = wave[()].astype(np.float64)
-            self.n_stars = flux.shape[0] if n_stars is None else min(n_stars, flux.shape[0])
-        require_wave(self.path, WAVE_FIELD, self.wave)
-        self.labels = _read_labels(self.path, n_stars, self.n_stars, columns)
+        if n_stars is not None and n_stars < 1:
+            raise InputError(f"{path}: {n_stars} stars were asked for, expected at least 1")
+        with open_hdf5(self.path, "an HDF5 file") as file:
+            require_spectra(self.path, file, WAVE_FIELD, FLUX_FIELD, ERROR_FIELD)
+            self.wave = file[WAVE_FIELD][()].astype(np.float64)
+            self.n_stars = min(n_stars or len(file[FLUX_FIELD]), len(file[FLUX_FIELD]))
+            require_wave(self.path, WAVE_FIELD, self.wave)
+            self.labels = _read_labels(self.path, file, n_stars, self.n_stars, columns)
 
     def read(self, start: int, stop: int) -> tuple[Float[np.ndarray, "n P"], Float[np.ndarray, "n P"]]:
         """Clean flux and error of the stars ``start`` to ``stop - 1``, checked, float32.
@@ -119,7 +99,7 @@ class SurveyFile:
         Raises:
             InputError: as the constructor.
         """
-        with _open(self.path, self.n_stars) as file:
+        with open_hdf5(self.path, "an HDF5 file") as file:
             flux, error = (file[field][start:stop].astype(np.float32) for field in (FLUX_FIELD, ERROR_FIELD))
         _check_finite(self.path, FLUX_FIELD, flux, start)
         error[:, 0] = np.where(np.isnan(error[:, 0]), error[:, 1], error[:, 0])
@@ -137,47 +117,53 @@ def load_survey(path: Path | str, n_stars: int | None = None, columns: Mapping[s
 
 
 @contextmanager
-def _open(path: Path, n_stars: int | None) -> Iterator[h5py.File]:
-    if n_stars is not None and n_stars < 1:
-        raise InputError(f"{path}: {n_stars} stars were asked for, expected at least 1")
+def open_hdf5(path: Path, expected: str) -> Iterator[h5py.File]:
+    """Opens a file for reading, and raises an ``InputError`` where there is none, it is no HDF5 file, or it is damaged."""
     require_readable(path)
     if not path.is_file():
-        raise InputError(f"{path}: found {'a folder' if path.is_dir() else 'no such file'}, expected an HDF5 file")
+        raise InputError(f"{path}: found {'a folder' if path.is_dir() else 'no such file'}, expected {expected}")
     if not h5py.is_hdf5(path):
-        raise InputError(f"{path}: found a file that is not HDF5, expected an HDF5 file")
+        raise InputError(f"{path}: found a file that is not HDF5, expected {expected}")
+    with name_damage(path), h5py.File(path) as file:
+        yield file
+
+
+@contextmanager
+def name_damage(path: Path) -> Iterator[None]:
+    """Raises an ``InputError`` in place of whatever the libraries raise where a file is damaged: a dozen types."""
     try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except OSError as reason:
-        raise InputError(f"{path}: found an HDF5 file that cannot be read ({reason}), expected a readable one") from reason
+        yield
+    except (InputError, ModuleNotFoundError, MemoryError):
+        raise
+    except Exception as reason:
+        summary = str(reason).split("\n")[0]
+        raise InputError(f"{path}: found a file that cannot be read ({summary}), expected a whole one") from reason
 
 
-def _dataset(path: Path, file: h5py.File, field: str, ndim: int) -> h5py.Dataset:
-    dataset = file.get(field)
-    if not isinstance(dataset, h5py.Dataset):
-        found = "nothing" if dataset is None else "a group"
-        raise InputError(f"{path}: {field}: found {found}, expected a dataset with {_dimensions(ndim)}")
-    require_numbers(path, field, dataset, ndim)
-    return dataset
+def require_spectra(path: Path, arrays: Mapping[str, Any], wave: str, flux: str, *others: str) -> None:
+    """Raises an ``InputError`` in the name of a file's field unless the arrays hold numbers, of shapes that go together."""
+    for field in (wave, flux, *others):
+        array: Any = arrays.get(field)
+        if not hasattr(array, "shape"):
+            raise InputError(f"{path}: {field}: found nothing, expected an array of numbers")
+        n_dimensions = 1 if field == wave else 2
+        if len(array.shape) != n_dimensions or array.dtype.kind not in "fiu":
+            expected = f"numbers in {n_dimensions} dimension{'s' * (n_dimensions > 1)}"
+            raise InputError(f"{path}: {field}: found {array.dtype} of shape {array.shape}, expected {expected}")
+    shape, n_pixels = arrays[flux].shape, arrays[wave].shape[0]
+    if shape[0] < 1 or n_pixels < 2 or shape[1] != n_pixels:
+        expected = f"expected (N, {n_pixels}), at least one star of at least 2 pixels, as {wave} has {n_pixels}"
+        raise InputError(f"{path}: {flux} has shape {shape}, {expected}")
+    for field in others:
+        if arrays[field].shape != shape:
+            raise InputError(f"{path}: {field} has shape {arrays[field].shape}, expected {shape} like {flux}")
 
 
-def _dimensions(ndim: int) -> str:
-    return "1 dimension" if ndim == 1 else f"{ndim} dimensions"
-
-
-def require_numbers(path: Path, field: str, array: Any, ndim: int) -> None:
-    """Raises an ``InputError`` in the name of a file's field unless the array holds numbers in ``ndim`` dimensions."""
-    if len(array.shape) != ndim or array.dtype.kind not in "fiu":
-        found = f"{array.dtype} of shape {array.shape}"
-        raise InputError(f"{path}: {field}: found {found}, expected numbers in {_dimensions(ndim)}")
-
-
-def _read_labels(path: Path, n_stars: int | None, n_expected: int, columns: Mapping[str, str]) -> Labels:
+def _read_labels(path: Path, file: h5py.File, n_stars: int | None, n_expected: int, columns: Mapping[str, str]) -> Labels:
     if unknown := columns.keys() - set(Labels._fields):
         raise InputError(f"{path}: columns were given for {', '.join(sorted(unknown))}, expected {', '.join(Labels._fields)}")
     try:
-        with _open(path, n_stars) as file:
-            table = read_table(file)
+        table = read_table(file)
     except TableError as reason:
         raise InputError(f"{path}: the labels: found no readable pandas table ({reason}), expected exactly one") from reason
     names = {name: columns.get(name, name) for name in Labels._fields}

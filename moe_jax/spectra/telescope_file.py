@@ -16,26 +16,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from jaxtyping import Float
 
 from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.core.files import import_extra, require_readable
 from moe_jax.spectra.resample import MaskedSpectra
-from moe_jax.spectra.survey_file import ERROR_FIELD, FLUX_FIELD, WAVE_FIELD, require_numbers, require_wave
+from moe_jax.spectra.survey_file import WAVE_FIELD, name_damage, open_hdf5, require_spectra, require_wave
 
 IVAR_FIELD = "dataset/arrays/ivar/value"
 FITS_SUFFIXES = (".fits", ".fit", ".fits.gz", ".fz")
-_FITS_NAMES = {
-    "wave": ("WAVELENGTH", "WAVE"),
-    "flux": ("FLUX",),
-    "error": ("ERROR",),
-    "ivar": ("IVAR",),
-    "variance": ("VARIANCE", "VAR"),
-}
-_HDF5_NAMES = {"wave": (WAVE_FIELD,), "flux": (FLUX_FIELD,), "error": (ERROR_FIELD,), "ivar": (IVAR_FIELD,)}
-_HDF5_NAMES["variance"] = ("dataset/arrays/variance/value",)
+_FITS_NAMES: dict[str, tuple[str, ...]] = {kind: (kind.upper(),) for kind in ("flux", "error", "ivar")}
+_FITS_NAMES |= {"wave": ("WAVELENGTH", "WAVE"), "variance": ("VARIANCE", "VAR")}
+_HDF5_NAMES = {"wave": (WAVE_FIELD,)} | {kind: (f"dataset/arrays/{kind}/value",) for kind in ("flux", "error", "ivar", "variance")}
 UNCERTAINTIES = ("error", "ivar", "variance")  #: what may stand for the errors; the first that is there is used
 
 _UNITS = dict.fromkeys(("angstrom", "angstroms", "aa", "a", "å", "0.1nm"), 1.0)
@@ -62,36 +55,21 @@ class TelescopeFile:
         self.path = Path(path)
         all_names = _FITS_NAMES if is_fits(self.path) else _HDF5_NAMES
         with _open(self.path) as arrays:
-            self._fields = fields = {
-                kind: name
-                for kind, names in all_names.items()
-                if (name := next((name for name in names if name in arrays), None)) is not None
-            }
-            for kind in ("wave", "flux"):
-                if kind not in fields:
-                    raise InputError(f"{path}: {' or '.join(all_names[kind])}: found nothing, expected an array of numbers")
-            for kind in [kind for kind in UNCERTAINTIES if kind in fields][1:]:
-                fields.pop(kind)  # they say the same
-            for kind, field in fields.items():
-                require_numbers(self.path, field, arrays[field], 1 if kind == "wave" else 2)
-            wave, flux = arrays[fields["wave"]], arrays[fields["flux"]]
-            if flux.shape[0] < 1 or wave.shape[0] < 2 or flux.shape[1] != wave.shape[0]:
-                raise InputError(
-                    f"{path}: {fields['flux']} has shape {tuple(flux.shape)}, expected (N, {wave.shape[0]}), at least one star of "
-                    f"at least 2 pixels, as {fields['wave']} has {wave.shape[0]}"
-                )
-            for kind in fields.keys() & set(UNCERTAINTIES):
-                if (shape := tuple(arrays[fields[kind]].shape)) != tuple(flux.shape):
-                    expected = f"expected {tuple(flux.shape)} like {fields['flux']}"
-                    raise InputError(f"{path}: {fields[kind]} has shape {shape}, {expected}")
+            fields = {}
+            for kind, names in all_names.items():
+                fields[kind] = next((name for name in names if name in arrays), " or ".join(names))
+            error = [kind for kind in UNCERTAINTIES if fields[kind] in arrays][:1]  # the others say the same
+            self._fields = {kind: fields[kind] for kind in ("wave", "flux", *error)}
+            require_spectra(self.path, arrays, *self._fields.values())
+            wave = arrays[fields["wave"]]
             attributes = getattr(wave, "attrs", {})
             unit = attributes.get("unit", attributes.get("units", ""))
             unit = unit.decode("utf-8", "replace") if isinstance(unit, bytes) else str(unit)
             self.wave = to_angstrom(self.path, np.asarray(wave[...], np.float64), unit)
             self._order = slice(None, None, -1 if (np.diff(self.wave) < 0).all() else 1)
             self.wave = self.wave[self._order]
-            self.n_stars = int(flux.shape[0])
-        self.has_errors = not fields.keys().isdisjoint(UNCERTAINTIES)
+            self.n_stars = int(arrays[fields["flux"]].shape[0])
+        self.has_errors = bool(error)
         require_wave(self.path, fields["wave"], self.wave)
 
     def read(self, start: int, stop: int) -> MaskedSpectra:
@@ -147,25 +125,13 @@ def mask_unusable(flux: Float[AnyArray, "N P"], error: Float[AnyArray, "N P"] | 
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[dict[str, Any]]:
+def _open(path: Path) -> Iterator[Mapping[str, Any]]:
     """The arrays of a file by name; none is read before it is sliced."""
-    require_readable(path)
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise InputError(f"{path}: found {found}, expected an HDF5 or FITS file with spectra")
-    try:
-        if is_fits(path):
-            fits = import_extra("astropy.io.fits", "FITS")
-            with fits.open(path, memmap=False, lazy_load_hdus=False) as hdus:
-                yield {hdu.name.upper(): hdu.section for hdu in hdus if hdu.is_image and hdu.shape}
-        elif h5py.is_hdf5(path):
-            with h5py.File(path, "r") as file:
-                names = [name for names in _HDF5_NAMES.values() for name in names]
-                yield {name: file[name] for name in names if isinstance(file.get(name), h5py.Dataset)}
-        else:
-            raise InputError(f"{path}: found a file that is not HDF5, expected an HDF5 file, or a FITS file named *.fits")
-    except (InputError, ModuleNotFoundError):
-        raise
-    except Exception as reason:  # h5py and astropy raise a dozen types for a damaged file
-        summary = str(reason).split("\n")[0]
-        raise InputError(f"{path}: found a file that cannot be read ({summary}), expected a whole one") from reason
+    if is_fits(path) and path.is_file():
+        require_readable(path)
+        fits = import_extra("astropy.io.fits", "FITS")
+        with name_damage(path), fits.open(path, memmap=False, lazy_load_hdus=False) as hdus:
+            yield {hdu.name.upper(): hdu.section for hdu in hdus if hdu.is_image and hdu.shape}
+    else:
+        with open_hdf5(path, "an HDF5 or FITS file with spectra") as file:
+            yield file
