@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,7 @@ from experiments.pipeline.calibration import (
     model_of,
     predict_labelled,
 )
-from experiments.pipeline.config import SMALL, DataConfig, OutputOptions, draw_keys
+from experiments.pipeline.config import SMALL, DataConfig, StudyConfig, draw_keys
 from experiments.pipeline.observation import Observation, observe_surveys
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
@@ -52,18 +51,15 @@ from moe_jax.spectra.survey import Labels
 
 
 @dataclass(frozen=True)
-class UncertaintyConfig:
+class UncertaintyConfig(StudyConfig):
     """The model, its calibration, and its judgement."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
     n_floor: int = 4_000
     """Test stars for which the Cramer-Rao floor is computed."""
     gate: GateConfig = group(GateConfig(), prefix=True)
     mlp: MLPGate = group(MLPGate())
     data: DataConfig = group(DataConfig())
     calibration: CalibrationConfig = group(CalibrationConfig(), prefix=True)
-    output: OutputOptions = group(OutputOptions())
 
 
 PRESETS = {

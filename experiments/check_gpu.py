@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.config import OutputOptions
+from experiments.pipeline.config import OutputOptions, StudyConfig
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
 from experiments.runner.command_line import group, run_command
@@ -41,11 +41,9 @@ from moe_jax.spectra.survey import add_noise
 
 
 @dataclass(frozen=True)
-class CheckConfig:
+class CheckConfig(StudyConfig):
     """Sizes of the checks."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
     n_stars: int = 3_000
     """Training stars of the expert; gates get twice as many."""
     n_matmul: int = 8_192

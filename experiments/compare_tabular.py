@@ -10,12 +10,12 @@ in repeated 10-fold cross-validation; intervals by bootstrap over the patients. 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.pipeline.config import BootstrapOptions, OutputOptions
+from experiments.pipeline.config import BootstrapOptions, OutputOptions, StudyConfig
 from experiments.report.results import Results, Study
 from experiments.report.variants import variants_results
 from experiments.runner.command_line import group, require_at_least, run_command
@@ -25,11 +25,9 @@ from moe_jax.mixture import ALPHAS
 
 
 @dataclass(frozen=True)
-class TabularConfig:
+class TabularConfig(StudyConfig):
     """The comparison."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
     n_repeats: int = 5
     """Divisions into folds."""
     n_folds: int = 10

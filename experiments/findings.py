@@ -13,14 +13,14 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.config import BootstrapOptions, DataConfig, OutputOptions, draw_keys
+from experiments.pipeline.config import BootstrapOptions, ComparisonConfig, draw_keys
 from experiments.pipeline.gates import GateRun, gate_keys, run_gates, training_stars
 from experiments.pipeline.methods import CROSS_FITTED, IN_SAMPLE
 from experiments.pipeline.prepare import prepare
@@ -48,11 +48,9 @@ ENTROPIES = ("of the mean weights", "of a star's weights, mean")
 
 
 @dataclass(frozen=True)
-class FindingsConfig:
+class FindingsConfig(ComparisonConfig):
     """Where the results of the other experiments lie."""
 
-    preset: Literal["default"] = "default"
-    """Only ``default`` exists."""
     results_dir: Path = Path("results")
     """Folder of the results of the other commands; FINDINGS.md is written here."""
     n_seeds: int = 4
@@ -60,9 +58,7 @@ class FindingsConfig:
     n_weight_seeds: int = 16
     """Gates whose weights are compared with the classification gate's."""
     mlp: MLPGate = group(MLPGate())
-    data: DataConfig = group(DataConfig())
     bootstrap: BootstrapOptions = group(BootstrapOptions(), without=("confidence_level",))
-    output: OutputOptions = group(OutputOptions())
 
     def __post_init__(self) -> None:
         require_at_least(self, n_seeds=1, n_weight_seeds=2)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ import pandas as pd
 from rich.table import Table
 
 from experiments.pipeline.calibration import CalibrationConfig, add_uncertainty, keep_calibration_stars, model_of
-from experiments.pipeline.config import SURVEYS, BootstrapOptions, DataConfig, OutputOptions, draw_keys
+from experiments.pipeline.config import SURVEYS, ComparisonConfig, DataConfig, draw_keys
 from experiments.pipeline.gates import training_stars
 from experiments.pipeline.local import LocalConfig, add_local
 from experiments.pipeline.methods import (
@@ -62,21 +62,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RegressGateConfig:
+class RegressGateConfig(ComparisonConfig):
     """The experiment; its defaults are the report's."""
 
-    preset: Literal["default", "smoke", "large_test"] = "default"
-    """Preset from which the other options start."""
     in_sample_fraction: float = 0.2
     """Fraction of the covered training stars on which the in-sample gates are trained."""
     gate: GateConfig = group(GateConfig(), prefix=True)
     mlp: MLPGate = group(MLPGate())
     data: DataConfig = group(SURVEYS["default"])
-    bootstrap: BootstrapOptions = group(BootstrapOptions())
     calibration: CalibrationConfig = group(CalibrationConfig(), prefix=True)
     local: LocalConfig = group(LocalConfig(), prefix=True)
     cluster: Cluster = group(Cluster(), prefix=True)
-    output: OutputOptions = group(OutputOptions())
 
     def __post_init__(self) -> None:
         if self.cluster.join and not self.data.chunk_stars:

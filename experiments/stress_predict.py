@@ -14,13 +14,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.config import OutputOptions
+from experiments.pipeline.config import OutputOptions, StudyConfig
 from experiments.pipeline.spoilings import LATER, SPOILINGS, Exposure, Spoiling, disturb
 from experiments.report.figures import BLUE, ORANGE, new_figure
 from experiments.report.markdown import table_markdown
@@ -49,11 +49,9 @@ ENOUGH_FLAGGED = 0.95
 
 
 @dataclass(frozen=True)
-class StressConfig:
+class StressConfig(StudyConfig):
     """What is spoiled, and by which model it is predicted."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
     model: Path = Path("results/regress_gate/default/model")
     """Folder of a model that regress_gate wrote."""
     n_stars: int = 500

@@ -16,13 +16,13 @@ from typing import Any
 
 import jax
 
-from experiments.runner.command_line import HasPreset, as_typed, compile_seconds
+from experiments.runner.command_line import PresetConfig, as_typed, compile_seconds
 
 #: Options that say where things lie, and change no result.
 PLACES = ("output", "cluster", "results_dir")
 
 
-def command_of(name: str, config: HasPreset, presets: Mapping[str, Any]) -> str:
+def command_of(name: str, config: PresetConfig, presets: Mapping[str, Any]) -> str:
     """The command line that makes the same results: the preset, and the options that differ from the preset's."""
     preset = [f"--preset {config.preset}"] * (config.preset != "default")
     return " ".join([f"python -m experiments.{name}", *preset, *_options(config, presets[config.preset])])
@@ -56,9 +56,9 @@ def git_commit() -> str | None:
         return None
 
 
-def describe_run(command: str, config: HasPreset, seconds: Mapping[str, float], **results: Any) -> dict[str, Any]:
+def describe_run(command: str, config: PresetConfig, seconds: Mapping[str, float], **results: Any) -> dict[str, Any]:
     """What run.json holds: all that is needed to repeat the run and to judge it."""
-    settings = dataclasses.asdict(config)  # type: ignore[call-overload]
+    settings = dataclasses.asdict(config)
     kept = json.loads(json.dumps({name: value for name, value in settings.items() if name not in PLACES}, default=str))
     total = {"total": round(sum(seconds.values()), 3)}
     return {"command": command, "config": kept} | describe_machine() | {"seconds": dict(seconds) | total} | results

@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy
 
-from experiments.pipeline.config import OutputOptions
+from experiments.pipeline.config import OutputOptions, StudyConfig
 from experiments.runner.command_line import group, require_at_least
 from experiments.runner.stages import console
 from experiments.timing import peers
@@ -38,11 +38,9 @@ N_TEST_STARS = 816
 
 
 @dataclass(frozen=True)
-class BenchmarkConfig:
+class BenchmarkConfig(StudyConfig):
     """What is timed."""
 
-    preset: Literal["default", "quick"] = "default"
-    """Preset from which the other options start."""
     quick: bool = False
     """The same as --preset quick."""
     start: bool = False
