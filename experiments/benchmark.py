@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from experiments.report.figures import BLACK, BLUE, GREY, new_figure
+from experiments.report.figures import BLACK, BLUE, GREY, Figure, new_figure
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
 from experiments.runner.command_line import run_command
@@ -26,9 +25,6 @@ from experiments.runner.stages import Stages, console
 from experiments.timing.rows import GROUPS, BenchmarkConfig
 from experiments.timing.start import time_start
 from moe_jax.core.arrays import InputError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MUST_STAND = 0.7  # of a committed ratio; what is below fell by more than the noise of these machines
 

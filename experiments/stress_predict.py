@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -22,7 +21,7 @@ import pandas as pd
 
 from experiments.pipeline.config import OutputOptions, StudyConfig
 from experiments.pipeline.spoilings import LATER, SPOILINGS, Exposure, Spoiling, disturb
-from experiments.report.figures import BLUE, ORANGE, new_figure
+from experiments.report.figures import BLUE, ORANGE, Figure, new_figure
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
 from experiments.runner.command_line import group, require_at_least, run_command
@@ -38,10 +37,6 @@ from moe_jax.spectra.resample import MaskedSpectra
 from moe_jax.spectra.simulate import SimulatedSpectra
 from moe_jax.spectra.survey import add_noise
 from moe_jax.spectra.telescope_file import TelescopeFile
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 MOST_RMS = 1.35  # times that of untouched spectra
 COVERAGES = (0.58, 0.80)

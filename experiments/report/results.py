@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -15,15 +15,11 @@ import pandas as pd
 from rich.tree import Tree
 
 from experiments.pipeline.config import StudyConfig
-from experiments.report.figures import save_figure
+from experiments.report.figures import Figure, save_figure
 from experiments.runner.provenance import command_of, describe_run
 from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import InputError
 from moe_jax.core.files import atomic_folder
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 Config = TypeVar("Config", bound=StudyConfig)
 
