@@ -28,11 +28,10 @@ from experiments.pipeline.stars import Prepared
 from experiments.report.claims import JOINT_QUESTIONS
 from experiments.report.markdown import interval, table_markdown
 from experiments.report.results import Results, Study
-from experiments.report.variants import compare_by, variants_results
+from experiments.report.variants import compare_by, seed_interval, variants_results
 from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import AnyArray, matmul
-from moe_jax.evaluate.variance import mean_over_seeds
 from moe_jax.experts.fit import assign_folds
 from moe_jax.experts.joint import fit_mixture_experts
 from moe_jax.experts.ridge import Ridge, predict_ridge
@@ -224,15 +223,11 @@ def train_by_gradient(
 
 def compare_seeds(config: JointConfig, y: jax.Array, variants: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """The difference of R2 of each pair of variants, with an interval over gate seeds and test stars."""
-    rows, y64 = [], np.asarray(y, np.float64)
-    for question, names in QUESTIONS.items():
-        method, baseline = (variants[name] for name in names)
-        by_seed = np.mean((y64 - baseline) ** 2 - (y64 - method) ** 2, axis=1) / y64.var()
-        error = compare_by(config, y, {"": method}, baseline)["standard_error"].iloc[0]
-        ends = mean_over_seeds(by_seed, float(error), config.bootstrap.confidence_level)
-        row = {"question": question, "method": names[0], "baseline": names[1], "n_seeds": len(by_seed), "n_test": len(y64)}
-        rows.append(row | dict(zip(("delta_r2", "low", "high"), ends, strict=True)))
-    return pd.DataFrame(rows)
+    rows = []
+    for question, (method, baseline) in QUESTIONS.items():
+        ends = seed_interval(config, y, variants[method], variants[baseline])
+        rows.append((question, method, baseline, len(variants[method]), len(y), *ends))
+    return pd.DataFrame(rows, columns=["question", "method", "baseline", "n_seeds", "n_test", "delta_r2", "low", "high"])
 
 
 def compute(config: JointConfig, stages: Stages) -> Results:
