@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from experiments.pipeline.gates import CONVERGED, training_stars
 from experiments.pipeline.methods import PROTOCOLS
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
-from experiments.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure
+from experiments.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, Figure, new_figure
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
 from experiments.runner.command_line import group, require_at_least, run_command
@@ -43,9 +43,6 @@ from moe_jax.gates.routing import route_soft
 from moe_jax.gates.training import GateConfig, fit_gate
 from moe_jax.spectra.simulate import simulate_survey
 from moe_jax.spectra.survey import add_noise
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LEVELS = (0.90, 0.95, 0.99)
 #: Of the symmetric intervals, the stars whose spread each cell borrows.
@@ -121,9 +118,8 @@ def simulate_population(config: CalibrateConfig, prepared: Prepared, stages: Sta
         )
         for i, (gate, gate_config, protocol, fraction) in enumerate(settings):
             stars = training_stars(config.data, prepared, protocol, fraction)
-            x, yhat, y = map(jnp.asarray, (stars.features, stars.predictions, stars.log_g))
-            fit = fit_gate(jax.random.fold_in(keys.gates, i), gate, x, yhat, y, gate_config, logistic=logistic)
-            fits.append((gate, fit.params))
+            data, key = (stars.features, stars.predictions, stars.log_g), jax.random.fold_in(keys.gates, i)
+            fits.append((gate, fit_gate(key, gate, *data, gate_config, logistic=logistic).params))
     chunks = []
     sizes = [min(_CHUNK, config.n_population - i) for i in range(0, config.n_population, _CHUNK)]
     with stages.steps("population", len(sizes)) as advance:
@@ -182,10 +178,7 @@ def truth_of(population: Population) -> np.ndarray:
 def coverage_tables(ends: np.ndarray, truth: np.ndarray, **columns: object) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Coverage, misses on either side and mean width of each method and level: overall and by cell; and of all cells at once.
 
-    Args:
-        ends: of ``intervals_of_sets``.
-        truth: (1 + G,).
-        columns: further columns, for all rows.
+    ``ends`` are those of ``intervals_of_sets``, ``truth`` is (1 + G,), and ``columns`` are further columns, for all rows.
     """
     above, below = (outside(ends[:, :, :, i, :], truth) for i, outside in enumerate((np.greater, np.less)))
     width, n_sets = (ends[:, :, :, 1, :] - ends[:, :, :, 0, :]).mean(axis=0), len(ends)
@@ -303,13 +296,9 @@ def compute(config: CalibrateConfig, stages: Stages) -> Results:
     cache = config.output.cache
     prepared = prepare(config.data, stages, cache)
     settings = {"data": dataclasses.asdict(config.data), "gate": dataclasses.asdict(config.gate), "hidden": config.mlp.hidden}
-    population, _ = cache.load_or_compute(
-        "population",
-        settings | {"n": config.n_population},
-        [__file__],
-        Population,
-        lambda: simulate_population(config, prepared, stages),
-    )
+    settings |= {"n": config.n_population}
+    simulate = functools.partial(simulate_population, config, prepared, stages)
+    population, _ = cache.load_or_compute("population", settings, [__file__], Population, simulate)
     tables = []
     for half, size, n_sets in ((h, *pair) for h in (0, 1) for pair in zip(config.set_sizes, config.n_sets, strict=True)):
         part = population.half(half)

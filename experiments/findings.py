@@ -133,16 +133,10 @@ def uniformity(config: FindingsConfig, prepared: Prepared, classify: jax.Array) 
 
 
 def entropy_differences(weights: np.ndarray, classify: np.ndarray) -> pd.DataFrame:
-    """Entropy of the mean weights, and mean entropy of a star's weights: gates minus the classification gate.
+    """Entropy of the mean weights, and mean entropy of a star's weights: S gates (S, N, K) minus the classification gate (N, K).
 
-    Args:
-        weights: (S, N, K) of S gates.
-        classify: (N, K) of the classification gate.
-
-    Returns:
-        One row for each entropy: the mean over gates, with an interval that covers gate seeds and test stars, and the range of
-        single gates. The standard error over stars is that of the influence function: -sum_k w_k log(mean w_k) of each star for
-        the entropy of the mean weights.
+    Each has the mean over gates, with an interval that covers gate seeds and test stars, and the range of single gates. The
+    standard error over stars is that of the influence function: -sum_k w_k log(mean w_k) of each star for the mean weights.
     """
     each = np.concatenate([weights, classify[None]]).astype(np.float64)
     mean = each.mean(axis=1)

@@ -58,17 +58,12 @@ def git_commit() -> str | None:
 
 def describe_run(command: str, config: PresetConfig, seconds: Mapping[str, float], **results: Any) -> dict[str, Any]:
     """What run.json holds: all that is needed to repeat the run and to judge it."""
-    settings = dataclasses.asdict(config)
-    kept = json.loads(json.dumps({name: value for name, value in settings.items() if name not in PLACES}, default=str))
-    total = {"total": round(sum(seconds.values()), 3)}
-    return {"command": command, "config": kept} | describe_machine() | {"seconds": dict(seconds) | total} | results
-
-
-def describe_machine() -> dict[str, Any]:
-    """Code, versions, device, and what this process has taken so far."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in PLACES}
     device = jax.devices()[0]
     packages = ("moe_jax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "scikit-learn", "pandas", "h5py")
     return {
+        "command": command,
+        "config": json.loads(json.dumps(settings, default=str)),
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "device": f"{device.platform}: {device.device_kind}",
@@ -76,7 +71,8 @@ def describe_machine() -> dict[str, Any]:
         "precision": f"{jax.dtypes.canonicalize_dtype(float)}, matmul precision highest (no TF32)",
         "compile_seconds": round(compile_seconds(), 3),
         "peak_memory_gib": round(peak_memory() / 2**30, 2),
-    }
+        "seconds": dict(seconds) | {"total": round(sum(seconds.values()), 3)},
+    } | results
 
 
 def peak_memory() -> int:

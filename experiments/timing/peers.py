@@ -55,19 +55,10 @@ def torch_gate(
     patience: int,
     use_loader: bool,
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """A gate trained in PyTorch on the squared error of the mixture, with 20 % of the stars held out to choose the epoch.
+    """A gate trained in PyTorch on the squared error of the mixture, as the function from features (N, F) to weights (N, K).
 
-    Args:
-        features: (N, F).
-        expert_predictions: (N, K).
-        y: (N,).
-        hidden: units of the hidden layer; None for a linear gate.
-        epochs: at most.
-        patience: epochs without a better loss before the training stops.
-        use_loader: batches by ``DataLoader`` (shuffled, as in the original experiment) or by slices of a permutation.
-
-    Returns:
-        The function from features to weights.
+    A fifth of the stars is held out to choose the epoch. ``hidden`` is None for a linear gate. Batches come from a ``DataLoader``
+    (shuffled, as in the original experiment) or are slices of a permutation.
     """
     import torch
     from torch import nn

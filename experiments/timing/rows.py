@@ -174,13 +174,13 @@ def time_folds(config: BenchmarkConfig) -> Iterator[Row]:
 
     x, y = cells_of(config.n_train)[4]
     alphas = np.array(peers.ALPHAS, np.float32)
-    ten = np.asarray(assign_folds(jax.random.key(2), np.zeros(len(y), int), 10))
-    one = np.arange(len(y))
-    peers_of: dict[str, tuple[np.ndarray, str, Callable[[], Any], float | None, int]] = {
-        "10 folds": (ten, "GridSearchCV(Ridge(), cv=10)", lambda: peers.grid_search_ridge(x, y, peers.ALPHAS, 10), None, 1),
-        "leave-one-out": (one, "RidgeCV (leave-one-out)", lambda: RidgeCV(alphas=peers.ALPHAS).fit(x, y), 3.0, config.n_pairs),
-    }
-    for name, (folds, peer, theirs, target, n_pairs) in peers_of.items():
+    ten, one = np.asarray(assign_folds(jax.random.key(2), np.zeros(len(y), int), 10)), np.arange(len(y))
+    grid_search = functools.partial(peers.grid_search_ridge, x, y, peers.ALPHAS, 10)
+    leave_one_out = functools.partial(RidgeCV(alphas=peers.ALPHAS).fit, x, y)
+    for name, folds, peer, theirs, target, n_pairs in (
+        ("10 folds", ten, "GridSearchCV(Ridge(), cv=10)", grid_search, None, 1),
+        ("leave-one-out", one, "RidgeCV (leave-one-out)", leave_one_out, 3.0, config.n_pairs),
+    ):
         ours = functools.partial(fit_global, x, y, alphas, folds)
         yield compare(Row(f"experts: a cell of {len(y):,}, {name}", peer, target), ours, theirs, n_pairs)
 
