@@ -168,8 +168,7 @@ def write_findings(config: FindingsConfig, evidence: Evidence, command: str) -> 
     runs = {
         name: json.loads((folder / name / "default" / "run.json").read_text()) for name in ("replicate", "scale", "train_jointly")
     }
-    over, settings = claims.design(differences), runs["scale"]["config"]
-    n_test = settings.get("data", settings)["n_test"]  # results of an older code name all options side by side
+    over = claims.design(differences)
     judged = [
         claims.mlp_beats_classification(intervals, over),
         claims.linear_is_worse(intervals, over),
@@ -177,7 +176,7 @@ def write_findings(config: FindingsConfig, evidence: Evidence, command: str) -> 
         claims.hot_metal_poor_gain_most(evidence.cells, evidence.rivals),
         claims.weights_are_more_uniform(evidence.weights),
         claims.soft_beats_hard(evidence.hard),
-        claims.gain_survives_noise(scale, choices, n_test),
+        claims.gain_survives_noise(scale, choices, runs["scale"]["config"]["data"]["n_test"]),
         claims.mlp_converges(more),
     ]
     ours = claims.table_of_claims([claims.nine_ridges_compete(pairs, methods), claims.local_experts_suffice(pairs, methods)])

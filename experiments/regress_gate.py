@@ -24,7 +24,7 @@ import pandas as pd
 from rich.table import Table
 
 from experiments.pipeline.calibration import CalibrationConfig, add_uncertainty, keep_calibration_stars, model_of
-from experiments.pipeline.config import SURVEYS, ComparisonConfig, DataConfig, draw_keys
+from experiments.pipeline.config import SURVEYS, BootstrapOptions, DataConfig, StudyConfig, draw_keys
 from experiments.pipeline.gates import training_stars
 from experiments.pipeline.local import LocalConfig, add_local
 from experiments.pipeline.methods import (
@@ -59,7 +59,7 @@ from moe_jax.gates.training import GateConfig, fit_gate
 
 
 @dataclass(frozen=True)
-class RegressGateConfig(ComparisonConfig):
+class RegressGateConfig(StudyConfig):
     """The experiment; its defaults are the report's."""
 
     in_sample_fraction: float = 0.2
@@ -67,6 +67,7 @@ class RegressGateConfig(ComparisonConfig):
     gate: GateConfig = group(GateConfig(), prefix=True)
     mlp: MLPGate = group(MLPGate())
     data: DataConfig = group(SURVEYS["default"])
+    bootstrap: BootstrapOptions = group(BootstrapOptions())
     calibration: CalibrationConfig = group(CalibrationConfig(), prefix=True)
     local: LocalConfig = group(LocalConfig(), prefix=True)
     cluster: Cluster = group(Cluster(), prefix=True)
@@ -273,27 +274,22 @@ def compute(config: RegressGateConfig, stages: Stages) -> Results:
     model, notes = add_uncertainty(config.data, config.calibration, results.prepared, mixture, stages)
     print_table(results)
     model, local, more_notes = add_local(config.data, config.local, config.calibration, model, stages, config.output.cache)
-    local_tables: dict[str, pd.DataFrame] = {}
-    local_sections: list[str] = []
+    tables = {"overall": results.overall, "per_bin": results.bins, "bootstrap": results.bootstrap}
+    tables["predictions"], sections = prediction_table(results), sections_of(config, results)
     if local is not None:
         bootstrap, nine = config.bootstrap, results.predictions[CHOSEN]
         local_tables, local_sections = judge_local(config.data, local, nine, bootstrap.n_resamples, bootstrap.confidence_level)
         console.print(local_sections[1], highlight=False)
-    notes += more_notes
-    for note in [*warnings_of(results), *notes]:
+        tables |= local_tables
+        sections += local_sections
+    for note in [*warnings_of(results), *notes, *more_notes]:
         console.print(f"warning: {note}", highlight=False)
-    tables = {
-        "overall": results.overall,
-        "per_bin": results.bins,
-        "bootstrap": results.bootstrap,
-        "predictions": prediction_table(results),
-    } | local_tables
 
     def write_model(folder: Path, run_json: dict[str, Any]) -> None:
         save_model(folder / "model", model._replace(provenance=provenance_of(results, run_json)))
 
     title = "Regression gates against the classification gate"
-    return Results(title, sections_of(config, results) + local_sections, tables, drawn, describe_choices(results), write_model)
+    return Results(title, sections, tables, drawn, describe_choices(results), write_model)
 
 
 main = Study("regress_gate", PRESETS, compute)

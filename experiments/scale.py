@@ -35,12 +35,11 @@ from moe_jax.gates.networks import LinearGate
 from moe_jax.gates.routing import route_hard, route_oracle, route_soft
 from moe_jax.gates.training import GateConfig, Hyper, mixture_loss
 
-METHODS = ("global", "oracle", "hard", "soft", "MLP", "linear", "linear, stopped", "linear, penalised")
-GATES = METHODS[4:]
 #: Factors of the linear gate's squared weights in its loss, to choose from on held-out stars.
 PENALTIES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3)
 #: To the end; the params of the lowest loss on a fifth of the stars are kept.
 HELD_OUT = dataclasses.replace(CONVERGED, validation_fraction=0.2, patience=CONVERGED.max_iterations)
+#: Colour and marker of each method.
 STYLES = {
     "global": (GREY, "v"),
     "oracle": (GREEN, "^"),
@@ -51,6 +50,8 @@ STYLES = {
     "linear, stopped": ("#56B4E9", "P"),
     "linear, penalised": ("#F0E442", "*"),
 }
+METHODS = tuple(STYLES)
+GATES = METHODS[4:]
 
 
 @dataclass(frozen=True)
