@@ -53,15 +53,12 @@ def fallen(table: pd.DataFrame, committed: Path) -> list[str]:
     """A line for each row that an earlier run has too: whether its ratio stands or fell."""
     if not committed.is_file():
         return [f"{committed} is not there: nothing to compare with"]
-    before = pd.read_csv(committed).set_index(["row", "peer"])["ratio"]
-    lines = []
-    for row in table.to_dict("records"):
-        key = (row["row"], row["peer"])
-        if key in before.index:
-            old = float(before[key])
-            verdict = "fell" if row["ratio"] < MUST_STAND * old else "stands"
-            lines.append(f"{verdict}: {row['row']} against {row['peer']}: {row['ratio']:.1f}x, was {old:.1f}x")
-    return lines
+    both = table.merge(pd.read_csv(committed)[["row", "peer", "ratio"]], on=["row", "peer"], suffixes=("", "_before"))
+    return [
+        f"{'fell' if row['ratio'] < MUST_STAND * row['ratio_before'] else 'stands'}: {row['row']} against {row['peer']}: "
+        f"{row['ratio']:.1f}x, was {row['ratio_before']:.1f}x"
+        for row in both.to_dict("records")
+    ]
 
 
 def summary(table: pd.DataFrame) -> str:

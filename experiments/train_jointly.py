@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.config import SMALL, ComparisonConfig, DataConfig, draw_keys
+from experiments.pipeline.config import SMALL, DataConfig, GateStudyConfig, draw_keys
 from experiments.pipeline.gates import gate_keys, mix_by_class
 from experiments.pipeline.observation import observe_surveys
 from experiments.pipeline.prepare import prepare
@@ -53,21 +53,17 @@ QUESTIONS = dict(zip(JOINT_QUESTIONS, PAIRS, strict=True))
 
 
 @dataclass(frozen=True)
-class JointConfig(ComparisonConfig):
+class JointConfig(GateStudyConfig):
     """Alternation, and training by gradient."""
 
-    n_seeds: int = 4
-    """Gate seeds, each with experts of its own."""
     joint_alphas: tuple[float, ...] = (0.1, 0.3, 1.0)
     """Penalties of the joint experts to choose from, in the first round of the first seed."""
     n_rounds: int = 3
     """Alternations of experts and gate."""
-    gate: GateConfig = group(GateConfig(), prefix=True)
     gradient_epochs: int = 20
     """Epochs of the training of experts and gate by gradient, at most."""
     gradient_rates: tuple[float, ...] = (1e-6, 1e-5)
     """Learning rates of the training by gradient to choose from."""
-    mlp: MLPGate = group(MLPGate())
     data: DataConfig = group(DataConfig(n_train=8_000))
 
     def __post_init__(self) -> None:
