@@ -62,8 +62,8 @@ def compute(config: GateStudyConfig, stages: Stages) -> Results:
             row = compare_by(config, test.log_g, {" ".join(better): ours}, theirs).iloc[0]
             names = (kind, f"{' '.join(better)} - {' '.join(worse)}")
             pairs.append((*names, *row[["delta_r2", "low", "high"]], kind.split(",")[0], *better, *worse))
-    kinds_of_stars = ["protocol", "stars", "baseline_protocol", "baseline_stars"]
-    differences = pd.DataFrame(pairs, columns=["gate", "difference", "delta_r2", "low", "high", "form", *kinds_of_stars])
+    columns = ["gate", "difference", "delta_r2", "low", "high", "form", "protocol", "stars", "baseline_protocol", "baseline_stars"]
+    differences = pd.DataFrame(pairs, columns=columns)
     shown = differences[["gate", "difference"]].copy()
     shown["delta R2"] = [interval(*ends) for ends in differences[["delta_r2", "low", "high"]].itertuples(index=False)]
     return variants_results(

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from experiments.runner.cache import ROOT
 from experiments.runner.command_line import PresetConfig, as_typed, compile_seconds
 
 #: Options that say where things lie, and change no result.
@@ -42,13 +43,13 @@ def _options(value: Any, start: Any, prefix: str = "") -> Iterator[str]:
             yield f"--{prefix}{name} ".replace("_", "-") + as_typed(new)
 
 
+def git(*arguments: str) -> str:
+    """What git answers in the folder of this project."""
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def git_commit() -> str | None:
     """The commit of the code, marked where the working tree differs; None outside a checkout."""
-    folder = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "experiments", "moe_jax", "pyproject.toml")
         return git("rev-parse", "HEAD") + (" with changes" if changed else "")

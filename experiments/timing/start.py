@@ -14,11 +14,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from experiments.runner.cache import ROOT
+from experiments.runner.provenance import git
 from experiments.runner.stages import Stages
 from experiments.timing.rows import run_python
 from moe_jax.core.arrays import InputError
 
-ROOT = Path(__file__).resolve().parents[2]
 N_PREDICTED = 35
 
 
@@ -74,13 +75,10 @@ def checkout_of(commit: str, folder: Path) -> Iterator[Path]:
     Raises:
         InputError: where git has no such commit.
     """
-
-    def git(*arguments: str) -> None:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise InputError(f"--before {commit}: git {arguments[0]}: {done.stderr.strip().splitlines()[-1]}")
-
-    git("worktree", "add", "--detach", str(folder), commit)
+    try:
+        git("worktree", "add", "--detach", str(folder), commit)
+    except subprocess.CalledProcessError as reason:
+        raise InputError(f"--before {commit}: git worktree: {reason.stderr.strip().splitlines()[-1]}") from reason
     try:
         yield folder
     finally:
