@@ -45,7 +45,6 @@ def main() -> None:
     console.print(table)
     console.print(
         "time: of the last run in results/ (as cloned, the committed one), stages that were cached left out, on two CPU cores",
-        highlight=False,
     )
 
 

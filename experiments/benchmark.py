@@ -104,13 +104,13 @@ def compute(config: BenchmarkConfig, stages: Stages) -> Results:
                 record = row.record()
                 records.append(record)
                 times = f"{record['ours_s']:.4g} s; {row.peer}: {record['peer_s']:.4g} s; {record['ratio']:.1f}x"
-                console.print(f"  {row.name}: {times}", highlight=False)
+                console.print(f"  {row.name}: {times}")
     if not records:
         raise InputError("no row could be timed, expected the packages of the extra 'benchmark'")
     table = pd.DataFrame(records)
     if config.preset == "quick":
         for line in fallen(table, Path("results/benchmark/quick/benchmark.csv")):
-            console.print(line, highlight=False)
+            console.print(line)
     return Results("Benchmark", sections_of(table), {"benchmark": table}, {"ratios": draw_figure(table)})
 
 
@@ -118,7 +118,7 @@ def compute_start(config: BenchmarkConfig, stages: Stages) -> Results:
     """Times the start of everything."""
     table = time_start(config.before, config.n_pairs, stages)
     formats = {"before": ".3g", "now": ".3g", "before / now": ".2f", "now / import jax": ".2f"}
-    console.print(table.to_string(index=False, float_format="%.3g"), highlight=False)
+    console.print(table.to_string(index=False, float_format="%.3g"))
     setup = (
         f"Whole processes, of commit {config.before} and of this one in turns on one machine; medians of {config.n_pairs} runs, "
         "of the default run one each. First start: no compiled programs and no cached stages; second: with compiled programs."

@@ -122,20 +122,18 @@ def simulate_population(config: CalibrateConfig, prepared: Prepared, stages: Sta
             fits.append((gate, fit_gate(key, gate, *data, gate_config, logistic=logistic).params))
     chunks = []
     sizes = [min(_CHUNK, config.n_population - i) for i in range(0, config.n_population, _CHUNK)]
-    with stages.steps("population", len(sizes)) as advance:
-        for i, size in enumerate(sizes):
-            key_stars, key_noise = jax.random.split(jax.random.fold_in(keys.test, 1_000 + i))
-            survey = simulate_survey(key_stars, size, label_sampling=config.data.label_sampling, resolution=config.data.resolution)
-            flux = add_noise(key_noise, jnp.asarray(survey.flux), jnp.asarray(survey.error), config.data.noise_level)
-            features = compute_features(prepared.model, flux, survey.wave)
-            yhat = predict_experts(prepared.experts, flux)
-            baseline = route_soft(LinearGate().apply(logistic, features), yhat)
-            y = jnp.asarray(survey.labels.log_g)
-            gains = [squared_error_gain(y, route_soft(gate.apply(params, features), yhat), baseline) for gate, params in fits]
-            cell = np.asarray(assign_cells(survey.labels.T_eff, survey.labels.M_H))
-            covered = np.flatnonzero(cell >= 0)
-            chunks.append(Population(np.asarray(y)[covered], cell[covered], np.stack(gains)[:, covered]))
-            advance()
+    for i, size in enumerate(stages.each("population", sizes)):
+        key_stars, key_noise = jax.random.split(jax.random.fold_in(keys.test, 1_000 + i))
+        survey = simulate_survey(key_stars, size, label_sampling=config.data.label_sampling, resolution=config.data.resolution)
+        flux = add_noise(key_noise, jnp.asarray(survey.flux), jnp.asarray(survey.error), config.data.noise_level)
+        features = compute_features(prepared.model, flux, survey.wave)
+        yhat = predict_experts(prepared.experts, flux)
+        baseline = route_soft(LinearGate().apply(logistic, features), yhat)
+        y = jnp.asarray(survey.labels.log_g)
+        gains = [squared_error_gain(y, route_soft(gate.apply(params, features), yhat), baseline) for gate, params in fits]
+        cell = np.asarray(assign_cells(survey.labels.T_eff, survey.labels.M_H))
+        covered = np.flatnonzero(cell >= 0)
+        chunks.append(Population(np.asarray(y)[covered], cell[covered], np.stack(gains)[:, covered]))
     return Population(*(np.concatenate(column, axis=-1) for column in zip(*chunks, strict=True)))
 
 
@@ -306,11 +304,9 @@ def compute(config: CalibrateConfig, stages: Stages) -> Results:
         keys = jax.random.split(jax.random.fold_in(draw_keys(config.data.seed).bootstrap, half), n_sets)
         for name, gain, true in zip(PAIRS, gains, truth, strict=True):
             ends = []
-            with stages.steps(f"{HALVES[half]}, {size:,} stars: {name}", -(-n_sets // _SETS)) as advance:
-                for i in range(0, n_sets, _SETS):
-                    found = intervals_of_sets(keys[i : i + _SETS], y, gain, cell, size, config.bootstrap.n_resamples)
-                    ends.append(np.asarray(found, np.float64))
-                    advance()
+            for i in stages.each(f"{HALVES[half]}, {size:,} stars: {name}", range(0, n_sets, _SETS)):
+                found = intervals_of_sets(keys[i : i + _SETS], y, gain, cell, size, config.bootstrap.n_resamples)
+                ends.append(np.asarray(found, np.float64))
             columns = {"half": HALVES[half], "set_size": size, "comparison": name}
             tables.append(coverage_tables(np.concatenate(ends), true, **columns))
     coverage, simultaneous = (pd.concat(parts, ignore_index=True) for parts in zip(*tables, strict=True))

@@ -218,7 +218,7 @@ def compute(config: UncertaintyConfig, stages: Stages) -> Results:
         }
     for row in tables["coverage"][tables["coverage"]["by"] == "all"].to_dict("records"):
         actual = f"{row['coverage']:.2%} [{row['low']:.2%}, {row['high']:.2%}]"
-        console.print(f"{row['level']:.0%} intervals cover {actual}, mean half-width {row['half_width']:.3f}", highlight=False)
+        console.print(f"{row['level']:.0%} intervals cover {actual}, mean half-width {row['half_width']:.3f}")
     rank = float(scipy.stats.spearmanr(np.abs(judged.residual), judged.sigma).statistic)
     sections = sections_of(config, tables, notes, rank, prepared.n_covered, len(judged.mag))
     return Results("Can the uncertainties be trusted?", sections, tables, drawn, {"rank_correlation": rank, "notes": notes})

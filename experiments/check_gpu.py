@@ -65,7 +65,7 @@ def check(name: str, found: float, tolerance: float | None = None, unit: str = "
     """A row of the table, which is also printed: a check, or with no tolerance a measurement."""
     fine = None if tolerance is None else bool(found <= tolerance)
     verdict = "" if fine is None else f", tolerance {tolerance:g}: {'fine' if fine else 'FAILED'}"
-    console.print(f"{name}: {found:.4g} {unit}{verdict}", highlight=False)
+    console.print(f"{name}: {found:.4g} {unit}{verdict}")
     return {"check": name, "found": found, "tolerance": tolerance, "unit": unit, "fine": fine}
 
 
@@ -154,7 +154,7 @@ def compute(config: CheckConfig, stages: Stages) -> Results:
         raise InputError(
             f"JAX found only {device.device_kind}, expected a GPU (pip install -e '.[cuda]'); --any-device goes on without one"
         )
-    console.print(f"{device.platform}: {device.device_kind}", highlight=False)
+    console.print(f"{device.platform}: {device.device_kind}")
     with stages("pieces"):
         rows = list(check_pieces(config))
     if config.run_preset is not None:

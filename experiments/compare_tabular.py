@@ -75,12 +75,9 @@ def compute(config: TabularConfig, stages: Stages) -> Results:
     x, y = load_diabetes(return_X_y=True)
     predictions: dict[str, list[np.ndarray]] = {}
     for name in estimators(config, 0):
-        with stages.steps(name, config.n_repeats) as advance:
-            for repeat in range(config.n_repeats):
-                seed = config.seed + repeat
-                folds = KFold(config.n_folds, shuffle=True, random_state=seed)
-                predictions.setdefault(name, []).append(cross_val_predict(estimators(config, seed)[name], x, y, cv=folds))
-                advance()
+        for seed in stages.each(name, range(config.seed, config.seed + config.n_repeats)):
+            folds = KFold(config.n_folds, shuffle=True, random_state=seed)
+            predictions.setdefault(name, []).append(cross_val_predict(estimators(config, seed)[name], x, y, cv=folds))
     with stages("bootstrap"):
         variants = {name: np.stack(repeats) for name, repeats in predictions.items()}
         table = compare_variants(jax.random.key(config.seed), y, variants, variants[BASELINE], **config.bootstrap.arguments)

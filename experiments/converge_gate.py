@@ -99,10 +99,8 @@ def compute(config: ConvergeConfig, stages: Stages) -> Results:
     prepared = prepare(config.data, stages, config.output.cache)
     runs = runs_of(config)
     sweeps: dict[tuple[str, str, str, str], Sweep] = {}
-    with stages.steps("gates", len(runs)) as advance:
-        for kind, run in runs.items():
-            sweeps[kind] = run_gates(config.data, prepared, run, config.output.cache)
-            advance()
+    for kind, run in stages.each("gates", runs.items()):
+        sweeps[kind] = run_gates(config.data, prepared, run, config.output.cache)
     test = prepared.test.covered()
     predictions = {", ".join(kind): sweep.predictions for kind, sweep in sweeps.items()}
     with stages("bootstrap"):

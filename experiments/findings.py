@@ -97,8 +97,7 @@ def gather(config: FindingsConfig, prepared: Prepared) -> Evidence:
         cells.append(table)
         rivals.append(lead(resampled.columns(slice(1, None))).assign(protocol=protocol))
     hard_gain = squared_error_gain(y, soft, route_hard(classify, test.predictions))
-    options = config.bootstrap
-    hard = bootstrap_gain(key, y, hard_gain, n_resamples=options.n_resamples, method=options.interval_method).overall
+    hard = bootstrap_gain(key, y, hard_gain, **config.bootstrap.arguments).overall
     numbers = {"estimate": float(hard.estimate), "low": float(hard.low), "high": float(hard.high)}
     numbers |= {"stars": required_stars(numbers["estimate"], len(y) * float(hard.standard_error) ** 2), "n_test": len(y)}
     leads = pd.concat(rivals, ignore_index=True)[["protocol", "cell", "lead", "low", "high"]]
@@ -229,7 +228,7 @@ def compute(config: FindingsConfig, stages: Stages) -> Results:
     def write_text(_folder: Path, _run: dict[str, Any]) -> None:
         with atomic_path(config.results_dir / "FINDINGS.md") as temporary:
             temporary.write_text(text)
-        console.print(f"written: {config.results_dir / 'FINDINGS.md'}", highlight=False)
+        console.print(f"written: {config.results_dir / 'FINDINGS.md'}")
 
     return Results(
         "Evidence for FINDINGS.md",

@@ -77,7 +77,7 @@ def main(config: MakeSurveyConfig) -> None:
         path = config.output_dir / f"{name}.h5"
         with stages.chunks(f"{name}.h5", spectra.n_stars) as advance:
             save_spectra(path, spectra, on_written=advance)
-        console.print(f"{path}: {spectra.n_stars:,} stars", highlight=False)
+        console.print(f"{path}: {spectra.n_stars:,} stars")
 
 
 if __name__ == "__main__":

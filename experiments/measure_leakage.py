@@ -47,10 +47,8 @@ def compute(config: GateStudyConfig, stages: Stages) -> Results:
         for part, fraction in FRACTIONS.items()
     }
     predictions = {}
-    with stages.steps("gates", len(runs)) as advance:
-        for key, run in runs.items():
-            predictions[key] = run_gates(config.data, prepared, run, config.output.cache).predictions
-            advance()
+    for key, run in stages.each("gates", runs.items()):
+        predictions[key] = run_gates(config.data, prepared, run, config.output.cache).predictions
     test = prepared.test.covered()
     named = {f"{kind}: {protocol} {part}": value for (kind, protocol, part), value in predictions.items()}
     table = compare_by(config, test.log_g, named, mix_by_class(prepared, test))

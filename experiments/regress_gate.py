@@ -260,7 +260,7 @@ def print_table(results: Outcome) -> None:
         table.add_row(row["method"], row["protocol"], *numbers, f"{report['r2']:.4f}" if report else "")
     console.print(table)
     for row in results.bootstrap.head(4).to_dict("records"):
-        console.print(f"{row['comparison']:<42} {interval(row['estimate'], row['low'], row['high'])}", highlight=False)
+        console.print(f"{row['comparison']:<42} {interval(row['estimate'], row['low'], row['high'])}")
 
 
 def compute(config: RegressGateConfig, stages: Stages) -> Results:
@@ -279,11 +279,11 @@ def compute(config: RegressGateConfig, stages: Stages) -> Results:
     if local is not None:
         bootstrap, nine = config.bootstrap, results.predictions[CHOSEN]
         local_tables, local_sections = judge_local(config.data, local, nine, bootstrap.n_resamples, bootstrap.confidence_level)
-        console.print(local_sections[1], highlight=False)
+        console.print(local_sections[1])
         tables |= local_tables
         sections += local_sections
     for note in [*warnings_of(results), *notes, *more_notes]:
-        console.print(f"warning: {note}", highlight=False)
+        console.print(f"warning: {note}")
 
     def write_model(folder: Path, run_json: dict[str, Any]) -> None:
         save_model(folder / "model", model._replace(provenance=provenance_of(results, run_json)))

@@ -117,11 +117,11 @@ def repeat(config: ReplicateConfig, stages: Stages) -> tuple[dict[str, np.ndarra
         for draw in range(config.n_draws)
     ]
     repetitions = []
-    with stages.steps("repetitions", len(configs)) as advance:
-        for data, prepared in zip(configs, prepare_each(configs, Stages(quiet=True), config.output.cache), strict=True):
-            repetitions.append(repeat_once(config, data, prepared))
-            size = int(np.sum(np.asarray(prepared.test.cell) >= 0)) // config.n_sets
-            advance()
+    preparations = prepare_each(configs, Stages(quiet=True), config.output.cache)
+    for data in stages.each("repetitions", configs):
+        prepared = next(preparations)
+        repetitions.append(repeat_once(config, data, prepared))
+        size = int(np.sum(np.asarray(prepared.test.cell) >= 0)) // config.n_sets
     shape = (config.n_surveys, config.n_draws, config.n_seeds, config.n_sets)
     values = {name: np.stack([values[name] for values in repetitions]).reshape(shape) for name in repetitions[0]}
     return values | {name: values[ours] - values[theirs] for name, (ours, theirs) in DIFFERENCES.items()}, size

@@ -267,23 +267,23 @@ def compute(config: ScaleConfig, stages: Stages) -> Results:
     grid = itertools.product(config.n_trains, config.noise_levels)
     configs = [dataclasses.replace(config.data, n_train=n_train, noise_level=noise) for n_train, noise in grid]
     rows, choices = [], []
-    with stages.steps("sizes and noise levels", len(configs)) as advance:
-        for data, prepared in zip(configs, prepare_each(configs, Stages(quiet=True), config.output.cache), strict=True):
-            rows += score(config, data, prepared)
-            choices.append(
-                {
-                    "noise_level": data.noise_level,
-                    "n_train": data.n_train,
-                    "cell_alphas": " ".join(f"{float(alpha):g}" for alpha in prepared.experts.alpha),
-                    "cells_at_edge": int(np.sum(np.asarray(prepared.experts.at_edge))),
-                    "last_step": last_step(prepared.experts),
-                    "global_alpha": float(prepared.global_ridge.alpha),
-                    "gate_accuracy": prepared.classifier.accuracy,
-                }
-            )
-            scores = ", ".join(f"{row['method']} {row['r2']:.4f}" for row in rows[-len(METHODS) :])
-            console.print(f"{data.n_train:>7,} stars, noise {data.noise_level:g}: {scores}", highlight=False)
-            advance()
+    preparations = prepare_each(configs, Stages(quiet=True), config.output.cache)
+    for data in stages.each("sizes and noise levels", configs):
+        prepared = next(preparations)
+        rows += score(config, data, prepared)
+        choices.append(
+            {
+                "noise_level": data.noise_level,
+                "n_train": data.n_train,
+                "cell_alphas": " ".join(f"{float(alpha):g}" for alpha in prepared.experts.alpha),
+                "cells_at_edge": int(np.sum(np.asarray(prepared.experts.at_edge))),
+                "last_step": last_step(prepared.experts),
+                "global_alpha": float(prepared.global_ridge.alpha),
+                "gate_accuracy": prepared.classifier.accuracy,
+            }
+        )
+        scores = ", ".join(f"{row['method']} {row['r2']:.4f}" for row in rows[-len(METHODS) :])
+        console.print(f"{data.n_train:>7,} stars, noise {data.noise_level:g}: {scores}")
     table, chosen = pd.DataFrame(rows), pd.DataFrame(choices)
     drawn = draw_figures(table, config.noise_levels)
     return Results("Training stars and noise", sections_of(config, table, chosen), {"scale": table, "choices": chosen}, drawn)

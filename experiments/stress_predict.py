@@ -164,9 +164,9 @@ def compute(config: StressConfig, stages: Stages) -> Results:
         tables["real_stars"] = pd.concat([labels.add_prefix("literature_"), found], axis=1)
         real = score("real stars", found, labels["log_g"].to_numpy())
         sections.insert(3, f"Real stars: {real['flagged']:.0%} flagged, rms {real['rms']:.2f}, coverage {real['coverage']:.2f}.")
-        console.print(sections[3], highlight=False)
-    console.print(table.to_string(index=False, float_format="%.3f"), highlight=False)
-    console.print(summary, highlight=False)
+        console.print(sections[3])
+    console.print(table.to_string(index=False, float_format="%.3f"))
+    console.print(summary)
     return Results("Does predict hold on spectra unlike its training set?", sections, tables, {"cases": plot_cases(table)})
 
 

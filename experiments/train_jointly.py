@@ -247,7 +247,7 @@ def train(
         errors = data.test_y - predict(config, data, fitted.experts, fitted.gate.params)
         losses = {"held_out_loss": held_out_loss(fitted.gate), "test_loss": float(jnp.mean(errors**2))}
         rounds.append({"seed": seed, "round": number, "alpha": penalty, "gates": protocol} | losses)
-        console.print(", ".join(f"{name} {loss:.5f}" for name, loss in losses.items()), highlight=False)
+        console.print(", ".join(f"{name} {loss:.5f}" for name, loss in losses.items()))
         return fitted
 
     for seed, key in enumerate(keys):

@@ -85,7 +85,7 @@ def write_results(folder: Path, results: Results, command: str, run: dict[str, A
         (temporary / "run.json").write_text(json.dumps(run, indent=2, default=_plain) + "\n")
     if results.write_more is not None:
         results.write_more(folder, run)
-    console.print(tree_of(folder), highlight=False)
+    console.print(tree_of(folder))
 
 
 def tree_of(folder: Path) -> Tree:

@@ -68,7 +68,7 @@ def variants_results(
     label = f"$\\Delta R^2$ against {against}, " + f"{percent} intervals".replace(" ", "\N{NO-BREAK SPACE}")
     differences = [interval(*ends) for ends in zip(table["delta_r2"], table["low"], table["high"], strict=True)]
     for name, r2, difference in zip(table["variant"], table["r2"], differences, strict=True):
-        console.print(f"{name:<56} R2 {r2:.4f}  {difference}", highlight=False)
+        console.print(f"{name:<56} R2 {r2:.4f}  {difference}")
     shown = table.drop(columns=["standard_error", "low", "high", *table.columns.intersection(_KEYS)]).assign(delta_r2=differences)
     names = {"delta_r2": f"delta R2 against {against}", "n_seeds": f"n_{repeated}"}
     text = [

@@ -121,7 +121,7 @@ def has(module: str) -> bool:
     """Whether a peer's package is installed."""
     installed = importlib.util.find_spec(module) is not None
     if not installed:
-        console.print(f"{module} is not installed: its rows are left out (pip install -e '.[benchmark]')", highlight=False)
+        console.print(f"{module} is not installed: its rows are left out (pip install -e '.[benchmark]')")
     return installed
 
 

@@ -100,12 +100,10 @@ def time_start(before: str, n_pairs: int, stages: Stages) -> pd.DataFrame:
             with stages(name):
                 for label, checkout in checkouts.items():
                     measured[label].append(checkout.default_run(name))
-        with stages.steps("imports, help and predictions", n_pairs + 1) as advance:
-            for i in range(n_pairs + 1):
-                for label, checkout in checkouts.items():
-                    times = checkout.short_runs(folder / "test.h5")
-                    measured[label] += [times] * (i > 0)  # the first call compiles
-                advance()
+        for i in stages.each("imports, help and predictions", range(n_pairs + 1)):
+            for label, checkout in checkouts.items():
+                times = checkout.short_runs(folder / "test.h5")
+                measured[label] += [times] * (i > 0)  # the first call compiles
     medians = {label: pd.DataFrame(rows).median() for label, rows in measured.items()}
     table = pd.DataFrame(medians).rename_axis("measure").reset_index()
     table["before / now"] = table["before"] / table["now"]
