@@ -132,7 +132,7 @@ def main(config: PredictConfig) -> None:
             for source in open_spectra(path):
                 application = _prepare(config, model, path, source, quiet=star > 0)
                 chunk = min(config.chunk_stars, source.n_stars)
-                with stages.chunks(f"{path.name}", source.n_stars) as advance:
+                with stages.chunks(path.name, source.n_stars) as advance:
                     for start in range(0, source.n_stars, chunk):
                         stop = min(start + chunk, source.n_stars)
                         spectra = source.read(start, stop)
@@ -162,10 +162,8 @@ def _draw(config: PredictConfig, application: Application, spectra: MaskedSpectr
     fit = fit_robustly(MaskedSpectra(*(array[rows] for array in spectra)), application.wave, resolution=application.resolution)
     for i, (star, row) in enumerate(zip(wanted, rows, strict=True)):
         if fit.fitted[i]:
-            star_table = table.iloc[row]
-            title = (
-                f"{name}, star {star}: log g {star_table['log_g']:.2f} +- {star_table['uncertainty']:.2f}  {star_table['flags']}"
-            )
+            answer = table.iloc[row]
+            title = f"{name}, star {star}: log g {answer['log_g']:.2f} +- {answer['uncertainty']:.2f}  {answer['flags']}"
             figure = plot_fit(WAVE, fit.flux[i], fit.flux_error[i], fit.model[i], fit.used[i], title)
             figure.savefig(folder / f"{name}_{star}.png", dpi=100)
     console.print(f"{folder}: {int(fit.fitted.sum())} figures of {name}")
