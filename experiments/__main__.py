@@ -29,10 +29,8 @@ def run_time(name: str) -> str:
     """How long the committed run took; empty where none is at hand."""
     for folder in (HERE.parent / "results" / name / "default", HERE.parent / "results" / name):
         if (folder / "run.json").exists():
-            seconds = json.loads((folder / "run.json").read_text()).get("seconds")
-            total = seconds.get("total", sum(seconds.values())) if isinstance(seconds, dict) else seconds
-            if total:
-                return f"{total:.0f} s" if total < 100 else f"{total / 60:.0f} min"
+            total = json.loads((folder / "run.json").read_text())["seconds"]["total"]
+            return f"{total:.0f} s" if total < 100 else f"{total / 60:.0f} min"
     return ""
 
 
@@ -47,7 +45,6 @@ def main() -> None:
     console.print(table)
     console.print(
         "time: of the last run in results/ (as cloned, the committed one), stages that were cached left out, on two CPU cores",
-        highlight=False,
     )
 
 

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from experiments.report.figures import BLACK, BLUE, GREY, new_figure
+from experiments.report.figures import BLACK, BLUE, GREY, Figure, new_figure
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
 from experiments.runner.command_line import run_command
@@ -26,9 +25,6 @@ from experiments.runner.stages import Stages, console
 from experiments.timing.rows import GROUPS, BenchmarkConfig
 from experiments.timing.start import time_start
 from moe_jax.core.arrays import InputError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MUST_STAND = 0.7  # of a committed ratio; what is below fell by more than the noise of these machines
 
@@ -57,15 +53,12 @@ def fallen(table: pd.DataFrame, committed: Path) -> list[str]:
     """A line for each row that an earlier run has too: whether its ratio stands or fell."""
     if not committed.is_file():
         return [f"{committed} is not there: nothing to compare with"]
-    before = pd.read_csv(committed).set_index(["row", "peer"])["ratio"]
-    lines = []
-    for row in table.to_dict("records"):
-        key = (row["row"], row["peer"])
-        if key in before.index:
-            old = float(before[key])
-            verdict = "fell" if row["ratio"] < MUST_STAND * old else "stands"
-            lines.append(f"{verdict}: {row['row']} against {row['peer']}: {row['ratio']:.1f}x, was {old:.1f}x")
-    return lines
+    both = table.merge(pd.read_csv(committed)[["row", "peer", "ratio"]], on=["row", "peer"], suffixes=("", "_before"))
+    return [
+        f"{'fell' if row['ratio'] < MUST_STAND * row['ratio_before'] else 'stands'}: {row['row']} against {row['peer']}: "
+        f"{row['ratio']:.1f}x, was {row['ratio_before']:.1f}x"
+        for row in both.to_dict("records")
+    ]
 
 
 def summary(table: pd.DataFrame) -> str:
@@ -111,13 +104,13 @@ def compute(config: BenchmarkConfig, stages: Stages) -> Results:
                 record = row.record()
                 records.append(record)
                 times = f"{record['ours_s']:.4g} s; {row.peer}: {record['peer_s']:.4g} s; {record['ratio']:.1f}x"
-                console.print(f"  {row.name}: {times}", highlight=False)
+                console.print(f"  {row.name}: {times}")
     if not records:
         raise InputError("no row could be timed, expected the packages of the extra 'benchmark'")
     table = pd.DataFrame(records)
     if config.preset == "quick":
         for line in fallen(table, Path("results/benchmark/quick/benchmark.csv")):
-            console.print(line, highlight=False)
+            console.print(line)
     return Results("Benchmark", sections_of(table), {"benchmark": table}, {"ratios": draw_figure(table)})
 
 
@@ -125,7 +118,7 @@ def compute_start(config: BenchmarkConfig, stages: Stages) -> Results:
     """Times the start of everything."""
     table = time_start(config.before, config.n_pairs, stages)
     formats = {"before": ".3g", "now": ".3g", "before / now": ".2f", "now / import jax": ".2f"}
-    console.print(table.to_string(index=False, float_format="%.3g"), highlight=False)
+    console.print(table.to_string(index=False, float_format="%.3g"))
     setup = (
         f"Whole processes, of commit {config.before} and of this one in turns on one machine; medians of {config.n_pairs} runs, "
         "of the default run one each. First start: no compiled programs and no cached stages; second: with compiled programs."

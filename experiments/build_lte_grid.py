@@ -14,23 +14,20 @@ import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from experiments.pipeline.lte_nodes import node_spectra
-from experiments.runner.command_line import run_command
+from experiments.runner.command_line import PresetConfig, run_command
 from experiments.runner.stages import console
 from moe_jax.spectra.grid import GRID_FILE, compress_grid, reconstruct_nodes, save_grid
 from moe_jax.spectra.synthesis import Node, is_available
 
 
 @dataclass(frozen=True)
-class BuildConfig:
+class BuildConfig(PresetConfig):
     """Axes of the grid and where its files go."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
     T_eff: tuple[float, ...] = (3750.0, 4000.0, 4500.0, 5000.0, 5500.0, 6000.0)
     """Effective temperatures, K."""
     log_g: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0)

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from experiments.pipeline.gates import CONVERGED, training_stars
 from experiments.pipeline.methods import PROTOCOLS
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
-from experiments.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure
+from experiments.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, Figure, new_figure
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
 from experiments.runner.command_line import group, require_at_least, run_command
@@ -43,9 +43,6 @@ from moe_jax.gates.routing import route_soft
 from moe_jax.gates.training import GateConfig, fit_gate
 from moe_jax.spectra.simulate import simulate_survey
 from moe_jax.spectra.survey import add_noise
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LEVELS = (0.90, 0.95, 0.99)
 #: Of the symmetric intervals, the stars whose spread each cell borrows.
@@ -121,25 +118,22 @@ def simulate_population(config: CalibrateConfig, prepared: Prepared, stages: Sta
         )
         for i, (gate, gate_config, protocol, fraction) in enumerate(settings):
             stars = training_stars(config.data, prepared, protocol, fraction)
-            x, yhat, y = map(jnp.asarray, (stars.features, stars.predictions, stars.log_g))
-            fit = fit_gate(jax.random.fold_in(keys.gates, i), gate, x, yhat, y, gate_config, logistic=logistic)
-            fits.append((gate, fit.params))
+            data, key = (stars.features, stars.predictions, stars.log_g), jax.random.fold_in(keys.gates, i)
+            fits.append((gate, fit_gate(key, gate, *data, gate_config, logistic=logistic).params))
     chunks = []
     sizes = [min(_CHUNK, config.n_population - i) for i in range(0, config.n_population, _CHUNK)]
-    with stages.steps("population", len(sizes)) as advance:
-        for i, size in enumerate(sizes):
-            key_stars, key_noise = jax.random.split(jax.random.fold_in(keys.test, 1_000 + i))
-            survey = simulate_survey(key_stars, size, label_sampling=config.data.label_sampling, resolution=config.data.resolution)
-            flux = add_noise(key_noise, jnp.asarray(survey.flux), jnp.asarray(survey.error), config.data.noise_level)
-            features = compute_features(prepared.model, flux, survey.wave)
-            yhat = predict_experts(prepared.experts, flux)
-            baseline = route_soft(LinearGate().apply(logistic, features), yhat)
-            y = jnp.asarray(survey.labels.log_g)
-            gains = [squared_error_gain(y, route_soft(gate.apply(params, features), yhat), baseline) for gate, params in fits]
-            cell = np.asarray(assign_cells(survey.labels.T_eff, survey.labels.M_H))
-            covered = np.flatnonzero(cell >= 0)
-            chunks.append(Population(np.asarray(y)[covered], cell[covered], np.stack(gains)[:, covered]))
-            advance()
+    for i, size in enumerate(stages.each("population", sizes)):
+        key_stars, key_noise = jax.random.split(jax.random.fold_in(keys.test, 1_000 + i))
+        survey = simulate_survey(key_stars, size, label_sampling=config.data.label_sampling, resolution=config.data.resolution)
+        flux = add_noise(key_noise, jnp.asarray(survey.flux), jnp.asarray(survey.error), config.data.noise_level)
+        features = compute_features(prepared.model, flux, survey.wave)
+        yhat = predict_experts(prepared.experts, flux)
+        baseline = route_soft(LinearGate().apply(logistic, features), yhat)
+        y = jnp.asarray(survey.labels.log_g)
+        gains = [squared_error_gain(y, route_soft(gate.apply(params, features), yhat), baseline) for gate, params in fits]
+        cell = np.asarray(assign_cells(survey.labels.T_eff, survey.labels.M_H))
+        covered = np.flatnonzero(cell >= 0)
+        chunks.append(Population(np.asarray(y)[covered], cell[covered], np.stack(gains)[:, covered]))
     return Population(*(np.concatenate(column, axis=-1) for column in zip(*chunks, strict=True)))
 
 
@@ -182,10 +176,7 @@ def truth_of(population: Population) -> np.ndarray:
 def coverage_tables(ends: np.ndarray, truth: np.ndarray, **columns: object) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Coverage, misses on either side and mean width of each method and level: overall and by cell; and of all cells at once.
 
-    Args:
-        ends: of ``intervals_of_sets``.
-        truth: (1 + G,).
-        columns: further columns, for all rows.
+    ``ends`` are those of ``intervals_of_sets``, ``truth`` is (1 + G,), and ``columns`` are further columns, for all rows.
     """
     above, below = (outside(ends[:, :, :, i, :], truth) for i, outside in enumerate((np.greater, np.less)))
     width, n_sets = (ends[:, :, :, 1, :] - ends[:, :, :, 0, :]).mean(axis=0), len(ends)
@@ -303,13 +294,9 @@ def compute(config: CalibrateConfig, stages: Stages) -> Results:
     cache = config.output.cache
     prepared = prepare(config.data, stages, cache)
     settings = {"data": dataclasses.asdict(config.data), "gate": dataclasses.asdict(config.gate), "hidden": config.mlp.hidden}
-    population, _ = cache.load_or_compute(
-        "population",
-        settings | {"n": config.n_population},
-        [__file__],
-        Population,
-        lambda: simulate_population(config, prepared, stages),
-    )
+    settings |= {"n": config.n_population}
+    simulate = functools.partial(simulate_population, config, prepared, stages)
+    population, _ = cache.load_or_compute("population", settings, [__file__], Population, simulate)
     tables = []
     for half, size, n_sets in ((h, *pair) for h in (0, 1) for pair in zip(config.set_sizes, config.n_sets, strict=True)):
         part = population.half(half)
@@ -317,11 +304,9 @@ def compute(config: CalibrateConfig, stages: Stages) -> Results:
         keys = jax.random.split(jax.random.fold_in(draw_keys(config.data.seed).bootstrap, half), n_sets)
         for name, gain, true in zip(PAIRS, gains, truth, strict=True):
             ends = []
-            with stages.steps(f"{HALVES[half]}, {size:,} stars: {name}", -(-n_sets // _SETS)) as advance:
-                for i in range(0, n_sets, _SETS):
-                    found = intervals_of_sets(keys[i : i + _SETS], y, gain, cell, size, config.bootstrap.n_resamples)
-                    ends.append(np.asarray(found, np.float64))
-                    advance()
+            for i in stages.each(f"{HALVES[half]}, {size:,} stars: {name}", range(0, n_sets, _SETS)):
+                found = intervals_of_sets(keys[i : i + _SETS], y, gain, cell, size, config.bootstrap.n_resamples)
+                ends.append(np.asarray(found, np.float64))
             columns = {"half": HALVES[half], "set_size": size, "comparison": name}
             tables.append(coverage_tables(np.concatenate(ends), true, **columns))
     coverage, simultaneous = (pd.concat(parts, ignore_index=True) for parts in zip(*tables, strict=True))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,7 @@ from experiments.pipeline.calibration import (
     model_of,
     predict_labelled,
 )
-from experiments.pipeline.config import SMALL, DataConfig, OutputOptions, draw_keys
+from experiments.pipeline.config import SMALL, DataConfig, StudyConfig, draw_keys
 from experiments.pipeline.observation import Observation, observe_surveys
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
@@ -52,18 +51,15 @@ from moe_jax.spectra.survey import Labels
 
 
 @dataclass(frozen=True)
-class UncertaintyConfig:
+class UncertaintyConfig(StudyConfig):
     """The model, its calibration, and its judgement."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
     n_floor: int = 4_000
     """Test stars for which the Cramer-Rao floor is computed."""
     gate: GateConfig = group(GateConfig(), prefix=True)
     mlp: MLPGate = group(MLPGate())
     data: DataConfig = group(DataConfig())
     calibration: CalibrationConfig = group(CalibrationConfig(), prefix=True)
-    output: OutputOptions = group(OutputOptions())
 
 
 PRESETS = {
@@ -222,7 +218,7 @@ def compute(config: UncertaintyConfig, stages: Stages) -> Results:
         }
     for row in tables["coverage"][tables["coverage"]["by"] == "all"].to_dict("records"):
         actual = f"{row['coverage']:.2%} [{row['low']:.2%}, {row['high']:.2%}]"
-        console.print(f"{row['level']:.0%} intervals cover {actual}, mean half-width {row['half_width']:.3f}", highlight=False)
+        console.print(f"{row['level']:.0%} intervals cover {actual}, mean half-width {row['half_width']:.3f}")
     rank = float(scipy.stats.spearmanr(np.abs(judged.residual), judged.sigma).statistic)
     sections = sections_of(config, tables, notes, rank, prepared.n_covered, len(judged.mag))
     return Results("Can the uncertainties be trusted?", sections, tables, drawn, {"rank_correlation": rank, "notes": notes})

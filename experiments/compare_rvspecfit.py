@@ -19,13 +19,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
-from experiments.pipeline.config import OutputOptions, draw_keys
+from experiments.pipeline.config import OutputOptions, StudyConfig, draw_keys
 from experiments.pipeline.spoilings import LIGHT, Exposure, shift
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
@@ -51,11 +50,9 @@ PARTS = {"rms": "Rms of the errors", "median": "Median size of the errors", "cov
 
 
 @dataclass(frozen=True)
-class RvsConfig:
+class RvsConfig(StudyConfig):
     """The comparison."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
     n_stars: int = 192
     """Stars of each noise level; their labels are uniform, their velocities within 200 km/s."""
     noise_levels: tuple[float, ...] = (0.2, 1.0)

@@ -10,12 +10,12 @@ in repeated 10-fold cross-validation; intervals by bootstrap over the patients. 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.pipeline.config import BootstrapOptions, OutputOptions
+from experiments.pipeline.config import BootstrapOptions, OutputOptions, StudyConfig
 from experiments.report.results import Results, Study
 from experiments.report.variants import variants_results
 from experiments.runner.command_line import group, require_at_least, run_command
@@ -25,11 +25,9 @@ from moe_jax.mixture import ALPHAS
 
 
 @dataclass(frozen=True)
-class TabularConfig:
+class TabularConfig(StudyConfig):
     """The comparison."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
     n_repeats: int = 5
     """Divisions into folds."""
     n_folds: int = 10
@@ -77,12 +75,9 @@ def compute(config: TabularConfig, stages: Stages) -> Results:
     x, y = load_diabetes(return_X_y=True)
     predictions: dict[str, list[np.ndarray]] = {}
     for name in estimators(config, 0):
-        with stages.steps(name, config.n_repeats) as advance:
-            for repeat in range(config.n_repeats):
-                seed = config.seed + repeat
-                folds = KFold(config.n_folds, shuffle=True, random_state=seed)
-                predictions.setdefault(name, []).append(cross_val_predict(estimators(config, seed)[name], x, y, cv=folds))
-                advance()
+        for seed in stages.each(name, range(config.seed, config.seed + config.n_repeats)):
+            folds = KFold(config.n_folds, shuffle=True, random_state=seed)
+            predictions.setdefault(name, []).append(cross_val_predict(estimators(config, seed)[name], x, y, cv=folds))
     with stages("bootstrap"):
         variants = {name: np.stack(repeats) for name, repeats in predictions.items()}
         table = compare_variants(jax.random.key(config.seed), y, variants, variants[BASELINE], **config.bootstrap.arguments)

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
@@ -24,7 +23,7 @@ from experiments.pipeline.methods import PROTOCOLS
 from experiments.pipeline.prepare import prepare
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
-from experiments.report.variants import compare_by, variants_results
+from experiments.report.variants import compare_by, seed_interval, variants_results
 from experiments.runner.command_line import run_command
 from experiments.runner.stages import Stages
 from moe_jax.core.arrays import AnyArray
@@ -78,20 +77,18 @@ def more_training(config: ConvergeConfig, y: AnyArray, sweeps: Mapping[tuple[str
 
     The intervals cover gate seeds, those of R2 also the sampling of test stars.
     """
-    rows, y64, level = [], np.asarray(y, np.float64), config.bootstrap.confidence_level
+    rows = []
     for protocol in PROTOCOLS:
         short = sweeps["MLP", protocol, "Adam", "cold"]
         for optimiser in (LONGER, "L-BFGS"):
             long = sweeps["MLP", protocol, optimiser, "cold"]
-            gain = [
-                np.mean((y64 - s) ** 2 - (y64 - p) ** 2) / y64.var()
-                for s, p in zip(short.predictions, long.predictions, strict=True)
-            ]
-            error = compare_by(config, y, {"": long.predictions}, short.predictions)["standard_error"].iloc[0]
-            row: dict[str, Any] = {"protocol": protocol, "optimiser": optimiser, "n_seeds": len(gain), "n_test": len(y64)}
-            changes = {"loss": (long.validation_loss - short.validation_loss, 0.0), "r2": (gain, float(error))}
-            for name, (change, standard_error) in changes.items():
-                ends = mean_over_seeds(np.asarray(change), standard_error, level)
+            row: dict[str, Any] = {"protocol": protocol, "optimiser": optimiser, "n_seeds": len(long.loss), "n_test": len(y)}
+            loss = np.asarray(long.validation_loss - short.validation_loss)
+            changes = {
+                "loss": mean_over_seeds(loss, 0.0, config.bootstrap.confidence_level),
+                "r2": seed_interval(config, y, long.predictions, short.predictions),
+            }
+            for name, ends in changes.items():
                 row |= dict(zip((f"delta_{name}", f"delta_{name}_low", f"delta_{name}_high"), ends, strict=True))
             rows.append(row)
     return pd.DataFrame(rows)
@@ -102,10 +99,8 @@ def compute(config: ConvergeConfig, stages: Stages) -> Results:
     prepared = prepare(config.data, stages, config.output.cache)
     runs = runs_of(config)
     sweeps: dict[tuple[str, str, str, str], Sweep] = {}
-    with stages.steps("gates", len(runs)) as advance:
-        for kind, run in runs.items():
-            sweeps[kind] = run_gates(config.data, prepared, run, config.output.cache)
-            advance()
+    for kind, run in stages.each("gates", runs.items()):
+        sweeps[kind] = run_gates(config.data, prepared, run, config.output.cache)
     test = prepared.test.covered()
     predictions = {", ".join(kind): sweep.predictions for kind, sweep in sweeps.items()}
     with stages("bootstrap"):
@@ -116,29 +111,22 @@ def compute(config: ConvergeConfig, stages: Stages) -> Results:
     classify_loss = {}
     for protocol, fraction in zip(PROTOCOLS, (config.in_sample_fraction, 1.0), strict=True):
         stars = training_stars(config.data, prepared, protocol, fraction)
-        x, yhat, y = map(jnp.asarray, (stars.features, stars.predictions, stars.log_g))
-        classify_loss[protocol] = float(mixture_loss(LinearGate(), prepared.classifier.params, x, yhat, y))
+        data = (stars.features, stars.predictions, stars.log_g)
+        classify_loss[protocol] = float(mixture_loss(LinearGate(), prepared.classifier.params, *data))
     table["training_loss"] = [np.mean(sweep.loss) for sweep in sweeps.values()]
     table["classification_gate_training_loss"] = [classify_loss[run.protocol] for run in runs.values()]
     table["validation_loss"] = [np.mean(sweep.validation_loss) for sweep in sweeps.values()]
     table["best_epoch"] = [float(np.median(sweep.best_epoch)) for sweep in sweeps.values()]
     table["gradient_norm"] = [np.max(sweep.gradient_norm) for sweep in sweeps.values()]
     table["converged"] = [float(np.mean(sweep.converged)) for sweep in sweeps.values()]
-    lowest = pd.DataFrame(
-        {
-            "variant": ", ".join(kind),
-            "seed": i,
-            "loss": sweep.loss[i],
-            "r2": 1 - np.mean(residual**2) / np.var(np.asarray(test.log_g)),
-        }
+    y = np.asarray(test.log_g)
+    seeds = pd.DataFrame(
+        {"variant": ", ".join(kind), "seed": i, "loss": sweep.loss[i], "r2": 1 - np.mean(residual**2) / np.var(y)}
         for kind, sweep in sweeps.items()
-        for i, residual in enumerate(np.asarray(test.log_g)[None, :] - sweep.predictions)
+        for i, residual in enumerate(y[None, :] - sweep.predictions)
     )
-    holds = all(
-        row["training_loss"] <= row["classification_gate_training_loss"]
-        for row in table.to_dict("records")
-        if (row["form"], row["optimiser"], row["start"]) == ("linear", "L-BFGS", "warm")
-    )
+    warm = table[(table["form"] == "linear") & (table["optimiser"] == "L-BFGS") & (table["start"] == "warm")]
+    holds = bool((warm["training_loss"] <= warm["classification_gate_training_loss"]).all())
     return variants_results(
         "Gates that have converged",
         config.bootstrap,
@@ -162,7 +150,7 @@ def compute(config: ConvergeConfig, stages: Stages) -> Results:
             f"gate's on the same stars: it {'does not' if holds else 'DOES'}. Converged: share of the seeds within the "
             "gradient tolerance; gradient norm: the largest over seeds. `seeds.csv` has each seed.",
         ],
-        tables={"seeds": lowest, "more_training": more},
+        tables={"seeds": seeds, "more_training": more},
         fields={"inequality_holds": holds},
     )
 

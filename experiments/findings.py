@@ -13,14 +13,14 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.config import BootstrapOptions, DataConfig, OutputOptions, draw_keys
+from experiments.pipeline.config import BootstrapOptions, ComparisonConfig, draw_keys
 from experiments.pipeline.gates import GateRun, gate_keys, run_gates, training_stars
 from experiments.pipeline.methods import CROSS_FITTED, IN_SAMPLE
 from experiments.pipeline.prepare import prepare
@@ -48,11 +48,9 @@ ENTROPIES = ("of the mean weights", "of a star's weights, mean")
 
 
 @dataclass(frozen=True)
-class FindingsConfig:
+class FindingsConfig(ComparisonConfig):
     """Where the results of the other experiments lie."""
 
-    preset: Literal["default"] = "default"
-    """Only ``default`` exists."""
     results_dir: Path = Path("results")
     """Folder of the results of the other commands; FINDINGS.md is written here."""
     n_seeds: int = 4
@@ -60,9 +58,7 @@ class FindingsConfig:
     n_weight_seeds: int = 16
     """Gates whose weights are compared with the classification gate's."""
     mlp: MLPGate = group(MLPGate())
-    data: DataConfig = group(DataConfig())
     bootstrap: BootstrapOptions = group(BootstrapOptions(), without=("confidence_level",))
-    output: OutputOptions = group(OutputOptions())
 
     def __post_init__(self) -> None:
         require_at_least(self, n_seeds=1, n_weight_seeds=2)
@@ -101,8 +97,7 @@ def gather(config: FindingsConfig, prepared: Prepared) -> Evidence:
         cells.append(table)
         rivals.append(lead(resampled.columns(slice(1, None))).assign(protocol=protocol))
     hard_gain = squared_error_gain(y, soft, route_hard(classify, test.predictions))
-    options = config.bootstrap
-    hard = bootstrap_gain(key, y, hard_gain, n_resamples=options.n_resamples, method=options.interval_method).overall
+    hard = bootstrap_gain(key, y, hard_gain, **config.bootstrap.arguments).overall
     numbers = {"estimate": float(hard.estimate), "low": float(hard.low), "high": float(hard.high)}
     numbers |= {"stars": required_stars(numbers["estimate"], len(y) * float(hard.standard_error) ** 2), "n_test": len(y)}
     leads = pd.concat(rivals, ignore_index=True)[["protocol", "cell", "lead", "low", "high"]]
@@ -137,16 +132,10 @@ def uniformity(config: FindingsConfig, prepared: Prepared, classify: jax.Array) 
 
 
 def entropy_differences(weights: np.ndarray, classify: np.ndarray) -> pd.DataFrame:
-    """Entropy of the mean weights, and mean entropy of a star's weights: gates minus the classification gate.
+    """Entropy of the mean weights, and mean entropy of a star's weights: S gates (S, N, K) minus the classification gate (N, K).
 
-    Args:
-        weights: (S, N, K) of S gates.
-        classify: (N, K) of the classification gate.
-
-    Returns:
-        One row for each entropy: the mean over gates, with an interval that covers gate seeds and test stars, and the range of
-        single gates. The standard error over stars is that of the influence function: -sum_k w_k log(mean w_k) of each star for
-        the entropy of the mean weights.
+    Each has the mean over gates, with an interval that covers gate seeds and test stars, and the range of single gates. The
+    standard error over stars is that of the influence function: -sum_k w_k log(mean w_k) of each star for the mean weights.
     """
     each = np.concatenate([weights, classify[None]]).astype(np.float64)
     mean = each.mean(axis=1)
@@ -178,8 +167,7 @@ def write_findings(config: FindingsConfig, evidence: Evidence, command: str) -> 
     runs = {
         name: json.loads((folder / name / "default" / "run.json").read_text()) for name in ("replicate", "scale", "train_jointly")
     }
-    over, settings = claims.design(differences), runs["scale"]["config"]
-    n_test = settings.get("data", settings)["n_test"]  # results of an older code name all options side by side
+    over = claims.design(differences)
     judged = [
         claims.mlp_beats_classification(intervals, over),
         claims.linear_is_worse(intervals, over),
@@ -187,7 +175,7 @@ def write_findings(config: FindingsConfig, evidence: Evidence, command: str) -> 
         claims.hot_metal_poor_gain_most(evidence.cells, evidence.rivals),
         claims.weights_are_more_uniform(evidence.weights),
         claims.soft_beats_hard(evidence.hard),
-        claims.gain_survives_noise(scale, choices, n_test),
+        claims.gain_survives_noise(scale, choices, runs["scale"]["config"]["data"]["n_test"]),
         claims.mlp_converges(more),
     ]
     ours = claims.table_of_claims([claims.nine_ridges_compete(pairs, methods), claims.local_experts_suffice(pairs, methods)])
@@ -240,7 +228,7 @@ def compute(config: FindingsConfig, stages: Stages) -> Results:
     def write_text(_folder: Path, _run: dict[str, Any]) -> None:
         with atomic_path(config.results_dir / "FINDINGS.md") as temporary:
             temporary.write_text(text)
-        console.print(f"written: {config.results_dir / 'FINDINGS.md'}", highlight=False)
+        console.print(f"written: {config.results_dir / 'FINDINGS.md'}")
 
     return Results(
         "Evidence for FINDINGS.md",

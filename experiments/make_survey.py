@@ -14,14 +14,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from experiments.pipeline.config import SURVEYS, DataConfig, draw_keys
 from experiments.pipeline.observation import observe
 from experiments.pipeline.surveys import open_surveys
-from experiments.runner.command_line import run_command
+from experiments.runner.command_line import PresetConfig, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import InputError
 from moe_jax.spectra.grid import GRID_RESOLUTION
@@ -31,11 +30,9 @@ from moe_jax.spectra.survey_file import save_spectra
 
 
 @dataclass(frozen=True)
-class MakeSurveyConfig:
+class MakeSurveyConfig(PresetConfig):
     """What is drawn and where it goes."""
 
-    preset: Literal["default", "smoke", "large_test"] = "default"
-    """Preset of regress_gate whose surveys are written."""
     n_train: int = SURVEYS["default"].n_train
     """Training stars."""
     n_test: int = SURVEYS["default"].n_test
@@ -80,7 +77,7 @@ def main(config: MakeSurveyConfig) -> None:
         path = config.output_dir / f"{name}.h5"
         with stages.chunks(f"{name}.h5", spectra.n_stars) as advance:
             save_spectra(path, spectra, on_written=advance)
-        console.print(f"{path}: {spectra.n_stars:,} stars", highlight=False)
+        console.print(f"{path}: {spectra.n_stars:,} stars")
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ def main(config: InterpolationConfig) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     with atomic_folder(config.output_dir) as folder:
         table.to_csv(folder / "interpolation.csv", index=False, float_format="%.4g")
-    console.print(table.to_string(index=False, float_format="%.4g"), highlight=False)
-    console.print(f"median rms {table['rms'].median():.1e}, largest {table['rms'].max():.1e} of the continuum", highlight=False)
+    console.print(table.to_string(index=False, float_format="%.4g"))
+    console.print(f"median rms {table['rms'].median():.1e}, largest {table['rms'].max():.1e} of the continuum")
     return table
 
 

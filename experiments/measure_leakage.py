@@ -8,8 +8,6 @@ Results go to results/measure_leakage/PRESET.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 
 from experiments.pipeline.config import QUICK, GateStudyConfig
@@ -49,10 +47,8 @@ def compute(config: GateStudyConfig, stages: Stages) -> Results:
         for part, fraction in FRACTIONS.items()
     }
     predictions = {}
-    with stages.steps("gates", len(runs)) as advance:
-        for key, run in runs.items():
-            predictions[key] = run_gates(config.data, prepared, run, config.output.cache).predictions
-            advance()
+    for key, run in stages.each("gates", runs.items()):
+        predictions[key] = run_gates(config.data, prepared, run, config.output.cache).predictions
     test = prepared.test.covered()
     named = {f"{kind}: {protocol} {part}": value for (kind, protocol, part), value in predictions.items()}
     table = compare_by(config, test.log_g, named, mix_by_class(prepared, test))
@@ -62,13 +58,12 @@ def compute(config: GateStudyConfig, stages: Stages) -> Results:
         for better, worse in COMPARED:
             ours, theirs = predictions[kind, *better], predictions[kind, *worse]
             row = compare_by(config, test.log_g, {" ".join(better): ours}, theirs).iloc[0]
-            pair: dict[str, Any] = {"gate": kind, "difference": f"{' '.join(better)} - {' '.join(worse)}"}
-            pair |= {column: row[column] for column in ("delta_r2", "low", "high")}
-            pair |= {"form": kind.split(",")[0], "protocol": better[0], "stars": better[1]}
-            pairs.append(pair | {"baseline_protocol": worse[0], "baseline_stars": worse[1]})
-    differences = pd.DataFrame(pairs)
+            names = (kind, f"{' '.join(better)} - {' '.join(worse)}")
+            pairs.append((*names, *row[["delta_r2", "low", "high"]], kind.split(",")[0], *better, *worse))
+    columns = ["gate", "difference", "delta_r2", "low", "high", "form", "protocol", "stars", "baseline_protocol", "baseline_stars"]
+    differences = pd.DataFrame(pairs, columns=columns)
     shown = differences[["gate", "difference"]].copy()
-    shown["delta R2"] = [interval(row["delta_r2"], row["low"], row["high"]) for row in pairs]
+    shown["delta R2"] = [interval(*ends) for ends in differences[["delta_r2", "low", "high"]].itertuples(index=False)]
     return variants_results(
         "Leakage, measured",
         config.bootstrap,

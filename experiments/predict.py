@@ -117,7 +117,7 @@ def main(config: PredictConfig) -> None:
     if model.uncertainty is None:
         raise InputError(f"{config.model}: the model has no uncertainties, expected one that a present version has written")
     if not len(np.asarray(model.uncertainty.calibration.levels)):
-        console.print(f"{config.model}: not calibrated; uncertainty is the standard deviation of the model", highlight=False)
+        console.print(f"{config.model}: not calibrated; uncertainty is the standard deviation of the model")
     paths = [path for given in config.spectra for path in files_of(given)]
     places = [os.path.realpath(path) for path in paths]
     if os.path.realpath(config.output) in places:
@@ -132,7 +132,7 @@ def main(config: PredictConfig) -> None:
             for source in open_spectra(path):
                 application = _prepare(config, model, path, source, quiet=star > 0)
                 chunk = min(config.chunk_stars, source.n_stars)
-                with stages.chunks(f"{path.name}", source.n_stars) as advance:
+                with stages.chunks(path.name, source.n_stars) as advance:
                     for start in range(0, source.n_stars, chunk):
                         stop = min(start + chunk, source.n_stars)
                         spectra = source.read(start, stop)
@@ -145,9 +145,9 @@ def main(config: PredictConfig) -> None:
                         advance(stop - start)
                 star += source.n_stars
             n_stars += star
-    console.print(f"{config.output}: {n_stars:,} stars, {masked:,} masked pixels", highlight=False)
+    console.print(f"{config.output}: {n_stars:,} stars, {masked:,} masked pixels")
     for flag, count in flags.items():
-        console.print(f"{flag}: {count:,} stars", highlight=False)
+        console.print(f"{flag}: {count:,} stars")
 
 
 def _draw(config: PredictConfig, application: Application, spectra: MaskedSpectra, table: pd.DataFrame, name: str) -> None:
@@ -162,13 +162,11 @@ def _draw(config: PredictConfig, application: Application, spectra: MaskedSpectr
     fit = fit_robustly(MaskedSpectra(*(array[rows] for array in spectra)), application.wave, resolution=application.resolution)
     for i, (star, row) in enumerate(zip(wanted, rows, strict=True)):
         if fit.fitted[i]:
-            star_table = table.iloc[row]
-            title = (
-                f"{name}, star {star}: log g {star_table['log_g']:.2f} +- {star_table['uncertainty']:.2f}  {star_table['flags']}"
-            )
+            answer = table.iloc[row]
+            title = f"{name}, star {star}: log g {answer['log_g']:.2f} +- {answer['uncertainty']:.2f}  {answer['flags']}"
             figure = plot_fit(WAVE, fit.flux[i], fit.flux_error[i], fit.model[i], fit.used[i], title)
             figure.savefig(folder / f"{name}_{star}.png", dpi=100)
-    console.print(f"{folder}: {int(fit.fitted.sum())} figures of {name}", highlight=False)
+    console.print(f"{folder}: {int(fit.fitted.sum())} figures of {name}")
 
 
 def short_names(paths: Sequence[Path]) -> list[tuple[str, str]]:
@@ -214,7 +212,7 @@ def _prepare(config: PredictConfig, model: Model, path: Path, source: Source, qu
     if not source.has_errors:
         notes.append("neither errors nor ivar; those of the training stars stand in")
     for note in notes * (not quiet):
-        console.print(f"{path}: {note}", highlight=False)
+        console.print(f"{path}: {note}")
     return application._replace(scale=scale)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,17 +24,17 @@ import pandas as pd
 from rich.table import Table
 
 from experiments.pipeline.calibration import CalibrationConfig, add_uncertainty, keep_calibration_stars, model_of
-from experiments.pipeline.config import SURVEYS, BootstrapOptions, DataConfig, OutputOptions, draw_keys
+from experiments.pipeline.config import SURVEYS, BootstrapOptions, DataConfig, StudyConfig, draw_keys
 from experiments.pipeline.gates import training_stars
 from experiments.pipeline.local import LocalConfig, add_local
 from experiments.pipeline.methods import (
     CLASSIFY,
+    CROSS_FITTED,
     FALLBACK,
     GLOBAL,
     HARD,
     METHODS,
     ORACLE,
-    PROTOCOLS,
     REGRESSION_GATES,
     Method,
     Pair,
@@ -57,16 +57,11 @@ from moe_jax.gates.optimize import GateFit
 from moe_jax.gates.routing import route_fallback, route_hard, route_oracle, route_soft
 from moe_jax.gates.training import GateConfig, fit_gate
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 @dataclass(frozen=True)
-class RegressGateConfig:
+class RegressGateConfig(StudyConfig):
     """The experiment; its defaults are the report's."""
 
-    preset: Literal["default", "smoke", "large_test"] = "default"
-    """Preset from which the other options start."""
     in_sample_fraction: float = 0.2
     """Fraction of the covered training stars on which the in-sample gates are trained."""
     gate: GateConfig = group(GateConfig(), prefix=True)
@@ -76,7 +71,6 @@ class RegressGateConfig:
     calibration: CalibrationConfig = group(CalibrationConfig(), prefix=True)
     local: LocalConfig = group(LocalConfig(), prefix=True)
     cluster: Cluster = group(Cluster(), prefix=True)
-    output: OutputOptions = group(OutputOptions())
 
     def __post_init__(self) -> None:
         if self.cluster.join and not self.data.chunk_stars:
@@ -102,22 +96,19 @@ class Outcome(NamedTuple):
     predictions: Predictions
     fits: dict[Method, GateFit]
     weights: dict[Method, jax.Array]
-    star: np.ndarray  #: numbers of the covered test stars
-    test: Stars
+    test: Stars  #: the covered ones
     prepared: Prepared
 
 
 def fit_regression_gates(config: RegressGateConfig, prepared: Prepared) -> dict[Method, GateFit]:
     """The MLP and the linear regression gate by both protocols."""
-    keys = draw_keys(config.data.seed)
-    fractions = dict(zip(PROTOCOLS, (config.in_sample_fraction, 1.0), strict=True))
-    stars = {protocol: training_stars(config.data, prepared, protocol, fraction) for protocol, fraction in fractions.items()}
+    key, gates, logistic = draw_keys(config.data.seed).gates, regression_gates(config), prepared.classifier.params
     fits = {}
     for i, method in enumerate(REGRESSION_GATES):
-        x, yhat, y = (getattr(stars[method.protocol], name) for name in ("features", "predictions", "log_g"))
-        gate = regression_gates(config)[method.name]
-        logistic = prepared.classifier.params
-        fits[method] = fit_gate(jax.random.fold_in(keys.gates, i), gate, x, yhat, y, config.gate, logistic=logistic)
+        fraction = 1.0 if method.protocol == CROSS_FITTED else config.in_sample_fraction
+        stars = training_stars(config.data, prepared, method.protocol, fraction)
+        data = (stars.features, stars.predictions, stars.log_g)
+        fits[method] = fit_gate(jax.random.fold_in(key, i), gates[method.name], *data, config.gate, logistic=logistic)
     return jax.block_until_ready(fits)
 
 
@@ -132,8 +123,7 @@ def run(config: RegressGateConfig, stages: Stages) -> Outcome:
     with stages("regression gates"):
         fits = fit_regression_gates(config, prepared)
     with stages("evaluation and bootstrap"):
-        star = np.flatnonzero(np.asarray(prepared.test.cell) >= 0)
-        test = prepared.test.select(star)
+        test = prepared.test.covered()
         gates = regression_gates(config)
         weights = {CLASSIFY: LinearGate().apply(prepared.classifier.params, test.features)}
         weights |= {method: gates[method.name].apply(fit.params, test.features) for method, fit in fits.items()}
@@ -154,7 +144,6 @@ def run(config: RegressGateConfig, stages: Stages) -> Outcome:
             predictions=predictions,
             fits=fits,
             weights=weights,
-            star=star,
             test=test,
             prepared=prepared,
         )
@@ -162,14 +151,15 @@ def run(config: RegressGateConfig, stages: Stages) -> Outcome:
 
 def prediction_table(results: Outcome) -> pd.DataFrame:
     """Every method's prediction of each covered test star."""
-    columns = {"star": results.star, "bin": np.asarray(results.test.cell), "log_g": np.asarray(results.test.log_g)}
+    star = np.flatnonzero(np.asarray(results.prepared.test.cell) >= 0)
+    columns = {"star": star, "bin": np.asarray(results.test.cell), "log_g": np.asarray(results.test.log_g)}
     return pd.DataFrame(columns | {method.column: np.asarray(results.predictions[method]) for method in METHODS})
 
 
-def draw_figures(results: Outcome, confidence_level: float) -> dict[str, Figure]:
+def draw_figures(results: Outcome, confidence_level: float) -> dict[str, figures.Figure]:
     """All figures by file name."""
     published = load_published()
-    cross_fitted = [Method(name, PROTOCOLS[1]) for name in ("regress_mlp", "regress_linear")]
+    cross_fitted = [method for method in REGRESSION_GATES if method.protocol == CROSS_FITTED]
     shown = [GLOBAL, CLASSIFY, *cross_fitted]
     return {
         "r2_comparison": figures.r2_comparison(results.overall, published),
@@ -186,7 +176,7 @@ def describe_choices(results: Outcome) -> dict[str, Any]:
     experts, global_ridge = results.prepared.experts, results.prepared.global_ridge
     return {
         "n_covered_train": results.prepared.n_covered,
-        "n_covered_test": len(results.star),
+        "n_covered_test": len(results.test.log_g),
         "alpha": {
             "cells": np.asarray(experts.alpha).tolist(),
             "cells_at_edge": np.asarray(experts.at_edge).tolist(),
@@ -229,7 +219,7 @@ def sections_of(config: RegressGateConfig, results: Outcome) -> list[str]:
     data = f"{options.train_file} and {options.test_file}" if options.train_file else "simulated from the LTE grid"
     alphas = ", ".join(f"{float(alpha):g}" for alpha in np.asarray(prepared.experts.alpha))
     setup = (
-        f"Data: {data}. Covered stars: {prepared.n_covered:,} to train, {len(results.star):,} to test. "
+        f"Data: {data}. Covered stars: {prepared.n_covered:,} to train, {len(results.test.log_g):,} to test. "
         f"{options.described_noise}, seed {options.seed}. {config.bootstrap.n_resamples:,} resamples of the test stars, "
         f"{config.bootstrap.confidence_level:.0%} {config.bootstrap.interval_method} intervals. Alpha by cross-validation: "
         f"{alphas} (cells), {float(prepared.global_ridge.alpha):g} (global). Classification gate: C {prepared.classifier.C:g}, "
@@ -248,7 +238,7 @@ def sections_of(config: RegressGateConfig, results: Outcome) -> list[str]:
     )
 
 
-CHOSEN = Method("regress_mlp", PROTOCOLS[1])  # the gate of the model that is written
+CHOSEN = Method("regress_mlp", CROSS_FITTED)  # the gate of the model that is written
 
 
 def provenance_of(results: Outcome, run_json: dict[str, Any]) -> dict[str, Any]:
@@ -265,12 +255,12 @@ def print_table(results: Outcome) -> None:
     for column in ("method", "protocol", "R2", "MAE", "RMSE", "rho", "report R2"):
         table.add_column(column, justify="left" if column in ("method", "protocol") else "right")
     for row in results.overall.to_dict("records"):
-        report = published.get(row["method"]) if row["protocol"] != PROTOCOLS[1] else None
-        numbers = [f"{row[column]:.4f}" for column in ("r2", "mae", "rmse", "rho")]
+        report = published.get(row["method"]) if row["protocol"] != CROSS_FITTED else None
+        numbers = (f"{row[column]:.4f}" for column in ("r2", "mae", "rmse", "rho"))
         table.add_row(row["method"], row["protocol"], *numbers, f"{report['r2']:.4f}" if report else "")
     console.print(table)
     for row in results.bootstrap.head(4).to_dict("records"):
-        console.print(f"{row['comparison']:<42} {interval(row['estimate'], row['low'], row['high'])}", highlight=False)
+        console.print(f"{row['comparison']:<42} {interval(row['estimate'], row['low'], row['high'])}")
 
 
 def compute(config: RegressGateConfig, stages: Stages) -> Results:
@@ -284,27 +274,22 @@ def compute(config: RegressGateConfig, stages: Stages) -> Results:
     model, notes = add_uncertainty(config.data, config.calibration, results.prepared, mixture, stages)
     print_table(results)
     model, local, more_notes = add_local(config.data, config.local, config.calibration, model, stages, config.output.cache)
-    local_tables: dict[str, pd.DataFrame] = {}
-    local_sections: list[str] = []
+    tables = {"overall": results.overall, "per_bin": results.bins, "bootstrap": results.bootstrap}
+    tables["predictions"], sections = prediction_table(results), sections_of(config, results)
     if local is not None:
         bootstrap, nine = config.bootstrap, results.predictions[CHOSEN]
         local_tables, local_sections = judge_local(config.data, local, nine, bootstrap.n_resamples, bootstrap.confidence_level)
-        console.print(local_sections[1], highlight=False)
-    notes += more_notes
-    for note in [*warnings_of(results), *notes]:
-        console.print(f"warning: {note}", highlight=False)
-    tables = {
-        "overall": results.overall,
-        "per_bin": results.bins,
-        "bootstrap": results.bootstrap,
-        "predictions": prediction_table(results),
-    } | local_tables
+        console.print(local_sections[1])
+        tables |= local_tables
+        sections += local_sections
+    for note in [*warnings_of(results), *notes, *more_notes]:
+        console.print(f"warning: {note}")
 
     def write_model(folder: Path, run_json: dict[str, Any]) -> None:
         save_model(folder / "model", model._replace(provenance=provenance_of(results, run_json)))
 
     title = "Regression gates against the classification gate"
-    return Results(title, sections_of(config, results) + local_sections, tables, drawn, describe_choices(results), write_model)
+    return Results(title, sections, tables, drawn, describe_choices(results), write_model)
 
 
 main = Study("regress_gate", PRESETS, compute)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -20,7 +19,7 @@ from experiments.pipeline.gates import CONVERGED, GateRun, mix_by_class, run_gat
 from experiments.pipeline.methods import CROSS_FITTED, IN_SAMPLE
 from experiments.pipeline.prepare import prepare_each
 from experiments.pipeline.stars import Prepared
-from experiments.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure
+from experiments.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, Figure, new_figure
 from experiments.report.markdown import interval, table_markdown
 from experiments.report.results import Results, Study
 from experiments.runner.command_line import group, require_at_least, run_command
@@ -28,9 +27,6 @@ from experiments.runner.stages import Stages
 from moe_jax.evaluate.variance import SOURCES, VarianceComponents, variance_components
 from moe_jax.gates.networks import LinearGate
 from moe_jax.gates.training import GateConfig
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 #: Cross-validation chose this penalty for all nine cells, here and in the report. No difference depends on the global ridge.
 EXPERTS = ExpertOptions(alphas=(1.0,), global_alphas=())
@@ -121,11 +117,11 @@ def repeat(config: ReplicateConfig, stages: Stages) -> tuple[dict[str, np.ndarra
         for draw in range(config.n_draws)
     ]
     repetitions = []
-    with stages.steps("repetitions", len(configs)) as advance:
-        for data, prepared in zip(configs, prepare_each(configs, Stages(quiet=True), config.output.cache), strict=True):
-            repetitions.append(repeat_once(config, data, prepared))
-            size = int(np.sum(np.asarray(prepared.test.cell) >= 0)) // config.n_sets
-            advance()
+    preparations = prepare_each(configs, Stages(quiet=True), config.output.cache)
+    for data in stages.each("repetitions", configs):
+        prepared = next(preparations)
+        repetitions.append(repeat_once(config, data, prepared))
+        size = int(np.sum(np.asarray(prepared.test.cell) >= 0)) // config.n_sets
     shape = (config.n_surveys, config.n_draws, config.n_seeds, config.n_sets)
     values = {name: np.stack([values[name] for values in repetitions]).reshape(shape) for name in repetitions[0]}
     return values | {name: values[ours] - values[theirs] for name, (ours, theirs) in DIFFERENCES.items()}, size

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from experiments.pipeline.config import BootstrapOptions, DataConfig, ExpertOpti
 from experiments.pipeline.gates import CONVERGED, CONVERGED_LINEAR, Changes, GateRun, Sweep, gate_keys, run_gates, train_gates
 from experiments.pipeline.prepare import prepare_each
 from experiments.pipeline.stars import Prepared
-from experiments.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure
+from experiments.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, Figure, new_figure
 from experiments.report.markdown import interval, load_published, table_markdown
 from experiments.report.results import Results, Study
 from experiments.runner.command_line import group, run_command
@@ -36,15 +35,11 @@ from moe_jax.gates.networks import LinearGate
 from moe_jax.gates.routing import route_hard, route_oracle, route_soft
 from moe_jax.gates.training import GateConfig, Hyper, mixture_loss
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-METHODS = ("global", "oracle", "hard", "soft", "MLP", "linear", "linear, stopped", "linear, penalised")
-GATES = METHODS[4:]
 #: Factors of the linear gate's squared weights in its loss, to choose from on held-out stars.
 PENALTIES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3)
 #: To the end; the params of the lowest loss on a fifth of the stars are kept.
 HELD_OUT = dataclasses.replace(CONVERGED, validation_fraction=0.2, patience=CONVERGED.max_iterations)
+#: Colour and marker of each method.
 STYLES = {
     "global": (GREY, "v"),
     "oracle": (GREEN, "^"),
@@ -55,6 +50,8 @@ STYLES = {
     "linear, stopped": ("#56B4E9", "P"),
     "linear, penalised": ("#F0E442", "*"),
 }
+METHODS = tuple(STYLES)
+GATES = METHODS[4:]
 
 
 @dataclass(frozen=True)
@@ -197,17 +194,14 @@ def draw_figures(table: pd.DataFrame, noise_levels: tuple[float, ...]) -> dict[s
 
 def sections_of(config: ScaleConfig, table: pd.DataFrame, choices: pd.DataFrame) -> list[str]:
     """The paragraphs of report.md."""
-    r2 = table.pivot(index=["noise_level", "n_train"], columns="method", values="r2")[list(METHODS)]
-    rho = table.pivot(index=["noise_level", "n_train"], columns="method", values="rho")[["soft", *GATES]]
-    delta = table[table["method"].isin(GATES)].copy()
-    delta["delta R2 against soft"] = [
-        interval(row["delta_r2"], row["delta_r2_low"], row["delta_r2_high"]) for row in delta.to_dict("records")
-    ]
-    delta = delta.pivot(index=["noise_level", "n_train"], columns="method", values="delta R2 against soft")[list(GATES)]
+    table = table.assign(delta=[interval(*ends) for ends in table[["delta_r2", "delta_r2_low", "delta_r2_high"]].to_numpy()])
+
+    def by_size(values: str, *methods: str) -> pd.DataFrame:
+        return table.pivot(index=["noise_level", "n_train"], columns="method", values=values)[list(methods)]
+
+    parts = {part: by_size(f"{part}_mse", "soft", *GATES) for part in ("train", "test")}
+    fitted = pd.concat({f"{method}, {part}": parts[part][method] for method in ("soft", *GATES) for part in parts}, axis=1)
     compared = table[table["method"].isin(["soft", *GATES])]
-    fitted = compared.pivot(index=["noise_level", "n_train"], columns="method", values=["train_mse", "test_mse"])
-    fitted = fitted.swaplevel(axis=1)[["soft", *GATES]]
-    fitted.columns = pd.Index([", ".join(column).removesuffix("_mse") for column in fitted.columns.to_flat_index()])
     plain = {"noise_level": "g"}
     published = load_published()
     large, million = published["n_train_100000"]["r2"], published["n_train_1000000_noise_1"]
@@ -220,17 +214,17 @@ def sections_of(config: ScaleConfig, table: pd.DataFrame, choices: pd.DataFrame)
         "observed at the noise of the training stars. Bands: "
         f"{100 * config.bootstrap.confidence_level:g} % percentile bootstrap over test stars.",
         "## R2",
-        table_markdown(r2.reset_index(), plain),
+        table_markdown(by_size("r2", *METHODS).reset_index(), plain),
         "![R2](r2.png)",
         "## Delta R2 against the classification gate (soft)",
-        table_markdown(delta.reset_index(), plain),
+        table_markdown(by_size("delta", *GATES).reset_index(), plain),
         "![Delta R2](delta_r2.png)",
         "## Is the linear gate fitted too closely?",
         table_markdown(fitted.reset_index(), plain),
         "Mean squared error on the gate's training stars, with out-of-fold predictions of the experts, and on the test stars.",
         "\n".join(itertools.starmap(overfit, compared.groupby(["noise_level", "n_train"]))).strip(),
         "## Oracle-gain retention rho",
-        table_markdown(rho.reset_index(), plain),
+        table_markdown(by_size("rho", "soft", *GATES).reset_index(), plain),
         f"The report at 100,000 training spectra and noise 0.2: soft {large['classify']:.4f}, MLP {large['regress_mlp']:.4f}, "
         f"linear {large['regress_linear']:.4f}; at 1,000,000 and noise 1: global {million['global']:.4f}, "
         f"oracle {million['oracle']:.4f}, soft {million['classify']:.4f}.",
@@ -273,23 +267,23 @@ def compute(config: ScaleConfig, stages: Stages) -> Results:
     grid = itertools.product(config.n_trains, config.noise_levels)
     configs = [dataclasses.replace(config.data, n_train=n_train, noise_level=noise) for n_train, noise in grid]
     rows, choices = [], []
-    with stages.steps("sizes and noise levels", len(configs)) as advance:
-        for data, prepared in zip(configs, prepare_each(configs, Stages(quiet=True), config.output.cache), strict=True):
-            rows += score(config, data, prepared)
-            choices.append(
-                {
-                    "noise_level": data.noise_level,
-                    "n_train": data.n_train,
-                    "cell_alphas": " ".join(f"{float(alpha):g}" for alpha in prepared.experts.alpha),
-                    "cells_at_edge": int(np.sum(np.asarray(prepared.experts.at_edge))),
-                    "last_step": last_step(prepared.experts),
-                    "global_alpha": float(prepared.global_ridge.alpha),
-                    "gate_accuracy": prepared.classifier.accuracy,
-                }
-            )
-            scores = ", ".join(f"{row['method']} {row['r2']:.4f}" for row in rows[-len(METHODS) :])
-            console.print(f"{data.n_train:>7,} stars, noise {data.noise_level:g}: {scores}", highlight=False)
-            advance()
+    preparations = prepare_each(configs, Stages(quiet=True), config.output.cache)
+    for data in stages.each("sizes and noise levels", configs):
+        prepared = next(preparations)
+        rows += score(config, data, prepared)
+        choices.append(
+            {
+                "noise_level": data.noise_level,
+                "n_train": data.n_train,
+                "cell_alphas": " ".join(f"{float(alpha):g}" for alpha in prepared.experts.alpha),
+                "cells_at_edge": int(np.sum(np.asarray(prepared.experts.at_edge))),
+                "last_step": last_step(prepared.experts),
+                "global_alpha": float(prepared.global_ridge.alpha),
+                "gate_accuracy": prepared.classifier.accuracy,
+            }
+        )
+        scores = ", ".join(f"{row['method']} {row['r2']:.4f}" for row in rows[-len(METHODS) :])
+        console.print(f"{data.n_train:>7,} stars, noise {data.noise_level:g}: {scores}")
     table, chosen = pd.DataFrame(rows), pd.DataFrame(choices)
     drawn = draw_figures(table, config.noise_levels)
     return Results("Training stars and noise", sections_of(config, table, chosen), {"scale": table, "choices": chosen}, drawn)

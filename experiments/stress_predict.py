@@ -14,15 +14,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 import jax
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.config import OutputOptions
+from experiments.pipeline.config import OutputOptions, StudyConfig
 from experiments.pipeline.spoilings import LATER, SPOILINGS, Exposure, Spoiling, disturb
-from experiments.report.figures import BLUE, ORANGE, new_figure
+from experiments.report.figures import BLUE, ORANGE, Figure, new_figure
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
 from experiments.runner.command_line import group, require_at_least, run_command
@@ -39,21 +38,15 @@ from moe_jax.spectra.simulate import SimulatedSpectra
 from moe_jax.spectra.survey import add_noise
 from moe_jax.spectra.telescope_file import TelescopeFile
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
 MOST_RMS = 1.35  # times that of untouched spectra
 COVERAGES = (0.58, 0.80)
 ENOUGH_FLAGGED = 0.95
 
 
 @dataclass(frozen=True)
-class StressConfig:
+class StressConfig(StudyConfig):
     """What is spoiled, and by which model it is predicted."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
     model: Path = Path("results/regress_gate/default/model")
     """Folder of a model that regress_gate wrote."""
     n_stars: int = 500
@@ -171,9 +164,9 @@ def compute(config: StressConfig, stages: Stages) -> Results:
         tables["real_stars"] = pd.concat([labels.add_prefix("literature_"), found], axis=1)
         real = score("real stars", found, labels["log_g"].to_numpy())
         sections.insert(3, f"Real stars: {real['flagged']:.0%} flagged, rms {real['rms']:.2f}, coverage {real['coverage']:.2f}.")
-        console.print(sections[3], highlight=False)
-    console.print(table.to_string(index=False, float_format="%.3f"), highlight=False)
-    console.print(summary, highlight=False)
+        console.print(sections[3])
+    console.print(table.to_string(index=False, float_format="%.3f"))
+    console.print(summary)
     return Results("Does predict hold on spectra unlike its training set?", sections, tables, {"cases": plot_cases(table)})
 
 

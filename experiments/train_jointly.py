@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.config import SMALL, ComparisonConfig, DataConfig, draw_keys
+from experiments.pipeline.config import SMALL, DataConfig, GateStudyConfig, draw_keys
 from experiments.pipeline.gates import gate_keys, mix_by_class
 from experiments.pipeline.observation import observe_surveys
 from experiments.pipeline.prepare import prepare
@@ -28,11 +28,10 @@ from experiments.pipeline.stars import Prepared
 from experiments.report.claims import JOINT_QUESTIONS
 from experiments.report.markdown import interval, table_markdown
 from experiments.report.results import Results, Study
-from experiments.report.variants import compare_by, variants_results
+from experiments.report.variants import compare_by, seed_interval, variants_results
 from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import AnyArray, matmul
-from moe_jax.evaluate.variance import mean_over_seeds
 from moe_jax.experts.fit import assign_folds
 from moe_jax.experts.joint import fit_mixture_experts
 from moe_jax.experts.ridge import Ridge, predict_ridge
@@ -54,21 +53,17 @@ QUESTIONS = dict(zip(JOINT_QUESTIONS, PAIRS, strict=True))
 
 
 @dataclass(frozen=True)
-class JointConfig(ComparisonConfig):
+class JointConfig(GateStudyConfig):
     """Alternation, and training by gradient."""
 
-    n_seeds: int = 4
-    """Gate seeds, each with experts of its own."""
     joint_alphas: tuple[float, ...] = (0.1, 0.3, 1.0)
     """Penalties of the joint experts to choose from, in the first round of the first seed."""
     n_rounds: int = 3
     """Alternations of experts and gate."""
-    gate: GateConfig = group(GateConfig(), prefix=True)
     gradient_epochs: int = 20
     """Epochs of the training of experts and gate by gradient, at most."""
     gradient_rates: tuple[float, ...] = (1e-6, 1e-5)
     """Learning rates of the training by gradient to choose from."""
-    mlp: MLPGate = group(MLPGate())
     data: DataConfig = group(DataConfig(n_train=8_000))
 
     def __post_init__(self) -> None:
@@ -224,52 +219,49 @@ def train_by_gradient(
 
 def compare_seeds(config: JointConfig, y: jax.Array, variants: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """The difference of R2 of each pair of variants, with an interval over gate seeds and test stars."""
-    rows, y64 = [], np.asarray(y, np.float64)
-    for question, names in QUESTIONS.items():
-        method, baseline = (variants[name] for name in names)
-        by_seed = np.mean((y64 - baseline) ** 2 - (y64 - method) ** 2, axis=1) / y64.var()
-        error = compare_by(config, y, {"": method}, baseline)["standard_error"].iloc[0]
-        ends = mean_over_seeds(by_seed, float(error), config.bootstrap.confidence_level)
-        row = {"question": question, "method": names[0], "baseline": names[1], "n_seeds": len(by_seed), "n_test": len(y64)}
-        rows.append(row | dict(zip(("delta_r2", "low", "high"), ends, strict=True)))
-    return pd.DataFrame(rows)
+    rows = []
+    for question, (method, baseline) in QUESTIONS.items():
+        ends = seed_interval(config, y, variants[method], variants[baseline])
+        rows.append((question, method, baseline, len(variants[method]), len(y), *ends))
+    return pd.DataFrame(rows, columns=["question", "method", "baseline", "n_seeds", "n_test", "delta_r2", "low", "high"])
 
 
-def compute(config: JointConfig, stages: Stages) -> Results:
-    """Trains gates of frozen experts, then experts and gate together, for each seed."""
-    prepared = prepare(config.data, stages, config.output.cache)
-    with stages("spectra"):
-        data = jax.block_until_ready(load_data(config, prepared))
+def train(
+    config: JointConfig, prepared: Prepared, data: Data, stages: Stages
+) -> tuple[dict[str, np.ndarray], float, pd.DataFrame, pd.DataFrame]:
+    """Trains gates of frozen experts, then experts and gate together, for each seed.
+
+    Returns:
+        Predictions of each variant by seed, the chosen penalty, and tables of the rounds and of the training by gradient.
+    """
     frozen_predictions, test = prepared.gate_stars().predictions, prepared.test.covered()
     found: dict[str, list[np.ndarray]] = {name: [] for name in (FROZEN, ONE_ROUND, ALL_ROUNDS, GRADIENT, LEAKY)}
     rounds: list[dict[str, Any]] = []
     gradients: list[dict[str, float]] = []
     alpha = np.nan
-    for seed, key in enumerate(gate_keys(config.data, config.n_seeds)):
+    keys = gate_keys(config.data, config.n_seeds)
 
-        def run_round(
-            protocol: str, number: int, weights: list[jax.Array], penalty: float, seed: int = seed, key: jax.Array = key
-        ) -> Round:
-            with stages(f"seed {seed}, round {number}, alpha {penalty:g}, {protocol}"):
-                fitted = alternate(config, data, key, weights, penalty)
-            errors = data.test_y - predict(config, data, fitted.experts, fitted.gate.params)
-            row = {"seed": seed, "round": number, "alpha": penalty, "gates": protocol}
-            losses = {"held_out_loss": held_out_loss(fitted.gate), "test_loss": float(jnp.mean(errors**2))}
-            rounds.append(row | losses)
-            console.print(", ".join(f"{name} {loss:.5f}" for name, loss in losses.items()), highlight=False)
-            return fitted
+    def run_round(seed: int, protocol: str, number: int, weights: list[jax.Array], penalty: float) -> Round:
+        with stages(f"seed {seed}, round {number}, alpha {penalty:g}, {protocol}"):
+            fitted = alternate(config, data, keys[seed], weights, penalty)
+        errors = data.test_y - predict(config, data, fitted.experts, fitted.gate.params)
+        losses = {"held_out_loss": held_out_loss(fitted.gate), "test_loss": float(jnp.mean(errors**2))}
+        rounds.append({"seed": seed, "round": number, "alpha": penalty, "gates": protocol} | losses)
+        console.print(", ".join(f"{name} {loss:.5f}" for name, loss in losses.items()))
+        return fitted
 
+    for seed, key in enumerate(keys):
         with stages(f"seed {seed}, gates of the frozen experts"):
             weights = weights_by_fold(config, data, key, frozen_predictions)
         frozen = config.mlp.apply(train_gate(config, data, key, frozen_predictions).params, test.features)
         found[FROZEN].append(np.asarray(route_soft(frozen, test.predictions)))
         if seed == 0:
-            tried = {a: run_round("by fold", 1, weights, a) for a in config.joint_alphas}
+            tried = {a: run_round(seed, "by fold", 1, weights, a) for a in config.joint_alphas}
             alpha = min(tried, key=lambda a: held_out_loss(tried[a].gate))
-        first = last = tried[alpha] if seed == 0 else run_round("by fold", 1, weights, alpha)
-        leaky = run_round("of all stars", 1, [weights[-1]] * len(weights), alpha)
+        first = last = tried[alpha] if seed == 0 else run_round(seed, "by fold", 1, weights, alpha)
+        leaky = run_round(seed, "of all stars", 1, [weights[-1]] * len(weights), alpha)
         for number in range(2, config.n_rounds + 1):
-            last = run_round("by fold", number, weights_by_fold(config, data, key, last.out_of_fold), alpha)
+            last = run_round(seed, "by fold", number, weights_by_fold(config, data, key, last.out_of_fold), alpha)
         for name, fitted in ((ONE_ROUND, first), (ALL_ROUNDS, last), (LEAKY, leaky)):
             found[name].append(predict(config, data, fitted.experts, fitted.gate.params))
         with stages(f"seed {seed}, by gradient"):
@@ -278,22 +270,18 @@ def compute(config: JointConfig, stages: Stages) -> Results:
         gradients += [{"seed": seed} | row for row in rates]
     variants = {"frozen experts, classification gate": mix_by_class(prepared, test)}
     variants |= {name: np.stack(predictions) for name, predictions in found.items()}
+    return variants, alpha, pd.DataFrame(rounds), pd.DataFrame(gradients)
+
+
+def compute(config: JointConfig, stages: Stages) -> Results:
+    """Trains all variants and compares them."""
+    prepared = prepare(config.data, stages, config.output.cache)
+    with stages("spectra"):
+        data = jax.block_until_ready(load_data(config, prepared))
+    variants, alpha, rounds, gradients = train(config, prepared, data, stages)
     with stages("bootstrap"):
         table = compare_by(config, data.test_y, variants, variants[FROZEN])
         differences = compare_seeds(config, data.test_y, variants)
-    return report(config, data, alpha, table, differences, pd.DataFrame(rounds), pd.DataFrame(gradients))
-
-
-def report(
-    config: JointConfig,
-    data: Data,
-    alpha: float,
-    table: pd.DataFrame,
-    differences: pd.DataFrame,
-    rounds: pd.DataFrame,
-    gradients: pd.DataFrame,
-) -> Results:
-    """The tables with their paragraphs."""
     shown = differences[["question", "method", "baseline"]].copy()
     shown["delta R2"] = [interval(*ends) for ends in zip(*(differences[n] for n in ("delta_r2", "low", "high")), strict=True)]
     chosen = rounds[rounds["alpha"] == alpha].groupby(["gates", "round"], sort=False)

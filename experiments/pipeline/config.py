@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from experiments.runner.cache import DEFAULT_FOLDER, Cache
-from experiments.runner.command_line import group, require_at_least
+from experiments.runner.command_line import PresetConfig, group, require_at_least
 from moe_jax.core.arrays import InputError
 from moe_jax.evaluate.bootstrap import DEFAULT_METHOD
 from moe_jax.evaluate.intervals import IntervalMethod
@@ -193,14 +193,18 @@ class OutputOptions:
 
 
 @dataclass(frozen=True)
-class ComparisonConfig:
+class StudyConfig(PresetConfig):
+    """What all studies share."""
+
+    output: OutputOptions = group(OutputOptions())
+
+
+@dataclass(frozen=True)
+class ComparisonConfig(StudyConfig):
     """What the studies share that compare methods on the same test stars."""
 
-    preset: Literal["default", "smoke"] = "default"
-    """Preset from which the other options start."""
     data: DataConfig = group(DataConfig())
     bootstrap: BootstrapOptions = group(BootstrapOptions())
-    output: OutputOptions = group(OutputOptions())
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -21,9 +21,11 @@ from moe_jax.experts.cells import CELL_NAMES, M_H_NAMES, N_CELLS
 from moe_jax.gates.optimize import GateFit
 
 if TYPE_CHECKING:
+    import matplotlib.figure
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
+#: The type of figures. Matplotlib is loaded when the first one is drawn.
+Figure: TypeAlias = "matplotlib.figure.Figure"
 BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#E69F00", "#009E73", "#999999", "#000000"
 _KIND_COLORS = (BLUE, ORANGE, GREEN, BLACK, "#CC79A7")
 _KIND_MARKERS = ("o", "s", "D", "^", "v")

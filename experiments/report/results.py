@@ -7,32 +7,19 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
 import pandas as pd
 from rich.tree import Tree
 
-from experiments.pipeline.config import OutputOptions
-from experiments.report.figures import save_figure
-from experiments.runner.command_line import HasPreset
+from experiments.pipeline.config import StudyConfig
+from experiments.report.figures import Figure, save_figure
 from experiments.runner.provenance import command_of, describe_run
 from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import InputError
 from moe_jax.core.files import atomic_folder
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-class StudyConfig(HasPreset, Protocol):
-    """What the frame needs of a configuration."""
-
-    @property
-    def output(self) -> OutputOptions:
-        """Where the results go."""
-
 
 Config = TypeVar("Config", bound=StudyConfig)
 
@@ -98,7 +85,7 @@ def write_results(folder: Path, results: Results, command: str, run: dict[str, A
         (temporary / "run.json").write_text(json.dumps(run, indent=2, default=_plain) + "\n")
     if results.write_more is not None:
         results.write_more(folder, run)
-    console.print(tree_of(folder), highlight=False)
+    console.print(tree_of(folder))
 
 
 def tree_of(folder: Path) -> Tree:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from experiments.pipeline.config import BootstrapOptions, ComparisonConfig, draw_keys
@@ -13,6 +14,7 @@ from experiments.report.markdown import interval, table_markdown
 from experiments.report.results import Results
 from experiments.runner.stages import console
 from moe_jax.core.arrays import AnyArray
+from moe_jax.evaluate.variance import mean_over_seeds
 from moe_jax.evaluate.variants import compare_variants
 
 #: Columns that say in words of one kind what the name of a variant says; report.md leaves them out.
@@ -23,6 +25,14 @@ _FORMATS = {"gradient_norm": ".1e", "loss": ".5f", "validation_loss": ".5f", "be
 def compare_by(config: ComparisonConfig, y: AnyArray, variants: Mapping[str, AnyArray], baseline: AnyArray) -> pd.DataFrame:
     """``compare_variants`` with the resamples, level and method of a configuration."""
     return compare_variants(draw_keys(config.data.seed).bootstrap, y, variants, baseline, **config.bootstrap.arguments)
+
+
+def seed_interval(config: ComparisonConfig, y: AnyArray, predictions: AnyArray, baseline: AnyArray) -> tuple[float, float, float]:
+    """Mean difference of R2 from a baseline, both (S, N), and its interval over the S seeds and the test stars."""
+    y64 = np.asarray(y, np.float64)
+    by_seed = np.mean((y64 - baseline) ** 2 - (y64 - predictions) ** 2, axis=1) / y64.var()
+    error = compare_by(config, y, {"": predictions}, baseline)["standard_error"].iloc[0]
+    return mean_over_seeds(by_seed, float(error), config.bootstrap.confidence_level)
 
 
 def variants_results(
@@ -58,7 +68,7 @@ def variants_results(
     label = f"$\\Delta R^2$ against {against}, " + f"{percent} intervals".replace(" ", "\N{NO-BREAK SPACE}")
     differences = [interval(*ends) for ends in zip(table["delta_r2"], table["low"], table["high"], strict=True)]
     for name, r2, difference in zip(table["variant"], table["r2"], differences, strict=True):
-        console.print(f"{name:<56} R2 {r2:.4f}  {difference}", highlight=False)
+        console.print(f"{name:<56} R2 {r2:.4f}  {difference}")
     shown = table.drop(columns=["standard_error", "low", "high", *table.columns.intersection(_KEYS)]).assign(delta_r2=differences)
     names = {"delta_r2": f"delta R2 against {against}", "n_seeds": f"n_{repeated}"}
     text = [

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import jax
 import platformdirs
@@ -27,15 +27,15 @@ MOST_COMPILED = 2**30  # bytes of compiled programs that are kept; those not use
 Group = TypeVar("Group")
 
 
-class HasPreset(Protocol):
-    """A configuration, a dataclass, that knows which preset it started from."""
+@dataclass(frozen=True)
+class PresetConfig:
+    """A configuration that starts from one of a command's presets."""
 
-    @property
-    def preset(self) -> str:
-        """Name of the preset."""
+    preset: str = "default"
+    """Preset from which the other options start."""
 
 
-Config = TypeVar("Config", bound=HasPreset)
+Config = TypeVar("Config", bound=PresetConfig)
 
 
 def group(default: Group, *, prefix: bool = False, without: tuple[str, ...] = ()) -> Group:
@@ -46,7 +46,7 @@ def group(default: Group, *, prefix: bool = False, without: tuple[str, ...] = ()
         prefix: whether its options begin with the name of the field, as in ``--gate.epochs``.
         without: options that are not offered, as the command sets them itself or does not use them.
     """
-    field: Group = dataclasses.field(default=default, metadata={"prefix": prefix, "without": without})
+    field: Group = dataclasses.field(default=default, kw_only=True, metadata={"prefix": prefix, "without": without})
     return field
 
 
@@ -112,7 +112,7 @@ def _shown_options(presets: Mapping[str, Config], default: Config) -> Constructo
                     text += f" (preset {name}: {as_typed(value)})" * (value != field.default)
             markers = [tyro.conf.Suppress] if field.name in without[info.type] else []
             markers += [tyro.conf.OmitArgPrefixes] if metadata[field.name].get("prefix") is False else []
-            kind: Any = field.type
+            kind: Any = tyro.extras.literal_type_from_choices(presets) if field.name == "preset" else field.type
             for marker in markers:
                 kind = Annotated[kind, marker]
             fields.append(dataclasses.replace(field, helptext=text or None, type=kind))

@@ -16,13 +16,14 @@ from typing import Any
 
 import jax
 
-from experiments.runner.command_line import HasPreset, as_typed, compile_seconds
+from experiments.runner.cache import ROOT
+from experiments.runner.command_line import PresetConfig, as_typed, compile_seconds
 
 #: Options that say where things lie, and change no result.
 PLACES = ("output", "cluster", "results_dir")
 
 
-def command_of(name: str, config: HasPreset, presets: Mapping[str, Any]) -> str:
+def command_of(name: str, config: PresetConfig, presets: Mapping[str, Any]) -> str:
     """The command line that makes the same results: the preset, and the options that differ from the preset's."""
     preset = [f"--preset {config.preset}"] * (config.preset != "default")
     return " ".join([f"python -m experiments.{name}", *preset, *_options(config, presets[config.preset])])
@@ -42,13 +43,13 @@ def _options(value: Any, start: Any, prefix: str = "") -> Iterator[str]:
             yield f"--{prefix}{name} ".replace("_", "-") + as_typed(new)
 
 
+def git(*arguments: str) -> str:
+    """What git answers in the folder of this project."""
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def git_commit() -> str | None:
     """The commit of the code, marked where the working tree differs; None outside a checkout."""
-    folder = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "experiments", "moe_jax", "pyproject.toml")
         return git("rev-parse", "HEAD") + (" with changes" if changed else "")
@@ -56,19 +57,14 @@ def git_commit() -> str | None:
         return None
 
 
-def describe_run(command: str, config: HasPreset, seconds: Mapping[str, float], **results: Any) -> dict[str, Any]:
+def describe_run(command: str, config: PresetConfig, seconds: Mapping[str, float], **results: Any) -> dict[str, Any]:
     """What run.json holds: all that is needed to repeat the run and to judge it."""
-    settings = dataclasses.asdict(config)  # type: ignore[call-overload]
-    kept = json.loads(json.dumps({name: value for name, value in settings.items() if name not in PLACES}, default=str))
-    total = {"total": round(sum(seconds.values()), 3)}
-    return {"command": command, "config": kept} | describe_machine() | {"seconds": dict(seconds) | total} | results
-
-
-def describe_machine() -> dict[str, Any]:
-    """Code, versions, device, and what this process has taken so far."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in PLACES}
     device = jax.devices()[0]
     packages = ("moe_jax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "scikit-learn", "pandas", "h5py")
     return {
+        "command": command,
+        "config": json.loads(json.dumps(settings, default=str)),
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "device": f"{device.platform}: {device.device_kind}",
@@ -76,7 +72,8 @@ def describe_machine() -> dict[str, Any]:
         "precision": f"{jax.dtypes.canonicalize_dtype(float)}, matmul precision highest (no TF32)",
         "compile_seconds": round(compile_seconds(), 3),
         "peak_memory_gib": round(peak_memory() / 2**30, 2),
-    }
+        "seconds": dict(seconds) | {"total": round(sum(seconds.values()), 3)},
+    } | results
 
 
 def peak_memory() -> int:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(width=None if sys.stdout.isatty() else 120)
+console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 SECONDS_BETWEEN_NOTES = 5.0
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -36,6 +38,13 @@ class Stages:
         """Times the block under ``name``, and shows how many steps are done; yields the function that counts one step."""
         with self.chunks(name, total, unit="") as advance:
             yield lambda *_: advance(1)
+
+    def each(self, name: str, items: Collection[Item]) -> Iterator[Item]:
+        """Yields the items, times the loop over them under ``name``, and shows how many are done."""
+        with self.steps(name, len(items)) as advance:
+            for item in items:
+                yield item
+                advance()
 
     @contextmanager
     def chunks(self, name: str, total: int, done: int = 0, unit: str = " stars") -> Iterator[Callable[[int], None]]:
@@ -64,7 +73,7 @@ class Stages:
     def note(self, text: str) -> None:
         """Shows a line between the stages."""
         if not self.quiet:
-            console.print(text, highlight=False)
+            console.print(text)
 
     def _end(self, name: str, start: float) -> None:
         seconds = time.perf_counter() - start

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import scipy
 
-from moe_jax.experts.cells import M_H_EDGES, T_EFF_EDGES
+from moe_jax.experts.cells import M_H_EDGES, N_CELLS, T_EFF_EDGES
 from moe_jax.gates.features import LINE_WINDOWS, SIDEBAND
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 ALPHAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 GLOBAL_ALPHAS = (1.0, 10.0, 100.0)
 C_GRID = (10.0, 100.0, 1000.0)
+BATCH = 256  # stars of a batch
+SCIPY_OPTIONS = {"paired": True, "vectorized": True, "method": "percentile", "rng": 0}
 
 
 def grid_search_ridge(x: np.ndarray, y: np.ndarray, alphas: tuple[float, ...], n_folds: int) -> Ridge:
@@ -52,29 +54,16 @@ def torch_gate(
     epochs: int,
     patience: int,
     use_loader: bool,
-    batch_size: int = 256,
-    seed: int = 0,
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """A gate trained in PyTorch on the squared error of the mixture, with 20 % of the stars held out to choose the epoch.
+    """A gate trained in PyTorch on the squared error of the mixture, as the function from features (N, F) to weights (N, K).
 
-    Args:
-        features: (N, F).
-        expert_predictions: (N, K).
-        y: (N,).
-        hidden: units of the hidden layer; None for a linear gate.
-        epochs: at most.
-        patience: epochs without a better loss before the training stops.
-        use_loader: batches by ``DataLoader`` (shuffled, as in the original experiment) or by slices of a permutation.
-        batch_size: stars of a batch.
-        seed: of params, held-out stars and batches.
-
-    Returns:
-        The function from features to weights.
+    A fifth of the stars is held out to choose the epoch. ``hidden`` is None for a linear gate. Batches come from a ``DataLoader``
+    (shuffled, as in the original experiment) or are slices of a permutation.
     """
     import torch
     from torch import nn
 
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     data = [torch.from_numpy(np.ascontiguousarray(array, np.float32)) for array in (features, expert_predictions, y)]
     n_features, n_experts = features.shape[1], expert_predictions.shape[1]
     hidden_layers = [] if hidden is None else [nn.Linear(n_features, hidden), nn.ReLU()]
@@ -87,15 +76,14 @@ def torch_gate(
     def loss_of(x: Any, predictions: Any, target: Any) -> Any:
         return torch.mean((target - torch.sum(net(x) * predictions, dim=1)) ** 2)
 
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*train), batch_size=batch_size, shuffle=True)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*train), batch_size=BATCH, shuffle=True)
     best, best_epoch, kept = np.inf, 0, net.state_dict()
     for epoch in range(epochs):
         if use_loader:
             batches: Iterable[Any] = loader
         else:
             shuffled = torch.randperm(len(train[0]))
-            rows = (shuffled[i : i + batch_size] for i in range(0, len(shuffled), batch_size))
-            batches = ([array[part] for array in train] for part in rows)
+            batches = ([array[rows] for array in train] for rows in shuffled.split(BATCH))
         for batch in batches:
             optimizer.zero_grad()
             loss_of(*batch).backward()
@@ -117,17 +105,15 @@ def torch_gate(
     return weights
 
 
-def loop_bootstrap(
-    y: np.ndarray, prediction: np.ndarray, baseline: np.ndarray, cell: np.ndarray, n_resamples: int, n_cells: int = 9
-) -> np.ndarray:
+def loop_bootstrap(y: np.ndarray, prediction: np.ndarray, baseline: np.ndarray, cell: np.ndarray, n_resamples: int) -> np.ndarray:
     """Delta R2 overall and by cell, a loop over ``r2_score``; (B, 1 + cells)."""
     from sklearn.metrics import r2_score
 
     rng = np.random.default_rng(0)
-    samples = np.full((n_resamples, 1 + n_cells), np.nan)
+    samples = np.full((n_resamples, 1 + N_CELLS), np.nan)
     for i in range(n_resamples):
         rows = rng.integers(0, len(y), len(y))
-        parts = [rows, *(rows[cell[rows] == k] for k in range(n_cells))]
+        parts = [rows, *(rows[cell[rows] == k] for k in range(N_CELLS))]
         for j, part in enumerate(parts):
             if len(part) > 1:
                 samples[i, j] = r2_score(y[part], prediction[part]) - r2_score(y[part], baseline[part])
@@ -142,78 +128,50 @@ def _delta(y: np.ndarray, prediction: np.ndarray, baseline: np.ndarray, axis: in
 
 
 def scipy_bootstrap(
-    y: np.ndarray,
-    prediction: np.ndarray,
-    baseline: np.ndarray,
-    cell: np.ndarray | None,
-    n_resamples: int,
-    n_cells: int = 9,
-    batch: int | None = None,
+    y: np.ndarray, prediction: np.ndarray, baseline: np.ndarray, cell: np.ndarray, n_resamples: int, batch: int | None = None
 ) -> list[Any]:
     """Delta R2 overall and by cell by vectorised ``scipy.stats.bootstrap``: ten calls, a cell resampled by itself."""
-    parts = [slice(None)] if cell is None else [slice(None), *(cell == k for k in range(n_cells))]
-    return [
-        scipy.stats.bootstrap(
-            (y[part], prediction[part], baseline[part]),
-            _delta,
-            paired=True,
-            vectorized=True,
-            n_resamples=n_resamples,
-            method="percentile",
-            rng=0,
-            batch=batch,
-        )
-        for part in parts
-    ]
+    options: dict[str, Any] = SCIPY_OPTIONS | {"n_resamples": n_resamples, "batch": batch}
+    parts = [slice(None), *(cell == k for k in range(N_CELLS))]
+    return [scipy.stats.bootstrap((y[part], prediction[part], baseline[part]), _delta, **options) for part in parts]
 
 
-def scipy_joint_bootstrap(
-    y: np.ndarray, prediction: np.ndarray, baseline: np.ndarray, cell: np.ndarray, n_resamples: int, n_cells: int = 9
-) -> Any:
+def scipy_joint_bootstrap(y: np.ndarray, prediction: np.ndarray, baseline: np.ndarray, cell: np.ndarray, n_resamples: int) -> Any:
     """As ``bootstrap_delta_r2`` does: overall and all cells from the same resamples, in one call of ``scipy.stats.bootstrap``."""
 
     def statistics(y: np.ndarray, prediction: np.ndarray, baseline: np.ndarray, cell: np.ndarray, axis: int = -1) -> np.ndarray:
         gain = (prediction - baseline) * (2.0 * y - baseline - prediction)
         values = [_delta(y, prediction, baseline, axis)]
-        for k in range(n_cells):
+        for k in range(N_CELLS):
             in_cell = cell == k
             mean = np.sum(y, axis=axis, where=in_cell, keepdims=True) / np.sum(in_cell, axis=axis, keepdims=True)
             total = np.sum((y - mean) ** 2, axis=axis, where=in_cell)
             values.append(np.sum(gain, axis=axis, where=in_cell) / total)
         return np.stack(values)
 
-    return scipy.stats.bootstrap(
-        (y, prediction, baseline, cell),
-        statistics,
-        paired=True,
-        vectorized=True,
-        n_resamples=n_resamples,
-        method="percentile",
-        rng=0,
-    )
+    options: dict[str, Any] = SCIPY_OPTIONS | {"n_resamples": n_resamples}
+    return scipy.stats.bootstrap((y, prediction, baseline, cell), statistics, **options)
 
 
-def arch_bootstrap(
-    y: np.ndarray, prediction: np.ndarray, baseline: np.ndarray, cell: np.ndarray, n_resamples: int, n_cells: int = 9
-) -> np.ndarray:
+def arch_bootstrap(y: np.ndarray, prediction: np.ndarray, baseline: np.ndarray, cell: np.ndarray, n_resamples: int) -> np.ndarray:
     """Delta R2 overall and by cell by ``arch.bootstrap.IIDBootstrap``; (B, 1 + cells)."""
     from arch.bootstrap import IIDBootstrap
 
     def statistics(y: np.ndarray, prediction: np.ndarray, baseline: np.ndarray, cell: np.ndarray) -> np.ndarray:
-        parts = [slice(None), *(cell == k for k in range(n_cells))]
+        parts = [slice(None), *(cell == k for k in range(N_CELLS))]
         return np.array([_delta(y[part], prediction[part], baseline[part]) for part in parts])
 
     samples: np.ndarray = IIDBootstrap(y, prediction, baseline, cell, seed=0).apply(statistics, n_resamples)
     return samples
 
 
-def read_survey(path: Path, seed: int, noise_level: float = 0.2) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Wavelengths, noisy flux and labels."""
+def read_survey(path: Path, seed: int) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Wavelengths, flux with noise of level 0.2, and labels."""
     with h5py.File(path) as file:
         wave = file["spectrumdataset/wave"][:]
         flux, error = file["dataset/arrays/flux/value"][:], file["dataset/arrays/error/value"][:]
     noise = np.random.default_rng(seed).standard_normal(flux.shape, np.float32)
-    return wave, flux + np.float32(noise_level) * error * noise, pd.read_hdf(path)
+    return wave, flux + np.float32(0.2) * error * noise, pd.read_hdf(path)
 
 
 def line_features(flux: np.ndarray, wave: np.ndarray) -> np.ndarray:
@@ -249,7 +207,7 @@ def pipeline(train_file: Path, test_file: Path) -> dict[str, Any]:
     done("data")
     cell, test_cell = _cells(labels), _cells(test_labels)
     experts, out_of_fold = [], np.full(len(y), np.nan, np.float32)
-    for k in range(9):
+    for k in range(N_CELLS):
         in_cell = cell == k
         experts.append(grid_search_ridge(x[in_cell], y[in_cell], ALPHAS, 5))
         out_of_fold[in_cell] = cross_val_predict(Ridge(alpha=experts[-1].alpha), x[in_cell], y[in_cell], cv=5)
@@ -263,20 +221,16 @@ def pipeline(train_file: Path, test_file: Path) -> dict[str, Any]:
     predictions, test_predictions = (np.stack([expert.predict(flux) for expert in experts], axis=1) for flux in (x, x_test))
     done("features and predictions")
     covered, test_covered = cell >= 0, test_cell >= 0
-    search = GridSearchCV(
-        LogisticRegression(max_iter=5_000),
-        {"C": list(C_GRID)},
-        cv=StratifiedKFold(5, shuffle=True, random_state=0),
-    ).fit(features[covered], cell[covered])
+    divided = StratifiedKFold(5, shuffle=True, random_state=0)
+    search = GridSearchCV(LogisticRegression(max_iter=5_000), {"C": list(C_GRID)}, cv=divided)
+    search.fit(features[covered], cell[covered])
     done("classification gate")
-    cross_fitted = np.where(cell[:, None] == np.arange(9), out_of_fold[:, None], predictions)
+    cross_fitted = np.where(cell[:, None] == np.arange(N_CELLS), out_of_fold[:, None], predictions)
     drawn = np.random.default_rng(0).permutation(np.flatnonzero(covered))
     target, seen = y_test[test_covered], test_predictions[test_covered]
     mixtures = {"classify": np.sum(search.predict_proba(test_features[test_covered]) * seen, axis=1)}
-    for name, stars, outputs in (
-        ("in-sample", drawn[: round(0.2 * len(drawn))], predictions),
-        ("cross-fitted", drawn, cross_fitted),
-    ):
+    protocols = {"in-sample": (drawn[: round(0.2 * len(drawn))], predictions), "cross-fitted": (drawn, cross_fitted)}
+    for name, (stars, outputs) in protocols.items():
         for kind, hidden in (("mlp", 64), ("linear", None)):
             weights = torch_gate(features[stars], outputs[stars], y[stars], hidden=hidden, epochs=100, patience=10, use_loader=True)
             mixtures[f"{kind}, {name}"] = np.sum(weights(test_features[test_covered]) * seen, axis=1)

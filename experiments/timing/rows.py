@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -13,15 +14,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy
 
-from experiments.pipeline.config import OutputOptions
+from experiments.pipeline.config import OutputOptions, StudyConfig
 from experiments.runner.command_line import group, require_at_least
+from experiments.runner.provenance import peak_memory
 from experiments.runner.stages import console
 from experiments.timing import peers
 from moe_jax.core.arrays import InputError, matmul
@@ -38,11 +40,9 @@ N_TEST_STARS = 816
 
 
 @dataclass(frozen=True)
-class BenchmarkConfig:
+class BenchmarkConfig(StudyConfig):
     """What is timed."""
 
-    preset: Literal["default", "quick"] = "default"
-    """Preset from which the other options start."""
     quick: bool = False
     """The same as --preset quick."""
     start: bool = False
@@ -121,7 +121,7 @@ def has(module: str) -> bool:
     """Whether a peer's package is installed."""
     installed = importlib.util.find_spec(module) is not None
     if not installed:
-        console.print(f"{module} is not installed: its rows are left out (pip install -e '.[benchmark]')", highlight=False)
+        console.print(f"{module} is not installed: its rows are left out (pip install -e '.[benchmark]')")
     return installed
 
 
@@ -174,13 +174,13 @@ def time_folds(config: BenchmarkConfig) -> Iterator[Row]:
 
     x, y = cells_of(config.n_train)[4]
     alphas = np.array(peers.ALPHAS, np.float32)
-    ten = np.asarray(assign_folds(jax.random.key(2), np.zeros(len(y), int), 10))
-    one = np.arange(len(y))
-    peers_of: dict[str, tuple[np.ndarray, str, Callable[[], Any], float | None, int]] = {
-        "10 folds": (ten, "GridSearchCV(Ridge(), cv=10)", lambda: peers.grid_search_ridge(x, y, peers.ALPHAS, 10), None, 1),
-        "leave-one-out": (one, "RidgeCV (leave-one-out)", lambda: RidgeCV(alphas=peers.ALPHAS).fit(x, y), 3.0, config.n_pairs),
-    }
-    for name, (folds, peer, theirs, target, n_pairs) in peers_of.items():
+    ten, one = np.asarray(assign_folds(jax.random.key(2), np.zeros(len(y), int), 10)), np.arange(len(y))
+    grid_search = functools.partial(peers.grid_search_ridge, x, y, peers.ALPHAS, 10)
+    leave_one_out = functools.partial(RidgeCV(alphas=peers.ALPHAS).fit, x, y)
+    for name, folds, peer, theirs, target, n_pairs in (
+        ("10 folds", ten, "GridSearchCV(Ridge(), cv=10)", grid_search, None, 1),
+        ("leave-one-out", one, "RidgeCV (leave-one-out)", leave_one_out, 3.0, config.n_pairs),
+    ):
         ours = functools.partial(fit_global, x, y, alphas, folds)
         yield compare(Row(f"experts: a cell of {len(y):,}, {name}", peer, target), ours, theirs, n_pairs)
 
@@ -192,13 +192,13 @@ def gate_data(n_stars: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return features, (y[:, None] + rng.normal(size=(n_stars, 9))).astype(np.float32), y
 
 
-def floor_of_gate(n_stars: int, epochs: int, hidden: int = 64) -> float:
-    """Multiplications of the training over the matmul rate measured now."""
+def floor_of_gate() -> float:
+    """Multiplications of the training of a gate with 64 hidden units for 100 epochs, over the matmul rate measured now."""
     a = jnp.ones((2_048, 2_048), jnp.float32)
     product = jax.jit(matmul)
     product(a, a).block_until_ready()
     rate = 2 * 2_048**3 / min(seconds_of(lambda: product(a, a)) for _ in range(5))
-    return 3 * 2 * 0.8 * n_stars * epochs * (13 * hidden + hidden * 9) / rate
+    return 3 * 2 * 0.8 * N_GATE_STARS * 100 * (13 * 64 + 64 * 9) / rate
 
 
 def time_gates(config: BenchmarkConfig) -> Iterator[Row]:
@@ -207,18 +207,17 @@ def time_gates(config: BenchmarkConfig) -> Iterator[Row]:
         return
     data, gate, training = gate_data(N_GATE_STARS), MLPGate(64), GateConfig(patience=100)
     one = functools.partial(fit_gate, jax.random.key(0), gate, *data, training)
+    many = functools.partial(fit_gates, jax.random.split(jax.random.key(0), config.n_gates), gate, *data, training)
     torch_gate = functools.partial(peers.torch_gate, *data, hidden=64, epochs=100, patience=100)
-    loader, sliced = functools.partial(torch_gate, use_loader=True), functools.partial(torch_gate, use_loader=False)
     name = f"one MLP gate, 100 epochs, {N_GATE_STARS:,} stars"
-    for peer, theirs, target in (("PyTorch, DataLoader", loader, 15.0), ("PyTorch, slices", sliced, 6.0)):
-        row = compare(Row(name, peer, target), one, theirs, config.n_pairs)
-        row.floors = [floor_of_gate(N_GATE_STARS, 100) for _ in row.pairs]
+    for row, ours, use_loader in (
+        (Row(name, "PyTorch, DataLoader", 15.0), one, True),
+        (Row(name, "PyTorch, slices", 6.0), one, False),
+        (Row(f"the same, each of {config.n_gates} in one call", "PyTorch, DataLoader", 40.0, per=config.n_gates), many, True),
+    ):
+        compare(row, ours, functools.partial(torch_gate, use_loader=use_loader), config.n_pairs)
+        row.floors = [floor_of_gate() for _ in row.pairs]
         yield row
-    keys = jax.random.split(jax.random.key(0), config.n_gates)
-    row = Row(f"the same, each of {config.n_gates} in one call", "PyTorch, DataLoader", 40.0, per=config.n_gates)
-    compare(row, lambda: fit_gates(keys, gate, *data, training), loader, config.n_pairs)
-    row.floors = [floor_of_gate(N_GATE_STARS, 100) for _ in row.pairs]
-    yield row
 
 
 def bootstrap_data(n_stars: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -247,26 +246,6 @@ def time_bootstrap(config: BenchmarkConfig) -> Iterator[Row]:
         yield compare(Row(name, peer, target), ours, theirs, n_pairs)
 
 
-LARGE = """
-import json, resource, sys, time
-import numpy as np, jax
-from experiments.runner.provenance import peak_memory
-from experiments.timing.rows import bootstrap_data
-from moe_jax import bootstrap_delta_r2
-n_stars, n_resamples = int(sys.argv[1]), int(sys.argv[2])
-y, prediction, baseline, cell = bootstrap_data(n_stars)
-bootstrap_delta_r2(jax.random.key(1), y, prediction, baseline, groups=cell, n_resamples=16, method="percentile")
-resident = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-start = time.perf_counter()
-result = bootstrap_delta_r2(jax.random.key(0), y, prediction, baseline, groups=cell, n_resamples=n_resamples, method="percentile")
-jax.block_until_ready(result)
-seconds = time.perf_counter() - start
-peak = peak_memory()
-inputs = sum(array.nbytes for array in (y, prediction, baseline, cell))
-print(json.dumps({"seconds": seconds, "peak_gib": peak / 2**30, "before_gib": resident / 2**30, "inputs_gib": inputs / 2**30}))
-"""
-
-
 def time_large_bootstrap(config: BenchmarkConfig) -> Iterator[Row]:
     """Many stars, many resamples: in pairs with fewer resamples, as the peers take too long, and whole by ours alone."""
     for n_stars, n_resamples, in_pair, batch in ((1_000_000, 1_000, 200, 1), (N_TEST_STARS, 1_000_000, 20_000, 1_000)):
@@ -277,12 +256,20 @@ def time_large_bootstrap(config: BenchmarkConfig) -> Iterator[Row]:
         theirs = functools.partial(peers.scipy_bootstrap, y, prediction, baseline, cell, in_pair, batch=batch)
         name = f"bootstrap: {in_pair:,} resamples of {n_stars:,} stars, 9 cells"
         row = compare(Row(name, "scipy.stats.bootstrap, vectorised, a call for each cell"), ours, theirs, 1)
-        whole = json.loads(run_python("-c", LARGE, str(n_stars), str(n_resamples)).stdout.splitlines()[-1])
-        row.note = (
-            f"{n_resamples:,} resamples: {whole['seconds']:.1f} s, peak {whole['peak_gib']:.2f} GiB of the whole process, of which "
-            f"{whole['before_gib']:.2f} GiB were there before"
-        )
+        alone = f"from experiments.timing.rows import bootstrap_alone; print(bootstrap_alone({n_stars}, {n_resamples}))"
+        row.note = f"{n_resamples:,} resamples: " + run_python("-c", alone).stdout.splitlines()[-1]
         yield row
+
+
+def bootstrap_alone(n_stars: int, n_resamples: int) -> str:
+    """Seconds of a bootstrap, and the memory of the process, which does nothing else."""
+    y, *arrays, cell = bootstrap_data(n_stars)
+    resample = functools.partial(bootstrap_delta_r2, groups=cell, method="percentile")
+    resample(jax.random.key(1), y, *arrays, n_resamples=16)
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    seconds = seconds_of(lambda: resample(jax.random.key(0), y, *arrays, n_resamples=n_resamples))
+    peak, before_gib = peak_memory() / 2**30, before / 2**30
+    return f"{seconds:.1f} s, peak {peak:.2f} GiB of the whole process, of which {before_gib:.2f} GiB were there before"
 
 
 def run_python(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

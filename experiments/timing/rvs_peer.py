@@ -60,12 +60,9 @@ class Outside:
 
 
 def write_library(folder: Path, max_velocity: float, every: int = 3) -> Mapping[str, Any]:
-    """Writes the grid as rvspecfit's templates; returns its configuration, where all but the velocities is its default.
+    """Writes the grid as rvspecfit's templates; returns its configuration, where all but the velocities (km/s) is its default.
 
-    Args:
-        folder: of the library.
-        max_velocity: of the fits, km/s.
-        every: one node in so many is a template of the cross-correlation, which starts the fits.
+    One node in ``every`` is a template of the cross-correlation, which starts the fits.
     """
     from rvspecfit import make_ccf, make_nd, serializer, utils
 
@@ -91,11 +88,7 @@ def write_library(folder: Path, max_velocity: float, every: int = 3) -> Mapping[
 def fit_star(setup: str, star: tuple[np.ndarray, np.ndarray, np.ndarray], n_terms: int, config: Any) -> np.ndarray:
     """Labels and velocity, their five standard deviations, and 1 where all is well; NaN and 0 where rvspecfit raises.
 
-    Args:
-        setup: ``NODES`` or ``SPLINES``.
-        star: vacuum wavelengths (Angstrom), flux and its error.
-        n_terms: of the continuum.
-        config: from ``write_library``.
+    ``setup`` is ``NODES`` or ``SPLINES``, ``star`` has vacuum wavelengths (Angstrom), flux and its error.
     """
     from rvspecfit import fitter_ccf, spec_fit, vel_fit
 
