@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.pipeline.methods import CLASSIFY, CROSS_FITTED, IN_SAMPLE, PROTOCOLS, REGRESSION_GATES, Method, Pair
-from experiments.report.tables import published_verdict, verdict
+from experiments.report.tables import Outcome, published_verdict, verdict
 from moe_jax.evaluate.bootstrap import Bootstrap
 from moe_jax.experts.cells import CELL_NAMES
 from moe_jax.gates.optimize import GateFit
@@ -126,69 +126,59 @@ def weights_markdown(weights: Mapping[Method, Any]) -> str:
     return table_markdown(pd.DataFrame(rows), dict.fromkeys(CELL_NAMES, ".3f"))
 
 
-def warnings(fits: Mapping[Method, GateFit], at_edge: list[str], n_undefined: int) -> list[str]:
-    """What a reader must know before believing the tables: gates at the epoch cap, choices at the edge of a grid.
-
-    Args:
-        fits: the regression gates.
-        at_edge: names of the hyper-parameters whose chosen value lies at an edge of its grid.
-        n_undefined: resamples of single cells without an R2.
-    """
-    notes = []
+def warnings(results: Outcome) -> list[str]:
+    """What a reader must know before believing the tables: gates at the epoch cap, choices at the edge of a grid."""
+    prepared = results.prepared
+    notes: list[str] = []
     capped = [
         f"{method.title} (best epoch {int(fit.best_epoch) + 1} of {len(fit.train_loss)})"
-        for method, fit in fits.items()
+        for method, fit in results.fits.items()
         if not bool(fit.stopped_early)
     ]
     if capped:
         notes.append(
             f"Stopped at the epoch cap: {', '.join(capped)}. A gate that has not converged is no evidence against its form."
         )
+    at_edge = [f"alpha of cell {k}" for k in np.flatnonzero(prepared.experts.at_edge)]
+    at_edge += ["alpha of the global ridge"] * bool(prepared.global_ridge.at_edge)
+    at_edge += ["C of the classification gate"] * prepared.classifier.at_edge
     if at_edge:
         notes.append(f"{', '.join(at_edge)}: the chosen value lies at an edge of its grid; the best may lie outside.")
+    n_undefined = sum(int(np.sum(np.asarray(bootstrap.groups.n_undefined))) for bootstrap in results.comparisons.values())
     if n_undefined:
         notes.append(f"{n_undefined} resamples of single cells had no R2 (a constant log g); the intervals are of the others.")
+    if not prepared.classifier.converged:
+        notes.append("The logistic regression of the classification gate did not converge.")
     return notes
 
 
-def report_sections(
-    *,
-    setup: str,
-    overall: pd.DataFrame,
-    bins: pd.DataFrame,
-    comparisons: Mapping[Pair, Bootstrap],
-    bootstrap: pd.DataFrame,
-    fits: Mapping[Method, GateFit],
-    notes: list[str],
-    weights: Mapping[Method, Any],
-    in_sample_fraction: float,
-) -> list[str]:
+def report_sections(setup: str, results: Outcome, in_sample_fraction: float) -> list[str]:
     """The paragraphs of the report; every figure that they name lies beside it."""
-    published = load_published()
+    published, notes = load_published(), warnings(results)
     sections = [
         setup,
         "\n".join(f"> **Warning.** {note}\n>" for note in notes).rstrip("\n>") if notes else "",
         "## Every method on the same covered test stars",
-        overall_markdown(overall, published),
+        overall_markdown(results.overall, published),
         "rho = (R2 - R2 global) / (R2 oracle - R2 global). The report's columns come from other spectra (the same set-up). They "
         "are shown for comparison, and nothing is tuned to them. Its global R2 is on 1000 stars, the rest on 816.",
         "![R2 of every method](r2_comparison.png)",
         "## Regression gates against the classification gate",
-        verdict_markdown(comparisons, overall, published),
+        verdict_markdown(results.comparisons, results.overall, published),
         "verdict: better if the interval lies above 0, worse if it lies below 0, no difference shown if it holds 0. By the "
         "report's rule, whatever the interval: passed if R2 exceeds the classification gate's by more than 0.003, partial if by "
         f"less, failed if not at all. in-sample: trained on {100 * in_sample_fraction:g} % of the covered training stars, with the "
         "predictions of experts that had seen them (the report's protocol). cross-fitted: trained on all of them, with "
         "out-of-fold predictions.",
         "![Bootstrap distributions](bootstrap.png)",
-        pairs_markdown(bootstrap),
+        pairs_markdown(results.bootstrap),
         "## By cell",
-        bins_markdown(bins, published),
+        bins_markdown(results.bins, published),
         "![Delta R2 by cell](per_bin_delta.png)",
         "## Gates",
-        gates_markdown(fits, published),
+        gates_markdown(results.fits, published),
         "![Loss curves](loss_curves.png)",
-        weights_markdown(weights),
+        weights_markdown(results.weights),
         "![Mean weights](mean_weights.png)",
         "![Predicted against true log g](predicted_against_true.png)",
     ]

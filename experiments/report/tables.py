@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from experiments.pipeline.methods import CLASSIFY, GLOBAL, ORACLE, PAIRS, REGRESSION_GATES, Pair, Predictions
+from experiments.pipeline.methods import CLASSIFY, GLOBAL, ORACLE, PAIRS, REGRESSION_GATES, Method, Pair, Predictions
+from experiments.pipeline.stars import Prepared, Stars
 from moe_jax.core.arrays import AnyArray
 from moe_jax.evaluate.bootstrap import Bootstrap, bootstrap_delta_r2
 from moe_jax.evaluate.metrics import mae, r2_by_group, r2_score, retention, rmse
 from moe_jax.experts.cells import CELL_NAMES, N_CELLS
+from moe_jax.gates.optimize import GateFit
+
+
+class Outcome(NamedTuple):
+    """All that a run reports."""
+
+    overall: pd.DataFrame
+    bins: pd.DataFrame
+    bootstrap: pd.DataFrame
+    comparisons: dict[Pair, Bootstrap]
+    predictions: Predictions
+    fits: dict[Method, GateFit]
+    weights: dict[Method, jax.Array]
+    star: np.ndarray  #: numbers of the covered test stars
+    test: Stars
+    prepared: Prepared
 
 
 def overall_table(y: Float[AnyArray, " N"], predictions: Predictions) -> pd.DataFrame:
