@@ -98,9 +98,8 @@ def r2_comparison(overall: pd.DataFrame, published: Mapping[str, Any]) -> Figure
     ax.plot([], [], "o", color=GREY, label="this run")
     ax.plot([], [], "o", label="the report (other spectra)", **_HOLLOW)
     ax.set_yticks(range(len(overall)), [_title(Method(m, p)) for m, p in zip(overall["method"], overall["protocol"], strict=True)])
-    ax.set_ylim(len(overall) - 0.5, -0.5)
     ax.margins(x=0.08)
-    ax.set_xlabel("$R^2$ of log g, covered test stars (right: this run's)")
+    ax.set(xlabel="$R^2$ of log g, covered test stars (right: this run's)", ylim=(len(overall) - 0.5, -0.5))
     fig.legend(fontsize=8, ncols=3, loc="outside upper center")
     return fig
 
@@ -117,8 +116,7 @@ def interval_plot(names: Sequence[str], table: pd.DataFrame, xlabel: str, *, gro
         ax.errorbar(estimate[rows], rows, xerr=bars, fmt=marker, color=color, capsize=3, ms=5, label=kind or None)
     ax.axvline(0.0, color=BLACK, lw=0.8, ls="--")
     ax.set_yticks(range(len(names)), names, fontsize=8)
-    ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.set_xlabel(textwrap.fill(xlabel, 65))
+    ax.set(xlabel=textwrap.fill(xlabel, 65), ylim=(len(names) - 0.4, -0.6))
     if len(kinds) > 1:
         fig.legend(fontsize=8, ncols=min(len(kinds), 4), loc="outside upper center")
     return fig
@@ -136,7 +134,7 @@ def per_bin_delta(comparisons: Mapping[Pair, Bootstrap], confidence_level: float
             x = np.arange(N_CELLS) + offset
             ax.errorbar(x, np.asarray(cells.estimate), bars, fmt=marker, color=COLORS[name], capsize=3, label=TITLES[name])
         ax.axhline(0.0, color=BLACK, lw=0.8)
-        ax.set_ylabel(r"$\Delta R^2$")
+        ax.set(ylabel=r"$\Delta R^2$")
         ax.set_title(f"gates trained {protocol}", loc="left")
     fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=3)
     axes[1].set_xticks(range(N_CELLS), _CELL_LABELS, fontsize=8)
@@ -193,8 +191,7 @@ def loss_curves(fits: Mapping[Method, GateFit]) -> Figure:
             ax.plot(epochs, fit.validation_loss, color=COLORS[name], lw=1.4, label=f"{TITLES[name]}: validation")
             ax.plot(best + 1, np.asarray(fit.validation_loss)[best], marker, color=COLORS[name])
         ax.set_title(f"gates trained {protocol}", loc="left")
-        ax.set_xlabel("epoch (marker: best)")
-        ax.set_yscale("log")
+        ax.set(xlabel="epoch (marker: best)", yscale="log")
         _plain_log_ticks(ax)
     axes[0].set_ylabel("mean squared error of the mixture")
     fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=2, loc="outside upper center")
@@ -216,9 +213,7 @@ def predicted_against_true(y: Float[AnyArray, " N"], predictions: Mapping[Method
         ax.plot(y, np.asarray(prediction), ".", ms=3, alpha=0.4, color=COLORS.get(method.name, GREY), rasterized=True)
         ax.plot(limits, limits, color=BLACK, lw=0.8)
         ax.set_title(_title(method).replace("gate, ", "gate,\n"), fontsize=9)
-        ax.set_xlabel("true log g")
-        ax.set_xlim(limits)
-        ax.set_ylim(limits)
+        ax.set(xlabel="true log g", xlim=limits, ylim=limits)
     axes[0, 0].set_ylabel("predicted log g")
     return fig
 
@@ -253,10 +248,8 @@ def error_against_uncertainty(uncertainty: Float[AnyArray, " N"], error: Float[A
     ax.plot(center, quantile, "o-", color=BLACK, ms=5, label=f"68 % quantile of |error|, {len(bins)} bins")
     limits = np.quantile(uncertainty, [0.001, 0.999])
     ax.plot(limits, limits, color=ORANGE, lw=1.6, ls="--", label="equal")
-    ax.set_xlim(limits[0] * 0.9, limits[1] * 1.1)
-    ax.set_ylim(0, np.quantile(error, 0.998))
-    ax.set_xlabel("uncertainty of log g (half-width of the 68 % interval)")
-    ax.set_ylabel("|error| of log g")
+    ax.set(xlabel="uncertainty of log g (half-width of the 68 % interval)", ylabel="|error| of log g")
+    ax.set(xlim=(limits[0] * 0.9, limits[1] * 1.1), ylim=(0, np.quantile(error, 0.998)))
     fig.legend(fontsize=8, ncols=3, loc="outside upper center")
     return fig
 
@@ -270,11 +263,9 @@ def floor_plot(table: pd.DataFrame) -> Figure:
         ax.plot(x, table[name], marker=marker, color=color, ms=6, lw=1.2, label=name)
     ax.plot(x, table["floor"], color=ORANGE, lw=2.0, marker="s", ms=6, label="Cramér-Rao floor")
     ax.plot(x, table["floor_with_prior"], color=ORANGE, lw=2.0, ls="--", marker="s", ms=6, mfc="w", label="floor, normal priors")
-    ax.set_yscale("log")
+    ax.set(xlabel="magnitude", ylabel="root mean squared error of log g", yscale="log")
     _plain_log_ticks(ax)
     ax.set_xticks(x, list(table["mag"]))
-    ax.set_xlabel("magnitude")
-    ax.set_ylabel("root mean squared error of log g")
     fig.legend(fontsize=8, ncols=3, loc="outside upper center")
     return fig
 
@@ -288,15 +279,12 @@ def plot_fit(wave: np.ndarray, flux: np.ndarray, error: np.ndarray, model: np.nd
     known = used >= 0
     axes[0].plot(wave, np.where(known, flux, np.nan), color="0.6", lw=0.7, label="data")
     axes[0].plot(wave, model, color=BLUE, lw=0.8, label="fit")
-    axes[0].set_ylim(0.0, 1.15 * np.percentile(flux[known], 99.5))
-    axes[0].set_ylabel("flux, scaled to a median of 0.5")
+    axes[0].set(ylabel="flux, scaled to a median of 0.5", ylim=(0.0, 1.15 * np.percentile(flux[known], 99.5)))
     axes[0].set_title(title, loc="left")
     residual = (flux - model) / error
     axes[1].plot(wave, np.where(used == 1, residual, np.nan), color="0.4", lw=0.5)
     limit = max(5.0, float(1.2 * np.percentile(np.abs(residual[used == 1]), 99.5)))
-    axes[1].set_ylim(-limit, limit)
-    axes[1].set_ylabel("residual / error")
-    axes[1].set_xlabel("vacuum wavelength (Angstrom)")
+    axes[1].set(xlabel="vacuum wavelength (Angstrom)", ylabel="residual / error", ylim=(-limit, limit))
     for value, color, marker, label in ((0, ORANGE, "x", "stands out, masked"), (-1, "k", "|", "masked in the file")):
         masked = used == value
         if masked.any():
