@@ -33,8 +33,8 @@ from experiments.pipeline.rivals import rival_methods
 from experiments.pipeline.stars import Prepared
 from experiments.report.claims import LIKELIHOOD, LOCAL, MIXTURE, NETWORK
 from experiments.report.markdown import interval, table_markdown
-from experiments.report.pairs import pair_table
 from experiments.report.results import Results, Study
+from experiments.report.tables import pair_table
 from experiments.report.variants import compare_by, variants_results
 from experiments.runner.cache import Cache
 from experiments.runner.command_line import group, require_at_least, run_command

@@ -14,7 +14,7 @@ import scipy
 
 from experiments.pipeline.methods import CROSS_FITTED, IN_SAMPLE, PROTOCOLS
 from experiments.report.markdown import interval, load_published
-from experiments.report.tables import verdict
+from experiments.report.tables import MARGIN, verdict
 from moe_jax.core.arrays import InputError
 from moe_jax.evaluate.variance import SOURCES_IN_TEST_STARS, required_stars
 from moe_jax.experts.cells import CELL_NAMES
@@ -24,8 +24,6 @@ REPLICATED = {IN_SAMPLE: "MLP, in-sample 20 %", CROSS_FITTED: "MLP, cross-fitted
 NON_LINEAR = {IN_SAMPLE: "MLP - converged linear, in-sample 20 %", CROSS_FITTED: "MLP - converged linear, cross-fitted"}
 REPORT_STARS = 816
 HOT_METAL_POOR = CELL_NAMES.index("Hot Metal-poor")
-#: A change of R2 that the report does not count as one.
-MARGIN = 0.003
 #: R2 by which local linear experts may lie below the likelihood fit.
 FIT_MARGIN = 0.005
 #: Methods in the tables of ``compare_methods``.
