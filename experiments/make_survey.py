@@ -19,8 +19,7 @@ from typing import Literal
 import numpy as np
 
 from experiments.pipeline.config import SURVEYS, DataConfig, draw_keys
-from experiments.pipeline.observation import observe
-from experiments.pipeline.surveys import open_surveys
+from experiments.pipeline.surveys import observe, open_surveys
 from experiments.runner.command_line import run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import InputError

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from experiments.pipeline.config import DataConfig, draw_keys
-from experiments.pipeline.observation import SLICE, Observation, observe, observe_surveys
 from experiments.pipeline.stars import Prepared
+from experiments.pipeline.surveys import SLICE, Observation, observe, observe_surveys
 from experiments.runner.stages import Stages
 from moe_jax.apply.conformal import LEVELS, calibrate, coverage_table, no_calibration
 from moe_jax.apply.model import Model, Uncertainty, predict_model

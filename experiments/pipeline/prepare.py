@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.pipeline.config import DataConfig, draw_keys
-from experiments.pipeline.observation import observe_surveys
 from experiments.pipeline.stars import Prepared, Stars, finish
 from experiments.pipeline.stream import fit_by_chunks
-from experiments.pipeline.surveys import load_surveys, survey_settings
+from experiments.pipeline.surveys import load_surveys, observe_surveys, survey_settings
 from experiments.runner.cache import Cache
 from experiments.runner.stages import Stages
 from moe_jax.core.arrays import AnyArray

@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.pipeline.config import DataConfig, draw_keys
-from experiments.pipeline.observation import Observation, observe_surveys, slices
 from experiments.pipeline.stars import Prepared, Stars, finish
+from experiments.pipeline.surveys import Observation, observe_surveys, slices
 from experiments.runner.cache import Cache
 from experiments.runner.stages import Stages
 from moe_jax.core.arrays import AnyArray, InputError
