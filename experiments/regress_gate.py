@@ -249,8 +249,7 @@ def compute(config: RegressGateConfig, stages: Stages) -> Results:
     local_tables: dict[str, pd.DataFrame] = {}
     local_sections: list[str] = []
     if local is not None:
-        bootstrap, nine = config.bootstrap, results.predictions[CHOSEN]
-        local_tables, local_sections = judge_local(config.data, local, nine, bootstrap.n_resamples, bootstrap.confidence_level)
+        local_tables, local_sections = judge_local(config.data, config.bootstrap, local, results.predictions[CHOSEN])
         console.print(local_sections[1], highlight=False)
     notes += more_notes
     for note in [*warnings(results), *notes]:

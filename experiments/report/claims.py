@@ -286,11 +286,7 @@ def by_group(pairs: pd.DataFrame, method: str, baseline: str) -> str:
         rows = pairs[(pairs["method"] == method) & (pairs["baseline"] == baseline) & (pairs["by"] == kind)]
         if rows.empty:
             raise InputError(f"{pairs.attrs.get('file', 'table')}: found no {name} of {method}, expected them: run it again")
-        better, worse, least = (
-            int((rows["low"] > 0).sum()),
-            int((rows["high"] < 0).sum()),
-            rows.nsmallest(1, "delta_r2").iloc[0].to_dict(),
-        )
+        better, worse, least = (rows["low"] > 0).sum(), (rows["high"] < 0).sum(), rows.nsmallest(1, "delta_r2").iloc[0].to_dict()
         texts.append(f"better in {better} and worse in {worse} of {len(rows)} {name}, least {shown(least)} in {least['stars']}")
     return ", ".join(texts)
 
