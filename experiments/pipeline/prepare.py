@@ -86,23 +86,14 @@ def fit_in_memory(
     stages: Stages,
 ) -> Prepared:
     """Experts, global ridge, features and classification gate from the noisy flux of the training and the test stars."""
-    keys, x, y = draw_keys(config.seed), flux[0], labels[0].log_g
-    folds = np.asarray(assign_folds(keys.folds, cells[0], config.experts.n_folds))
-    alphas, global_alphas = np.array(config.experts.alphas), np.array(config.experts.global_alphas)
-    with stages.steps("experts, cross-validated", config.n_experts) as advance:
-        experts = fit_experts(
-            x,
-            y,
-            cells[0],
-            alphas,
-            folds,
-            n_experts=config.n_experts,
-            extend_decades=config.experts.extend_decades,
-            on_fitted=advance,
-        )
+    keys, options, x, y = draw_keys(config.seed), config.experts, flux[0], labels[0].log_g
+    folds, decades = np.asarray(assign_folds(keys.folds, cells[0], options.n_folds)), options.extend_decades
+    alphas, n_experts = np.array(options.alphas), config.n_experts
+    with stages.steps("experts, cross-validated", n_experts) as advance:
+        experts = fit_experts(x, y, cells[0], alphas, folds, n_experts=n_experts, extend_decades=decades, on_fitted=advance)
     with stages("global ridge, cross-validated"):
-        if config.experts.global_alphas:
-            global_ridge = fit_global(x, y, global_alphas, folds, extend_decades=config.experts.extend_decades)
+        if options.global_alphas:
+            global_ridge = fit_global(x, y, np.array(options.global_alphas), folds, extend_decades=decades)
         else:
             global_ridge = no_ridge(*x.shape)
         jax.block_until_ready(global_ridge)
