@@ -210,14 +210,9 @@ def _fit(
 def rival_methods(
     key: PRNGKeyArray, train: Any, labels: Float[AnyArray, "N L"], columns: Callable[[Any], AnyArray], config: GateConfig
 ) -> dict[str, Callable[[], Callable[[Any], Any]]]:
-    """Each rival's name, and how it is fitted.
+    """Each rival's name, and how it is fitted to spectra ``train``; the second of the labels is log g.
 
-    Args:
-        key: random key.
-        train: spectra with ``flux`` and ``error``.
-        labels: of the training stars: T_eff, log g, [M/H] and others.
-        columns: from spectra to (N, F) components and, last, the logarithm of the noise.
-        config: how networks are trained.
+    ``columns`` gives from spectra (N, F) components and, last, the logarithm of the noise.
     """
     y = jnp.asarray(np.asarray(labels)[:, 1], train.flux.dtype)
     short = dataclasses.replace(config, epochs=min(config.epochs, _CONV_EPOCHS), patience=10)

@@ -80,9 +80,9 @@ def fit_by_chunks(config: DataConfig, stages: Stages, cache: Cache) -> Prepared:
     saved = cache.path("sums", settings | {"process": jax.process_index()}, [__file__])
 
     def fit() -> StreamedFit:
-        sums, offsets = accumulate(config, train, np.asarray(group), saved, stages)
+        sums, *offsets = accumulate(config, train, np.asarray(group), saved, stages)
         with stages("experts and global ridge from sums"):
-            return jax.block_until_ready(fit_from_sums(config, sums, offsets))
+            return jax.block_until_ready(fit_from_sums(config, sums, *offsets))
 
     fitted, from_cache = cache.load_or_compute("streamed-experts", settings, [__file__], StreamedFit, fit)
     if from_cache:
@@ -112,13 +112,6 @@ def chunks_of_process(n_stars: int, chunk_stars: int) -> list[tuple[int, int]]:
     return [(start, min(start + chunk_stars, n_stars)) for start in starts]
 
 
-class Offsets(NamedTuple):
-    """What is subtracted before the stars are added up: the means of the first of them."""
-
-    x: AnyArray  #: (P,)
-    y: AnyArray
-
-
 class SavedSums(NamedTuple):
     """The sums of the chunks that are done, as they are kept on disk."""
 
@@ -128,12 +121,15 @@ class SavedSums(NamedTuple):
 
 def accumulate(
     config: DataConfig, train: Observation, group: np.ndarray, saved: Path | None, stages: Stages
-) -> tuple[Sums, Offsets]:
-    """Sums of the training stars of each group, of which ``group`` (N,) has the numbers; chunks that are done are in ``saved``."""
+) -> tuple[Sums, jax.Array, jax.Array]:
+    """Sums of the training stars of each group, and what is subtracted from x and y before: means of the first stars.
+
+    ``group`` (N,) has the number of each star's group; chunks that are done are in ``saved``.
+    """
     mesh, log_g = device_mesh(), np.asarray(train.labels.log_g, np.float32)
     n_groups, n_pixels = (config.n_experts + 1) * config.experts.n_folds, len(np.asarray(train.wave))
     first = next(slices(0, train.n_stars))
-    offsets = Offsets(jnp.mean(train.flux(first.start, first.stop), axis=0), jnp.asarray(log_g[first].mean()))
+    x_offset, y_offset = jnp.mean(train.flux(first.start, first.stop), axis=0), jnp.asarray(log_g[first].mean())
     done, sums = load_sums(saved, mesh, stages) or SavedSums(0, empty_sums(n_groups, n_pixels, mesh))
     blocks = Blocks(n_groups, BLOCK_ROWS * mesh.size, n_pixels)
     chunks = chunks_of_process(train.n_stars, config.chunk_stars)
@@ -141,8 +137,8 @@ def accumulate(
     with stages.chunks("sums of the training stars", n_stars, n_done) as advance:
         for i, (start, stop) in enumerate(chunks[done:], done + 1):
             for rows in slices(start, stop):
-                x = np.asarray(train.flux(rows.start, rows.stop) - offsets.x[None, :])
-                for block in blocks.add(x, log_g[rows] - np.asarray(offsets.y), group[rows]):
+                x = np.asarray(train.flux(rows.start, rows.stop) - x_offset[None, :])
+                for block in blocks.add(x, log_g[rows] - np.asarray(y_offset), group[rows]):
                     sums = add_block(sums, block, mesh)
             for block in blocks.flush():
                 sums = add_block(sums, block, mesh)
@@ -150,7 +146,7 @@ def accumulate(
             if saved is not None and i < len(chunks):
                 save_tree(saved, SavedSums(i, sums))
             advance(stop - start)
-    return sums, offsets
+    return sums, x_offset, y_offset
 
 
 def load_sums(path: Path | None, mesh: Mesh, stages: Stages) -> SavedSums | None:
@@ -166,11 +162,11 @@ def load_sums(path: Path | None, mesh: Mesh, stages: Stages) -> SavedSums | None
     return saved._replace(sums=jax.device_put(saved.sums, NamedSharding(mesh, PartitionSpec(STARS))))
 
 
-def fit_from_sums(config: DataConfig, sums: Sums, offsets: Offsets) -> StreamedFit:
+def fit_from_sums(config: DataConfig, sums: Sums, x_offset: jax.Array, y_offset: jax.Array) -> StreamedFit:
     """Experts, global ridge and principal components from the sums of the groups."""
     n_folds, n_cells = config.experts.n_folds, config.n_experts
     group = np.arange((n_cells + 1) * n_folds).reshape(n_cells + 1, n_folds)
-    fit = functools.partial(fit_sums, x_offset=offsets.x, y_offset=offsets.y, extend_decades=config.experts.extend_decades)
+    fit = functools.partial(fit_sums, x_offset=x_offset, y_offset=y_offset, extend_decades=config.experts.extend_decades)
     fits = [fit(collect(sums, group[k][:, None]), jnp.array(config.experts.alphas)) for k in range(n_cells)]
     everyone = collect(sums, group.T)
     if config.experts.global_alphas:
@@ -180,7 +176,7 @@ def fit_from_sums(config: DataConfig, sums: Sums, offsets: Offsets) -> StreamedF
     total = moments(jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), everyone))
     pca = fit_pca_scatter(draw_keys(config.seed).pca, total.x_mean, total.xx, N_COMPONENTS)
     cells, cells_by_fold = jax.tree.map(lambda *leaves: jnp.stack(leaves), *fits)
-    return StreamedFit(cells, cells_by_fold, *whole, pca._replace(mean=pca.mean + offsets.x))
+    return StreamedFit(cells, cells_by_fold, *whole, pca._replace(mean=pca.mean + x_offset))
 
 
 def apply_ridges(

@@ -94,11 +94,6 @@ def judge(low: float, high: float) -> str:
     return {"better": HOLDS, "worse": FAILS, "no difference shown": UNKNOWN}[verdict(low, high)]
 
 
-def judge_expected(row: Mapping[Any, Any]) -> str:
-    """Likewise, of a mean over repetitions."""
-    return judge(row["mean_low"], row["mean_high"])
-
-
 def design(differences: pd.DataFrame) -> str:
     """What the repetitions of ``replicate`` vary."""
     n = differences[["survey", "noise_draw", "gate_seed"]].nunique()
@@ -113,7 +108,7 @@ def mlp_beats_classification(intervals: pd.DataFrame, over: str) -> Claim:
         "1. A regression gate (MLP) beats the classification gate",
         "+0.0096 [-0.0000, +0.0168]",
         f"{expected(ours)} in the report's protocol, {expected(cross_fitted)} cross-fitted (expected over repetitions)",
-        judge_expected(ours),
+        judge(ours["mean_low"], ours["mean_high"]),
         over,
         link("replicate"),
     )
@@ -144,7 +139,7 @@ def non_linearity_adds(intervals: pd.DataFrame, over: str) -> Claim:
         lead, gain = row_of(intervals, gate=NON_LINEAR[protocol]), row_of(intervals, gate=REPLICATED[protocol])
         name = "in the report's protocol" if protocol == IN_SAMPLE else protocol
         texts.append(f"{expected(lead)} {name}, {lead['mean'] / gain['mean']:.0%} of the MLP's gain")
-        verdicts.append(f"{judge_expected(lead)} {name}")
+        verdicts.append(f"{judge(lead['mean_low'], lead['mean_high'])} {name}")
     return Claim(
         "2b. Non-linearity is the key: the MLP beats a linear gate that has converged",
         "(not tested)",

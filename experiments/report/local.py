@@ -20,11 +20,7 @@ def judge_local(
 ) -> tuple[dict[str, pd.DataFrame], list[str]]:
     """Tables and paragraphs: R2 against the mixture of nine ridges on the covered test stars, and coverage.
 
-    Args:
-        config: of the run.
-        options: of the bootstrap of the difference.
-        stars: what the local linear experts predict for the covered test stars.
-        mixture: what the mixture of nine ridges predicts for them.
+    ``stars`` are what the local linear experts predict for these stars, ``mixture`` (N,) is what the other mixture predicts.
     """
     key = draw_keys(config.seed).bootstrap
     difference = bootstrap_delta_r2(key, stars.log_g, stars.prediction, mixture, **options.arguments).overall

@@ -113,9 +113,8 @@ def gates_markdown(fits: Mapping[Method, GateFit], published: Mapping[str, Any])
 
 def pairs_markdown(bootstrap: pd.DataFrame) -> str:
     """Every comparison of ``bootstrap_table``."""
-    shown = bootstrap[["comparison", "estimate", "mean"]].copy()
-    shown["interval"] = [f"[{low:+.4f}, {high:+.4f}]" for low, high in zip(bootstrap["low"], bootstrap["high"], strict=True)]
-    shown["fraction_above_0"] = bootstrap["fraction_above_0"]
+    ends = [f"[{low:+.4f}, {high:+.4f}]" for low, high in zip(bootstrap["low"], bootstrap["high"], strict=True)]
+    shown = bootstrap.assign(interval=ends)[["comparison", "estimate", "mean", "interval", "fraction_above_0"]]
     return table_markdown(shown, {"estimate": "+.4f", "mean": "+.4f", "fraction_above_0": ".3f"})
 
 
