@@ -204,10 +204,10 @@ def predict_out_of_fold(config: DataConfig, prepared: Prepared, model: Model, n_
     """
     train, _ = observe_surveys(config)
     stars = predict_labelled(model, train, 0, min(n_stars, train.n_stars))
-    n = int(np.sum(stars.cell >= 0))
-    first = prepared.gate_stars().select(np.arange(n))
+    stars = stars.select(stars.cell >= 0)
+    first = prepared.gate_stars().select(np.arange(len(stars.cell)))
     mixed = route_soft(model.gate.apply(model.gate_params, first.features), first.predictions)
-    return stars.select(stars.cell >= 0)._replace(prediction=np.asarray(mixed))
+    return stars._replace(prediction=np.asarray(mixed))
 
 
 def predict_labelled(

@@ -15,6 +15,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from experiments.pipeline.methods import CLASSIFY, PROTOCOLS, Method, Pair
+from experiments.report.markdown import interval
 from moe_jax.core.arrays import AnyArray
 from moe_jax.evaluate.bootstrap import Bootstrap
 from moe_jax.experts.cells import CELL_NAMES, M_H_NAMES, N_CELLS
@@ -164,13 +165,12 @@ def bootstrap_histograms(comparisons: Mapping[Pair, Bootstrap], confidence_level
         for ax, name in zip(row, GATES, strict=True):
             difference = comparisons[Pair(Method(name, protocol), CLASSIFY)].overall
             samples = np.asarray(difference.samples)
-            estimate, low, high = (float(x) for x in (difference.estimate, difference.low, difference.high))
             ax.hist(samples[~np.isnan(samples)], bins=40, color=COLORS[name], alpha=0.75)
-            ax.axvspan(low, high, color=GREY, alpha=0.25, zorder=0)
+            ax.axvspan(float(difference.low), float(difference.high), color=GREY, alpha=0.25, zorder=0)
             ax.axvline(0.0, color=BLACK, lw=1.2, ls="--")
-            ax.axvline(estimate, color=BLACK, lw=1.2)
-            interval = f"{estimate:+.4f} [{low:+.4f}, {high:+.4f}]"
-            ax.set_title(f"{_title(Method(name, protocol))}\n{interval}", fontsize=9)
+            ax.axvline(float(difference.estimate), color=BLACK, lw=1.2)
+            found = interval(difference.estimate, difference.low, difference.high)
+            ax.set_title(f"{_title(Method(name, protocol))}\n{found}", fontsize=9)
     for ax in axes[-1]:
         ax.set_xlabel(r"$\Delta R^2$ against the classification gate")
     for ax in axes[:, 0]:
@@ -238,12 +238,12 @@ def coverage_plot(coverage: pd.DataFrame) -> Figure:
     return fig
 
 
-def error_against_uncertainty(uncertainty: Float[AnyArray, " N"], error: Float[AnyArray, " N"], n_bins: int = 20) -> Figure:
+def error_against_uncertainty(uncertainty: Float[AnyArray, " N"], error: Float[AnyArray, " N"]) -> Figure:
     """|error| against the half-width of each star's 68 % interval, with 68 % quantiles of |error| in bins of equal numbers."""
     uncertainty, error = np.asarray(uncertainty), np.asarray(error)
     fig, ax = new_figure(figsize=(5.5, 4.2))
     ax.plot(uncertainty, error, ".", ms=3, alpha=0.25, color=BLUE, rasterized=True, label="a test star")
-    bins = [part for part in np.array_split(np.argsort(uncertainty), n_bins) if len(part)]
+    bins = [part for part in np.array_split(np.argsort(uncertainty), 20) if len(part)]
     center, quantile = zip(*[(np.median(uncertainty[part]), np.quantile(error[part], 0.68)) for part in bins], strict=True)
     ax.plot(center, quantile, "o-", color=BLACK, ms=5, label=f"68 % quantile of |error|, {len(bins)} bins")
     limits = np.quantile(uncertainty, [0.001, 0.999])
