@@ -29,6 +29,8 @@ FIT_MARGIN = 0.005
 #: Methods in the tables of ``compare_methods``.
 MIXTURE, LOCAL = "nine ridges, MLP gate (the mixture)", "local linear experts (the new mixture)"
 NETWORK, LIKELIHOOD = "MLP on components", "likelihood fit of the model grid"
+#: Entropies in the tables of ``findings``.
+ENTROPIES = ("of the mean weights", "of a star's weights, mean")
 HOLDS, FAILS, UNKNOWN = "**holds**", "**does not hold**", "**cannot tell**"
 
 
@@ -117,9 +119,7 @@ def mlp_beats_classification(intervals: pd.DataFrame, over: str) -> Claim:
 def linear_is_worse(intervals: pd.DataFrame, over: str) -> Claim:
     """Claim 2a, of a negative difference: from the linear gate in the report's protocol, as it was trained and converged."""
     ours = row_of(intervals, gate="linear, in-sample 20 %")
-    converged, cross_fitted = (
-        row_of(intervals, gate=f"linear, {protocol}, converged") for protocol in ("in-sample 20 %", "cross-fitted")
-    )
+    converged, cross_fitted = (row_of(intervals, gate=f"linear, {how}, converged") for how in ("in-sample 20 %", CROSS_FITTED))
     trained, at_optimum = (judge(-row["mean_high"], -row["mean_low"]) for row in (ours, converged))
     return Claim(
         "2a. A linear regression gate is worse than the classification gate",
@@ -171,9 +171,7 @@ def hot_metal_poor_gain_most(cells: pd.DataFrame, rivals: pd.DataFrame) -> Claim
 
 def weights_are_more_uniform(weights: pd.DataFrame) -> Claim:
     """Claim 4, from the entropy in the report's protocol: of the mean weights, and of the weights of single stars."""
-    of_mean, of_star = (
-        row_of(weights, protocol=IN_SAMPLE, entropy=measure) for measure in ("of the mean weights", "of a star's weights, mean")
-    )
+    of_mean, of_star = (row_of(weights, protocol=IN_SAMPLE, entropy=entropy) for entropy in ENTROPIES)
     return Claim(
         "4. The regression gate's weights are more uniform",
         "mean weights by eye",
@@ -230,15 +228,14 @@ def mlp_converges(more: pd.DataFrame) -> Claim:
         of_loss = HOLDS
     low, high = ours["delta_r2_low"], ours["delta_r2_high"]
     of_r2 = HOLDS if low > -MARGIN and high < MARGIN else FAILS if high < -MARGIN or low > MARGIN else UNKNOWN
-
-    def change(row: Mapping[Any, Any]) -> str:
-        loss, r2 = shown(row, "delta_loss", "delta_loss_", "+.5f"), shown(row, "delta_r2", "delta_r2_")
-        return f"the held-out loss by {loss}, R2 by {r2}"
-
+    changes = [
+        f"the held-out loss by {shown(row, 'delta_loss', 'delta_loss_', '+.5f')}, R2 by {shown(row, 'delta_r2', 'delta_r2_')}"
+        for row in (ours, lbfgs)
+    ]
     return Claim(
         "7. The MLP converges within 100 epochs",
         "best epoch 99",
-        f"up to 1,000 epochs change {change(ours)}; L-BFGS changes {change(lbfgs)}",
+        f"up to 1,000 epochs change {changes[0]}; L-BFGS changes {changes[1]}",
         f"{of_loss} of the held-out loss, {of_r2} of R2 (to within {MARGIN})",
         f"{ours['n_seeds']} gate seeds; of R2 also {ours['n_test']:,} test stars",
         link("converge_gate"),
