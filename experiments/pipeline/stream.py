@@ -57,10 +57,6 @@ class Applied(NamedTuple):
     features: AnyArray  #: (N, F) raw
     predictions: AnyArray  #: (N, R) of ``StreamedFit.ridges``
 
-    def of_star(self, column: AnyArray) -> jax.Array:
-        """(N,) the prediction in a column of its own for each star."""
-        return jnp.take_along_axis(jnp.asarray(self.predictions), jnp.asarray(column)[:, None], axis=1)[:, 0]
-
 
 def fit_by_chunks(config: DataConfig, stages: Stages, cache: Cache) -> Prepared:
     """All stages before the regression gates, chunk by chunk."""
@@ -81,19 +77,17 @@ def fit_by_chunks(config: DataConfig, stages: Stages, cache: Cache) -> Prepared:
     if saved is not None:
         saved.unlink(missing_ok=True)
     fitted = jax.tree.map(jnp.asarray, fitted)
-    applied, stars = [], []
-    for name, observation in (("train", train), ("test", test)):
-        seen = apply_ridges(observation, fitted, config.chunk_stars, cache, settings | {"survey": name}, stages)
-        predictions = jnp.asarray(seen.predictions)
-        stars.append(
-            Stars.of(observation.labels, observation.cell, seen.features, predictions[:, :n_experts], predictions[:, n_experts])
-        )
-        applied.append(seen)
+    stars, predictions = [], []
+    for name, survey in (("train", train), ("test", test)):
+        seen = apply_ridges(survey, fitted, config.chunk_stars, cache, settings | {"survey": name}, stages)
+        of_all = jnp.asarray(seen.predictions)
+        stars.append(Stars.of(survey.labels, survey.cell, seen.features, of_all[:, :n_experts], of_all[:, n_experts]))
+        predictions.append(of_all)
     # The first K + 1 columns are those of all stars; then each group has its own.
-    out_of_fold = jnp.where(train.cell >= 0, applied[0].of_star(n_experts + 1 + group), jnp.nan)
-    global_out_of_fold = applied[0].of_star((n_experts + 1) + n_experts * config.experts.n_folds + folds)
-    experts = fitted.cells._replace(out_of_fold=out_of_fold)
-    global_ridge = fitted.whole._replace(out_of_fold=global_out_of_fold)
+    columns = n_experts + 1 + jnp.stack([group, n_experts * config.experts.n_folds + folds], axis=1)
+    of_cell, of_whole = jnp.take_along_axis(predictions[0], columns, axis=1).T
+    experts = fitted.cells._replace(out_of_fold=jnp.where(train.cell >= 0, of_cell, jnp.nan))
+    global_ridge = fitted.whole._replace(out_of_fold=of_whole)
     return finish(config, stars[0], stars[1], experts, global_ridge, fitted.pca, np.asarray(train.wave), stages)
 
 
