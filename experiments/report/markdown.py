@@ -78,18 +78,15 @@ def verdict_markdown(comparisons: Mapping[Pair, Bootstrap], overall: pd.DataFram
 
 def bins_markdown(bins: pd.DataFrame, published: Mapping[str, Any]) -> str:
     """R2 of the classification gate and Delta R2 of the MLP gate by cell, with the report's R2 of both beside them."""
-    report = published["per_bin"]
-    rows = []
-    for row in bins.to_dict("records"):
-        cell: dict[str, Any] = {"cell": row["bin"], "name": row["name"]}
-        cell["test stars"] = f"{row['n_test']}{'' if row['defined'] else ' (no R2)'}"
-        cell["classify R2"] = row["r2_classify"]
-        for protocol in PROTOCOLS:
-            column = f"delta_r2_{Method('regress_mlp', protocol).column}"
-            cell[f"MLP Delta R2, {protocol}"] = interval(row[column], row[f"{column}_low"], row[f"{column}_high"])
-        cell["report: classify -> MLP"] = f"{report['classify'][row['bin']]:.4f} -> {report['regress_mlp'][row['bin']]:.4f}"
-        rows.append(cell)
-    return table_markdown(pd.DataFrame(rows))
+    n_test = [f"{n}{'' if defined else ' (no R2)'}" for n, defined in zip(bins["n_test"], bins["defined"], strict=True)]
+    shown = pd.DataFrame({"cell": bins["bin"], "name": bins["name"], "test stars": n_test, "classify R2": bins["r2_classify"]})
+    for protocol in PROTOCOLS:
+        column = f"delta_r2_{Method('regress_mlp', protocol).column}"
+        ends = zip(bins[column], bins[f"{column}_low"], bins[f"{column}_high"], strict=True)
+        shown[f"MLP Delta R2, {protocol}"] = [interval(*row) for row in ends]
+    report = zip(published["per_bin"]["classify"], published["per_bin"]["regress_mlp"], strict=True)
+    shown["report: classify -> MLP"] = [f"{classify:.4f} -> {mlp:.4f}" for classify, mlp in report]
+    return table_markdown(shown)
 
 
 def gates_markdown(fits: Mapping[Method, GateFit], published: Mapping[str, Any]) -> str:

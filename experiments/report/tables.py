@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
 def overall_table(y: Float[AnyArray, " N"], predictions: Predictions) -> pd.DataFrame:
     """R2, MAE, RMSE and oracle-gain retention rho of each method; the stars are the same for all."""
     r2 = {method: float(r2_score(y, prediction)) for method, prediction in predictions.items()}
-    rows = [
+    return pd.DataFrame(
         {
             "method": method.name,
             "protocol": method.protocol,
@@ -52,8 +52,7 @@ def overall_table(y: Float[AnyArray, " N"], predictions: Predictions) -> pd.Data
             "rho": retention(r2[method], r2[GLOBAL], r2[ORACLE]),
         }
         for method, prediction in predictions.items()
-    ]
-    return pd.DataFrame(rows)
+    )
 
 
 def compare(
