@@ -49,8 +49,6 @@ class Sweep(NamedTuple):
     validation_loss: AnyArray  #: (S,) lowest validation loss; NaN without validation stars
     gradient_norm: AnyArray  #: (S,)
     best_epoch: AnyArray  #: (S,) counted from 1
-    n_run: AnyArray  #: (S,) epochs or iterations that were run
-    stopped_early: AnyArray  #: (S,)
     converged: AnyArray  #: (S,)
 
 
@@ -123,8 +121,6 @@ def _train_at_once(inputs: tuple[jax.Array, Changes], shared: Any, gate: Gate, c
             validation_loss=fit.validation_loss[fit.best_epoch],
             gradient_norm=fit.gradient_norm,
             best_epoch=fit.best_epoch + 1,
-            n_run=jnp.sum(jnp.isfinite(fit.train_loss)),
-            stopped_early=fit.stopped_early,
             converged=fit.converged,
         )
 

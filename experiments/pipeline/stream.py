@@ -80,9 +80,9 @@ def fit_by_chunks(config: DataConfig, stages: Stages, cache: Cache) -> Prepared:
     stars, predictions = [], []
     for name, survey in (("train", train), ("test", test)):
         seen = apply_ridges(survey, fitted, config.chunk_stars, cache, settings | {"survey": name}, stages)
-        of_all = jnp.asarray(seen.predictions)
-        stars.append(Stars.of(survey.labels, survey.cell, seen.features, of_all[:, :n_experts], of_all[:, n_experts]))
-        predictions.append(of_all)
+        log_g, predicted = jax.device_put(survey.labels.log_g), jnp.asarray(seen.predictions)
+        stars.append(Stars(seen.features, predicted[:, :n_experts], predicted[:, n_experts], log_g, survey.cell))
+        predictions.append(predicted)
     # The first K + 1 columns are those of all stars; then each group has its own.
     columns = n_experts + 1 + jnp.stack([group, n_experts * config.experts.n_folds + folds], axis=1)
     of_cell, of_whole = jnp.take_along_axis(predictions[0], columns, axis=1).T
