@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 import pandas as pd
@@ -39,7 +39,7 @@ def table_markdown(table: pd.DataFrame, formats: Mapping[str, str] | None = None
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
 
 
-def interval(estimate: float, low: float, high: float, form: str = "+.4f") -> str:
+def interval(estimate: SupportsFloat, low: SupportsFloat, high: SupportsFloat, form: str = "+.4f") -> str:
     """An estimate with its interval, as it stands in reports."""
     return f"{float(estimate):{form}} [{float(low):{form}}, {float(high):{form}}]"
 
@@ -67,7 +67,7 @@ def verdict_markdown(comparisons: Mapping[Pair, Bootstrap], overall: pd.DataFram
             {
                 "gate": method.name,
                 "protocol": method.protocol,
-                "Delta R2 [interval]": interval(float(difference.estimate), low, high),
+                "Delta R2 [interval]": interval(difference.estimate, low, high),
                 "verdict": verdict(low, high),
                 "by the report's rule": published_verdict(r2[method], r2[CLASSIFY]),
                 "report": interval(report["mean"], report["low"], report["high"]) if method.protocol == IN_SAMPLE else "",
@@ -153,7 +153,7 @@ def report_sections(setup: str, results: Outcome, in_sample_fraction: float) -> 
     published, notes = load_published(), warnings(results)
     sections = [
         setup,
-        "\n".join(f"> **Warning.** {note}\n>" for note in notes).rstrip("\n>") if notes else "",
+        "\n".join(f"> **Warning.** {note}\n>" for note in notes).rstrip("\n>"),
         "## Every method on the same covered test stars",
         overall_markdown(results.overall, published),
         "rho = (R2 - R2 global) / (R2 oracle - R2 global). The report's columns come from other spectra (the same set-up). They "
