@@ -135,7 +135,7 @@ def per_bin_delta(comparisons: Mapping[Pair, Bootstrap], confidence_level: float
             x = np.arange(N_CELLS) + offset
             ax.errorbar(x, np.asarray(cells.estimate), bars, fmt=marker, color=COLORS[name], capsize=3, label=TITLES[name])
         ax.axhline(0.0, color=BLACK, lw=0.8)
-        ax.set(ylabel=r"$\Delta R^2$")
+        ax.set_ylabel(r"$\Delta R^2$")
         ax.set_title(f"gates trained {protocol}", loc="left")
     fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=3)
     axes[1].set_xticks(range(N_CELLS), _CELL_LABELS, fontsize=8)
