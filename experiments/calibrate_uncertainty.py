@@ -28,9 +28,9 @@ from experiments.pipeline.calibration import (
     predict_labelled,
 )
 from experiments.pipeline.config import SMALL, DataConfig, StudyConfig, draw_keys
-from experiments.pipeline.observation import Observation, observe_surveys
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
+from experiments.pipeline.surveys import Observation, observe_surveys
 from experiments.report import figures
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study

@@ -27,14 +27,14 @@ import pandas as pd
 import scipy
 
 from experiments.pipeline.config import SMALL, ComparisonConfig, OutputOptions, draw_keys
-from experiments.pipeline.observation import Observation, observe_surveys
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.rivals import rival_methods
 from experiments.pipeline.stars import Prepared
+from experiments.pipeline.surveys import Observation, observe_surveys
 from experiments.report.claims import LIKELIHOOD, LOCAL, MIXTURE, NETWORK
 from experiments.report.markdown import interval, table_markdown
-from experiments.report.pairs import pair_table
 from experiments.report.results import Results, Study
+from experiments.report.tables import pair_table
 from experiments.report.variants import compare_by, variants_results
 from experiments.runner.cache import Cache
 from experiments.runner.command_line import group, require_at_least, run_command

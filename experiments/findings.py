@@ -26,7 +26,7 @@ from experiments.pipeline.methods import CROSS_FITTED, IN_SAMPLE
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
 from experiments.report import claims
-from experiments.report.claims import HOT_METAL_POOR, read, shown
+from experiments.report.claims import ENTROPIES, HOT_METAL_POOR, read, shown
 from experiments.report.figures import interval_plot
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
@@ -44,7 +44,6 @@ from moe_jax.gates.training import GateConfig, entropy, fit_gates
 
 #: Part of the covered training stars that the MLP gates of each protocol see: the report's, and all.
 FRACTIONS = {IN_SAMPLE: 0.2, CROSS_FITTED: 1.0}
-ENTROPIES = ("of the mean weights", "of a star's weights, mean")
 
 
 @dataclass(frozen=True)

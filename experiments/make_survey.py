@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.pipeline.config import SURVEYS, DataConfig, draw_keys
-from experiments.pipeline.observation import observe
-from experiments.pipeline.surveys import open_surveys
+from experiments.pipeline.surveys import observe, open_surveys
 from experiments.runner.command_line import PresetConfig, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import InputError

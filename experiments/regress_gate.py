@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,21 +37,18 @@ from experiments.pipeline.methods import (
     ORACLE,
     REGRESSION_GATES,
     Method,
-    Pair,
-    Predictions,
 )
 from experiments.pipeline.prepare import prepare
-from experiments.pipeline.stars import Prepared, Stars
+from experiments.pipeline.stars import Prepared
 from experiments.report import figures
 from experiments.report.local import judge_local
 from experiments.report.markdown import interval, load_published, report_sections, warnings
 from experiments.report.results import Results, Study
-from experiments.report.tables import bin_table, bootstrap_table, compare, overall_table
+from experiments.report.tables import Outcome, bin_table, bootstrap_table, compare, overall_table
 from experiments.runner.command_line import Cluster, group, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.apply.model_file import save_model
 from moe_jax.core.arrays import InputError
-from moe_jax.evaluate.bootstrap import Bootstrap
 from moe_jax.gates.networks import Gate, LinearGate, MLPGate
 from moe_jax.gates.optimize import GateFit
 from moe_jax.gates.routing import route_fallback, route_hard, route_oracle, route_soft
@@ -84,20 +81,6 @@ PRESETS = {
     "smoke": RegressGateConfig("smoke", in_sample_fraction=1.0, gate=GateConfig(epochs=30), data=SURVEYS["smoke"]),
     "large_test": RegressGateConfig("large_test", data=SURVEYS["large_test"]),
 }
-
-
-class Outcome(NamedTuple):
-    """All that is reported."""
-
-    overall: pd.DataFrame
-    bins: pd.DataFrame
-    bootstrap: pd.DataFrame
-    comparisons: dict[Pair, Bootstrap]
-    predictions: Predictions
-    fits: dict[Method, GateFit]
-    weights: dict[Method, jax.Array]
-    test: Stars  #: the covered ones
-    prepared: Prepared
 
 
 def fit_regression_gates(config: RegressGateConfig, prepared: Prepared) -> dict[Method, GateFit]:
@@ -203,16 +186,6 @@ def test_accuracy(results: Outcome) -> float:
     return float(np.mean(np.argmax(results.weights[CLASSIFY], axis=1) == np.asarray(results.test.cell)))
 
 
-def warnings_of(results: Outcome) -> list[str]:
-    """What a reader must know before believing the tables."""
-    at_edge = [f"alpha of cell {k}" for k in np.flatnonzero(results.prepared.experts.at_edge)]
-    at_edge += ["alpha of the global ridge"] * bool(results.prepared.global_ridge.at_edge)
-    at_edge += ["C of the classification gate"] * results.prepared.classifier.at_edge
-    undefined = sum(int(np.sum(np.asarray(bootstrap.groups.n_undefined))) for bootstrap in results.comparisons.values())
-    unconverged = ["The logistic regression of the classification gate did not converge."]
-    return warnings(results.fits, at_edge, undefined) + unconverged * (not results.prepared.classifier.converged)
-
-
 def sections_of(config: RegressGateConfig, results: Outcome) -> list[str]:
     """The paragraphs of report.md."""
     prepared, options = results.prepared, config.data
@@ -225,17 +198,7 @@ def sections_of(config: RegressGateConfig, results: Outcome) -> list[str]:
         f"{alphas} (cells), {float(prepared.global_ridge.alpha):g} (global). Classification gate: C {prepared.classifier.C:g}, "
         f"accuracy {prepared.classifier.accuracy:.4f} (cross-validated), {test_accuracy(results):.4f} (test)."
     )
-    return report_sections(
-        setup=setup,
-        overall=results.overall,
-        bins=results.bins,
-        comparisons=results.comparisons,
-        bootstrap=results.bootstrap,
-        fits=results.fits,
-        notes=warnings_of(results),
-        weights=results.weights,
-        in_sample_fraction=config.in_sample_fraction,
-    )
+    return report_sections(setup, results, config.in_sample_fraction)
 
 
 CHOSEN = Method("regress_mlp", CROSS_FITTED)  # the gate of the model that is written
@@ -277,12 +240,11 @@ def compute(config: RegressGateConfig, stages: Stages) -> Results:
     tables = {"overall": results.overall, "per_bin": results.bins, "bootstrap": results.bootstrap}
     tables["predictions"], sections = prediction_table(results), sections_of(config, results)
     if local is not None:
-        bootstrap, nine = config.bootstrap, results.predictions[CHOSEN]
-        local_tables, local_sections = judge_local(config.data, local, nine, bootstrap.n_resamples, bootstrap.confidence_level)
+        local_tables, local_sections = judge_local(config.data, config.bootstrap, local, results.predictions[CHOSEN])
         console.print(local_sections[1])
         tables |= local_tables
         sections += local_sections
-    for note in [*warnings_of(results), *notes, *more_notes]:
+    for note in [*warnings(results), *notes, *more_notes]:
         console.print(f"warning: {note}")
 
     def write_model(folder: Path, run_json: dict[str, Any]) -> None:

@@ -22,9 +22,9 @@ import pandas as pd
 
 from experiments.pipeline.config import SMALL, DataConfig, GateStudyConfig, draw_keys
 from experiments.pipeline.gates import gate_keys, mix_by_class
-from experiments.pipeline.observation import observe_surveys
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
+from experiments.pipeline.surveys import observe_surveys
 from experiments.report.claims import JOINT_QUESTIONS
 from experiments.report.markdown import interval, table_markdown
 from experiments.report.results import Results, Study

@@ -113,7 +113,7 @@ MUTATIONS = [
     ("moe_jax/spectra/fisher.py", "12.0 / np.square(widths)", "1.0 / np.square(widths)"),
     ("moe_jax/spectra/fisher.py", "flux * (MEDIAN_FLUX / jnp.median(flux))", "flux * MEDIAN_FLUX"),
     ("experiments/report/tables.py", 'low > 0 else "worse" if high < 0', 'low > 0 else "worse" if low < 0'),
-    ("experiments/report/tables.py", "r2 > r2_baseline + margin", "r2 > r2_baseline"),
+    ("experiments/report/tables.py", "r2 > r2_baseline + MARGIN", "r2 > r2_baseline"),
     ("experiments/report/tables.py", "(defined > 0).mean()", "(defined < 0).mean()"),
     ("experiments/report/tables.py", "bootstrap.simultaneous)):", "bootstrap.groups)):"),
     ("experiments/report/claims.py", 'leads["high"].min()', 'leads["high"].max()'),

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from experiments.pipeline.config import DataConfig, draw_keys
-from experiments.pipeline.observation import SLICE, Observation, observe, observe_surveys
 from experiments.pipeline.stars import Prepared
+from experiments.pipeline.surveys import SLICE, Observation, observe, observe_surveys
 from experiments.runner.stages import Stages
 from moe_jax.apply.conformal import LEVELS, calibrate, coverage_table, no_calibration
 from moe_jax.apply.model import Model, Uncertainty, predict_model
@@ -128,12 +128,10 @@ def add_uncertainty(
             labelled = predict_out_of_fold(config, prepared, model, settings.n_stars)
         else:
             labelled = predict_labelled(model, *stars)
-        calibrated = calibrate_model(config, labelled)
-    few = int((np.asarray(calibrated["calibration"].n_stars) < len(LEVELS) * 20).sum())
+        uncertainty = calibrate_uncertainty(uncertainty, labelled)
+    few = int((uncertainty.calibration.n_stars < len(LEVELS) * 20).sum())
     notes = [f"{few} cells have fewer than {len(LEVELS) * 20} stars to calibrate on"] * bool(few)
-    dtype = np.asarray(uncertainty.misfit).dtype
-    calibrated = jax.tree.map(lambda leaf: np.asarray(leaf, dtype), calibrated)
-    return model._replace(uncertainty=uncertainty._replace(**calibrated)), notes
+    return model._replace(uncertainty=uncertainty), notes
 
 
 def fit_uncertainty(config: DataConfig, settings: CalibrationConfig, prepared: Prepared) -> Uncertainty:
@@ -206,10 +204,10 @@ def predict_out_of_fold(config: DataConfig, prepared: Prepared, model: Model, n_
     """
     train, _ = observe_surveys(config)
     stars = predict_labelled(model, train, 0, min(n_stars, train.n_stars))
-    n = int(np.sum(stars.cell >= 0))
-    first = prepared.gate_stars().select(np.arange(n))
+    stars = stars.select(stars.cell >= 0)
+    first = prepared.gate_stars().select(np.arange(len(stars.cell)))
     mixed = route_soft(model.gate.apply(model.gate_params, first.features), first.predictions)
-    return stars.select(stars.cell >= 0)._replace(prediction=np.asarray(mixed))
+    return stars._replace(prediction=np.asarray(mixed))
 
 
 def predict_labelled(
@@ -233,7 +231,7 @@ def predict_labelled(
     return LabelledPrediction(log_g, prediction, sigma, half_width, group, cell, distance, variances, mag)
 
 
-def calibrate_model(config: DataConfig, stars: LabelledPrediction) -> dict[str, Any]:
+def calibrate_uncertainty(uncertainty: Uncertainty, stars: LabelledPrediction) -> Uncertainty:
     """From stars in the cells: factors of the variance's parts from some, split-conformal quantiles from the others."""
     stars = stars.select(stars.cell >= 0)
     first = np.arange(len(stars.cell)) % SCALING == 0
@@ -242,4 +240,7 @@ def calibrate_model(config: DataConfig, stars: LabelledPrediction) -> dict[str, 
         scales = fit_part_scales(stars.parts[first], stars.residual[first])
         stars = stars.select(~first)
     score = np.abs(stars.residual) / np.sqrt(stars.parts @ scales)
-    return {"part_scales": scales, "calibration": calibrate(score, stars.group, config.n_experts)}
+    calibration = calibrate(score, stars.group, len(uncertainty.calibration.n_stars))
+    dtype = np.asarray(uncertainty.misfit).dtype
+    scales, calibration = jax.tree.map(lambda leaf: np.asarray(leaf, dtype), (scales, calibration))
+    return uncertainty._replace(part_scales=scales, calibration=calibration)

@@ -49,8 +49,6 @@ class Sweep(NamedTuple):
     validation_loss: AnyArray  #: (S,) lowest validation loss; NaN without validation stars
     gradient_norm: AnyArray  #: (S,)
     best_epoch: AnyArray  #: (S,) counted from 1
-    n_run: AnyArray  #: (S,) epochs or iterations that were run
-    stopped_early: AnyArray  #: (S,)
     converged: AnyArray  #: (S,)
 
 
@@ -93,13 +91,7 @@ class Changes(NamedTuple):
 
 
 def train_gates(
-    keys: jax.Array,
-    logistic: Params,
-    stars: Stars,
-    test: Stars,
-    gate: Gate,
-    gate_config: GateConfig,
-    changes: Changes | None = None,
+    keys: jax.Array, logistic: Params, stars: Stars, test: Stars, gate: Gate, config: GateConfig, changes: Changes | None = None
 ) -> Sweep:
     """Trains a gate for each of S keys, and applies it to test stars; ``logistic`` are the params of the classification gate.
 
@@ -108,24 +100,16 @@ def train_gates(
     """
     require_informative(stars.features, stars.predictions, stars.log_g)
     changes = changes or Changes(None, jnp.ones((len(keys), test.features.shape[1])), jnp.ones(len(keys)))
-    arrays = (changes, (stars.features, stars.predictions, stars.log_g), (test.features, test.predictions))
-    on_devices = on_all((keys, *jax.tree.map(jnp.asarray, arrays), logistic), devices_for(len(keys)))
-    sweep: Sweep = _train_at_once(*on_devices, gate, gate_config)
+    shared = ((stars.features, stars.predictions, stars.log_g), (test.features, test.predictions), logistic)
+    arrays = on_all(jax.tree.map(jnp.asarray, ((keys, changes), shared)), devices_for(len(keys)))
+    sweep: Sweep = _train_at_once(*arrays, gate, config)
     return jax.tree.map(np.asarray, sweep)
 
 
 @functools.partial(jax.jit, static_argnames=("gate", "config"))
-def _train_at_once(
-    keys: jax.Array,
-    changes: Changes,
-    train: tuple[jax.Array, ...],
-    test: tuple[jax.Array, ...],
-    logistic: Params,
-    gate: Gate,
-    config: GateConfig,
-) -> Sweep:
-    def train_one(each: tuple[jax.Array, Changes], shared: Any) -> Sweep:
-        key, (hyper, mask, temperature) = each
+def _train_at_once(inputs: tuple[jax.Array, Changes], shared: Any, gate: Gate, config: GateConfig) -> Sweep:
+    def train_one(one: tuple[jax.Array, Changes], shared: Any) -> Sweep:
+        key, (hyper, mask, temperature) = one
         (features, predictions, y), (test_features, test_predictions), logistic = shared
         features, test_features = features * mask[None, :], test_features * mask[None, :]
         fit = fit_gate(key, gate, features, predictions, y, config, logistic=logistic, hyper=hyper)
@@ -137,10 +121,8 @@ def _train_at_once(
             validation_loss=fit.validation_loss[fit.best_epoch],
             gradient_norm=fit.gradient_norm,
             best_epoch=fit.best_epoch + 1,
-            n_run=jnp.sum(jnp.isfinite(fit.train_loss)),
-            stopped_early=fit.stopped_early,
             converged=fit.converged,
         )
 
-    sweep: Sweep = map_devices(train_one, (keys, changes), (train, test, logistic))
+    sweep: Sweep = map_devices(train_one, inputs, shared)
     return sweep

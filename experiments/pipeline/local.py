@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.pipeline.calibration import CalibrationConfig, LabelledPrediction, observe_calibration_stars, predict_labelled
 from experiments.pipeline.config import DataConfig
-from experiments.pipeline.observation import Observation, observe_surveys
+from experiments.pipeline.surveys import Observation, observe_surveys
 from experiments.runner.cache import Cache
 from experiments.runner.command_line import require_at_least
 from experiments.runner.stages import Stages

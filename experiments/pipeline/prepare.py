@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.pipeline.config import DataConfig, draw_keys
-from experiments.pipeline.observation import observe_surveys
 from experiments.pipeline.stars import Prepared, Stars, finish
 from experiments.pipeline.stream import fit_by_chunks
-from experiments.pipeline.surveys import load_surveys, survey_settings
+from experiments.pipeline.surveys import load_surveys, observe_surveys, survey_settings
 from experiments.runner.cache import Cache
 from experiments.runner.stages import Stages
 from moe_jax.core.arrays import AnyArray
@@ -23,7 +22,7 @@ from moe_jax.experts.cross_validation import CrossValidatedRidge
 from moe_jax.experts.fit import assign_folds, fit_experts, fit_global, predict_experts
 from moe_jax.experts.ridge import Ridge, predict_ridge
 from moe_jax.gates.features import N_COMPONENTS, raw_features
-from moe_jax.spectra.survey import Labels, Survey
+from moe_jax.spectra.survey import Survey
 
 
 def prepare(config: DataConfig, stages: Stages, cache: Cache) -> Prepared:
@@ -46,12 +45,12 @@ def prepare_each(configs: Sequence[DataConfig], stages: Stages, cache: Cache) ->
         with stages("noise and cells"):
             observed = observe_surveys(config, shared[settings])
             flux = [jax.block_until_ready(observation.flux()) for observation in observed]
-        labels, cells = [observation.labels for observation in observed], [observation.cell for observation in observed]
+        log_g, cells = [observation.labels.log_g for observation in observed], [observation.cell for observation in observed]
         wave = np.asarray(observed[0].wave)
         del observed
         if following is None or survey_settings(following) != settings:
             shared.clear()  # gives their memory back before the experts need it
-        return fit_in_memory(config, flux, labels, cells, wave, stages)
+        return fit_in_memory(config, flux, log_g, cells, wave, stages)
 
     for config, following in zip(configs, [*configs[1:], None], strict=True):
         compute_this = functools.partial(compute, config, following)
@@ -81,29 +80,20 @@ def note_extended_grids(config: DataConfig, prepared: Prepared, stages: Stages) 
 def fit_in_memory(
     config: DataConfig,
     flux: Sequence[jax.Array],
-    labels: Sequence[Labels],
+    log_g: Sequence[AnyArray],
     cells: Sequence[jax.Array],
     wave: AnyArray,
     stages: Stages,
 ) -> Prepared:
     """Experts, global ridge, features and classification gate from the noisy flux of the training and the test stars."""
-    keys, x, y = draw_keys(config.seed), flux[0], labels[0].log_g
-    folds = np.asarray(assign_folds(keys.folds, cells[0], config.experts.n_folds))
-    alphas, global_alphas = np.array(config.experts.alphas), np.array(config.experts.global_alphas)
-    with stages.steps("experts, cross-validated", config.n_experts) as advance:
-        experts = fit_experts(
-            x,
-            y,
-            cells[0],
-            alphas,
-            folds,
-            n_experts=config.n_experts,
-            extend_decades=config.experts.extend_decades,
-            on_fitted=advance,
-        )
+    keys, options, x, y = draw_keys(config.seed), config.experts, flux[0], log_g[0]
+    folds, decades = np.asarray(assign_folds(keys.folds, cells[0], options.n_folds)), options.extend_decades
+    alphas, n_experts = np.array(options.alphas), config.n_experts
+    with stages.steps("experts, cross-validated", n_experts) as advance:
+        experts = fit_experts(x, y, cells[0], alphas, folds, n_experts=n_experts, extend_decades=decades, on_fitted=advance)
     with stages("global ridge, cross-validated"):
-        if config.experts.global_alphas:
-            global_ridge = fit_global(x, y, global_alphas, folds, extend_decades=config.experts.extend_decades)
+        if options.global_alphas:
+            global_ridge = fit_global(x, y, np.array(options.global_alphas), folds, extend_decades=decades)
         else:
             global_ridge = no_ridge(*x.shape)
         jax.block_until_ready(global_ridge)
@@ -113,8 +103,8 @@ def fit_in_memory(
     with stages("expert predictions"):
         train, test = jax.block_until_ready(
             [
-                Stars.of(known, cell, raw, predict_experts(experts, part), predict_ridge(global_ridge.ridge, part))
-                for known, cell, raw, part in zip(labels, cells, features, flux, strict=True)
+                Stars(raw, predict_experts(experts, part), predict_ridge(global_ridge.ridge, part), jax.device_put(target), cell)
+                for target, cell, raw, part in zip(log_g, cells, features, flux, strict=True)
             ]
         )
     return finish(config, train, test, experts, global_ridge, pca, wave, stages)

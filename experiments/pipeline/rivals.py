@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from jaxtyping import Float, PRNGKeyArray
 from moe_jax.core.arrays import AnyArray
 from moe_jax.experts.cells import N_CELLS
 from moe_jax.experts.ridge import Ridge, predict_ridge
-from moe_jax.gates.controls import Regressor, SquaredError, fit_regressor
+from moe_jax.gates.controls import fit_regressor
 from moe_jax.gates.networks import MLPGate
 from moe_jax.gates.optimize import Params, Rows
 from moe_jax.gates.routing import route_soft
@@ -46,14 +47,10 @@ def quadratic_terms(x: Float[np.ndarray, "N L"]) -> Float[np.ndarray, "N M"]:
 
 def _slopes(x: Float[np.ndarray, "N L"]) -> Float[np.ndarray, "N L M"]:
     """Derivatives of ``quadratic_terms`` in the labels."""
-    n_labels = x.shape[1]
-    first, second = np.triu_indices(n_labels)
-    slopes = np.zeros((len(x), n_labels, 1 + n_labels + len(first)))
-    slopes[:, :, 1 : 1 + n_labels] = np.eye(n_labels)
-    for column, (i, j) in enumerate(zip(first, second, strict=True), 1 + n_labels):
-        slopes[:, i, column] += x[:, j]
-        slopes[:, j, column] += x[:, i]
-    return slopes
+    first, second = np.triu_indices(x.shape[1])
+    linear = np.eye(x.shape[1])
+    products = linear[:, first] * x[:, None, second] + x[:, None, first] * linear[:, second]
+    return np.concatenate([np.zeros_like(x)[:, :, None], np.broadcast_to(linear, (len(x), *linear.shape)), products], axis=2)
 
 
 def fit_cannon(labels: Float[AnyArray, "N L"], flux: Float[AnyArray, "N P"], error: Float[AnyArray, "N P"]) -> Cannon:
@@ -64,7 +61,7 @@ def fit_cannon(labels: Float[AnyArray, "N L"], flux: Float[AnyArray, "N P"], err
     """
     labels, flux, error = map(np.asarray, (labels, flux, error))
     low, high = labels.min(axis=0), labels.max(axis=0)
-    terms = quadratic_terms(_to_model(labels, low, high)).astype(flux.dtype)
+    terms = quadratic_terms((2 * (labels - low) / (high - low) - 1).astype(np.float64)).astype(flux.dtype)
     n_terms = terms.shape[1]
     first, second = np.triu_indices(n_terms)
     products = (terms[:, first] * terms[:, second]).T
@@ -82,12 +79,6 @@ def fit_cannon(labels: Float[AnyArray, "N L"], flux: Float[AnyArray, "N P"], err
             s2 = np.maximum(s2 + np.sum(w**2 * excess, axis=0) / np.sum(w**2, axis=0), 0)
         coef[:, pixels], scatter[pixels] = solution.T, np.sqrt(s2)
     return Cannon(low, high, coef, scatter)
-
-
-def _to_model(labels: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Labels on the scale of the model."""
-    scaled: np.ndarray = (2 * (labels - low) / (high - low) - 1).astype(np.float64)
-    return scaled
 
 
 def predict_cannon(cannon: Cannon, flux: Float[AnyArray, "N P"], error: Float[AnyArray, "N P"]) -> Float[np.ndarray, "N L"]:
@@ -166,68 +157,64 @@ class ConvNet(MLPGate):
         return Network()
 
 
-def fit_conv(
-    key: PRNGKeyArray, x: Float[AnyArray, "N F"], y: Float[AnyArray, " N"], network: ConvNet, config: GateConfig
-) -> Regressor:
-    """Regresses y on pixels and one more column; Adam, until stars that are held out are predicted no better."""
-    key_init, key_train = jax.random.split(key)
-    start = network.init(key_init, x.shape[1], 1)
-    return fit_regressor(key_train, SquaredError(network), start, x, jnp.asarray(y), config)[0]
-
-
-def predict_conv(network: ConvNet, fitted: Regressor, x: Float[AnyArray, "N F"]) -> Float[jax.Array, " N"]:
-    """Predictions of a fitted network."""
-    return fitted.predict(lambda params, x: network.logits(params, x)[:, 0], x)
-
-
-@jax.tree_util.register_static
+@functools.partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("predict",))
 @dataclass(frozen=True)
-class JointError:
-    """Squared error of a mixture of linear experts whose params are all free, the experts beside those of the gate."""
+class PredictionError:
+    """Squared error of each star's prediction."""
 
-    gate: MLPGate
-
-    def mixture(self, params: Params, x: AnyArray) -> jax.Array:
-        """(N,) predictions."""
-        gate = {name: leaf for name, leaf in params.items() if name != "experts"}
-        return route_soft(self.gate.apply(gate, x), predict_ridge(Ridge(**params["experts"]), x))
+    predict: Callable[[Params, jax.Array], jax.Array]  #: from params and (N, F) columns to (N,)
 
     def __call__(self, params: Params, rows: Rows) -> jax.Array:
         """(N,) losses."""
         x, y = rows
-        return (y - self.mixture(params, x)) ** 2
+        return (y - self.predict(params, x)) ** 2
+
+
+Predictor = Callable[[AnyArray], jax.Array]
+"""A fitted method: from (N, F) columns to (N,) predictions."""
+
+
+def fit_conv(
+    key: PRNGKeyArray, x: Float[AnyArray, "N F"], y: Float[AnyArray, " N"], network: ConvNet, config: GateConfig
+) -> Predictor:
+    """Regresses y on pixels and one more column."""
+    key_init, key_train = jax.random.split(key)
+    start = network.init(key_init, x.shape[1], 1)
+    return _fit(key_train, lambda params, x: network.logits(params, x)[:, 0], start, x, y, config)
 
 
 def fit_joint(
     key: PRNGKeyArray, x: Float[AnyArray, "N F"], y: Float[AnyArray, " N"], n_experts: int, gate: MLPGate, config: GateConfig
-) -> Regressor:
-    """Trains linear experts and their gate together by Adam from random params, until held-out stars are predicted no better."""
+) -> Predictor:
+    """Trains linear experts and their gate together, from random params."""
+
+    def mix(params: Params, x: jax.Array) -> jax.Array:
+        of_gate = {name: leaf for name, leaf in params.items() if name != "experts"}
+        return route_soft(gate.apply(of_gate, x), predict_ridge(Ridge(**params["experts"]), x))
+
     key_gate, key_experts, key_train = jax.random.split(key, 3)
     coef = jax.random.normal(key_experts, (n_experts, x.shape[1]), jnp.asarray(y).dtype) / x.shape[1] ** 0.5
     start = gate.init(key_gate, x.shape[1], n_experts) | {"experts": {"coef": coef, "intercept": coef[:, 0]}}
-    return fit_regressor(key_train, JointError(gate), start, x, jnp.asarray(y), config)[0]
+    return _fit(key_train, mix, start, x, y, config)
 
 
-def predict_joint(gate: MLPGate, fitted: Regressor, x: Float[AnyArray, "N F"]) -> Float[jax.Array, " N"]:
-    """Predictions of a mixture that was trained as a whole."""
-    return fitted.predict(JointError(gate).mixture, x)
+def _fit(
+    key: PRNGKeyArray, predict: Any, start: Params, x: Float[AnyArray, "N F"], y: Float[AnyArray, " N"], config: GateConfig
+) -> Predictor:
+    """Fits on standardised x and y by Adam, until stars that are held out are predicted no better."""
+    model, _ = fit_regressor(key, PredictionError(predict), start, x, jnp.asarray(y), config)
+    return lambda x: model.predict(predict, x)
 
 
 def rival_methods(
     key: PRNGKeyArray, train: Any, labels: Float[AnyArray, "N L"], columns: Callable[[Any], AnyArray], config: GateConfig
 ) -> dict[str, Callable[[], Callable[[Any], Any]]]:
-    """Each rival's name, and how it is fitted.
+    """Each rival's name, and how it is fitted to spectra ``train``; the second of the labels is log g.
 
-    Args:
-        key: random key.
-        train: spectra with ``flux`` and ``error``.
-        labels: of the training stars: T_eff, log g, [M/H] and others.
-        columns: from spectra to (N, F) components and, last, the logarithm of the noise.
-        config: how networks are trained.
+    ``columns`` gives from spectra (N, F) components and, last, the logarithm of the noise.
     """
     y = jnp.asarray(np.asarray(labels)[:, 1], train.flux.dtype)
     short = dataclasses.replace(config, epochs=min(config.epochs, _CONV_EPOCHS), patience=10)
-    net, gate = ConvNet(), MLPGate()
 
     def pixels(stars: Any) -> jax.Array:
         return jnp.concatenate([stars.flux, columns(stars)[:, -1:]], axis=1)
@@ -237,12 +224,12 @@ def rival_methods(
         return lambda stars: predict_cannon(fitted, stars.flux, stars.error)[:, 1]
 
     def conv() -> Callable[[Any], Any]:
-        fitted = fit_conv(key, pixels(train), y, net, short)
-        return lambda stars: predict_conv(net, fitted, pixels(stars))
+        predict = fit_conv(key, pixels(train), y, ConvNet(), short)
+        return lambda stars: predict(pixels(stars))
 
     def joint() -> Callable[[Any], Any]:
-        fitted = fit_joint(key, columns(train), y, N_CELLS, gate, config)
-        return lambda stars: predict_joint(gate, fitted, columns(stars))
+        predict = fit_joint(key, columns(train), y, N_CELLS, MLPGate(), config)
+        return lambda stars: predict(columns(stars))
 
     return {
         "The Cannon (quadratic)": cannon,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from experiments.pipeline.config import DataConfig
@@ -16,25 +15,16 @@ from moe_jax.experts.fit import cross_fitted_predictions
 from moe_jax.gates.classifier import ClassifierFit, fit_classifier
 from moe_jax.gates.features import FeatureModel
 from moe_jax.gates.training import require_informative
-from moe_jax.spectra.survey import Labels
 
 
 class Stars(NamedTuple):
     """Stars as gates see them."""
 
-    features: AnyArray  #: (N, F) standardised
+    features: AnyArray  #: (N, F) standardised; raw before ``finish``
     predictions: AnyArray  #: (N, K) of all experts
     global_prediction: AnyArray  #: (N,) of the global ridge
-    T_eff: AnyArray  #: (N,) K
-    M_H: AnyArray  #: (N,) dex
     log_g: AnyArray  #: (N,)
     cell: AnyArray  #: (N,) the expert of each star, -1 where it has none
-
-    @classmethod
-    def of(cls, labels: Labels, cell: AnyArray, features: AnyArray, predictions: AnyArray, global_prediction: AnyArray) -> Stars:
-        """The stars of a survey; features may be raw ones, which ``finish`` standardises."""
-        T_eff, M_H, log_g = map(jax.device_put, (labels.T_eff, labels.M_H, labels.log_g))
-        return cls(features, predictions, global_prediction, T_eff, M_H, log_g, cell)
 
     def select(self, rows: AnyArray) -> Stars:
         """Some of the stars."""

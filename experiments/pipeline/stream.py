@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.pipeline.config import DataConfig, draw_keys
-from experiments.pipeline.observation import Observation, observe_surveys, slices
 from experiments.pipeline.stars import Prepared, Stars, finish
+from experiments.pipeline.surveys import Observation, observe_surveys, slices
 from experiments.runner.cache import Cache
 from experiments.runner.stages import Stages
 from moe_jax.core.arrays import AnyArray, InputError
@@ -28,16 +28,7 @@ from moe_jax.core.trees import load_tree, save_tree
 from moe_jax.experts.cross_validation import CrossValidatedRidge
 from moe_jax.experts.fit import assign_folds
 from moe_jax.experts.ridge import Ridge, predict_ridge
-from moe_jax.experts.streaming import (
-    STARS,
-    Blocks,
-    add_block,
-    collect,
-    device_mesh,
-    empty_sums,
-    fit_sums,
-    sum_processes,
-)
+from moe_jax.experts.streaming import STARS, Blocks, add_block, collect, device_mesh, empty_sums, fit_sums, sum_processes
 from moe_jax.experts.sums import Sums, moments
 from moe_jax.gates.features import N_COMPONENTS, N_FEATURES, raw_features
 
@@ -66,10 +57,6 @@ class Applied(NamedTuple):
     features: AnyArray  #: (N, F) raw
     predictions: AnyArray  #: (N, R) of ``StreamedFit.ridges``
 
-    def of_star(self, column: AnyArray) -> jax.Array:
-        """(N,) the prediction in a column of its own for each star."""
-        return jnp.take_along_axis(jnp.asarray(self.predictions), jnp.asarray(column)[:, None], axis=1)[:, 0]
-
 
 def fit_by_chunks(config: DataConfig, stages: Stages, cache: Cache) -> Prepared:
     """All stages before the regression gates, chunk by chunk."""
@@ -80,9 +67,9 @@ def fit_by_chunks(config: DataConfig, stages: Stages, cache: Cache) -> Prepared:
     saved = cache.path("sums", settings | {"process": jax.process_index()}, [__file__])
 
     def fit() -> StreamedFit:
-        sums, offsets = accumulate(config, train, np.asarray(group), saved, stages)
+        sums, *offsets = accumulate(config, train, np.asarray(group), saved, stages)
         with stages("experts and global ridge from sums"):
-            return jax.block_until_ready(fit_from_sums(config, sums, offsets))
+            return jax.block_until_ready(fit_from_sums(config, sums, *offsets))
 
     fitted, from_cache = cache.load_or_compute("streamed-experts", settings, [__file__], StreamedFit, fit)
     if from_cache:
@@ -90,19 +77,17 @@ def fit_by_chunks(config: DataConfig, stages: Stages, cache: Cache) -> Prepared:
     if saved is not None:
         saved.unlink(missing_ok=True)
     fitted = jax.tree.map(jnp.asarray, fitted)
-    applied, stars = [], []
-    for name, observation in (("train", train), ("test", test)):
-        seen = apply_ridges(observation, fitted, config.chunk_stars, cache, settings | {"survey": name}, stages)
-        predictions = jnp.asarray(seen.predictions)
-        stars.append(
-            Stars.of(observation.labels, observation.cell, seen.features, predictions[:, :n_experts], predictions[:, n_experts])
-        )
-        applied.append(seen)
+    stars, predictions = [], []
+    for name, survey in (("train", train), ("test", test)):
+        seen = apply_ridges(survey, fitted, config.chunk_stars, cache, settings | {"survey": name}, stages)
+        log_g, predicted = jax.device_put(survey.labels.log_g), jnp.asarray(seen.predictions)
+        stars.append(Stars(seen.features, predicted[:, :n_experts], predicted[:, n_experts], log_g, survey.cell))
+        predictions.append(predicted)
     # The first K + 1 columns are those of all stars; then each group has its own.
-    out_of_fold = jnp.where(train.cell >= 0, applied[0].of_star(n_experts + 1 + group), jnp.nan)
-    global_out_of_fold = applied[0].of_star((n_experts + 1) + n_experts * config.experts.n_folds + folds)
-    experts = fitted.cells._replace(out_of_fold=out_of_fold)
-    global_ridge = fitted.whole._replace(out_of_fold=global_out_of_fold)
+    columns = n_experts + 1 + jnp.stack([group, n_experts * config.experts.n_folds + folds], axis=1)
+    of_cell, of_whole = jnp.take_along_axis(predictions[0], columns, axis=1).T
+    experts = fitted.cells._replace(out_of_fold=jnp.where(train.cell >= 0, of_cell, jnp.nan))
+    global_ridge = fitted.whole._replace(out_of_fold=of_whole)
     return finish(config, stars[0], stars[1], experts, global_ridge, fitted.pca, np.asarray(train.wave), stages)
 
 
@@ -110,13 +95,6 @@ def chunks_of_process(n_stars: int, chunk_stars: int) -> list[tuple[int, int]]:
     """First and last star (exclusive) of the chunks that are this process's turn."""
     starts = range(0, n_stars, chunk_stars)[jax.process_index() :: jax.process_count()]
     return [(start, min(start + chunk_stars, n_stars)) for start in starts]
-
-
-class Offsets(NamedTuple):
-    """What is subtracted before the stars are added up: the means of the first of them."""
-
-    x: AnyArray  #: (P,)
-    y: AnyArray
 
 
 class SavedSums(NamedTuple):
@@ -128,12 +106,15 @@ class SavedSums(NamedTuple):
 
 def accumulate(
     config: DataConfig, train: Observation, group: np.ndarray, saved: Path | None, stages: Stages
-) -> tuple[Sums, Offsets]:
-    """Sums of the training stars of each group, of which ``group`` (N,) has the numbers; chunks that are done are in ``saved``."""
+) -> tuple[Sums, jax.Array, jax.Array]:
+    """Sums of the training stars of each group, and what is subtracted from x and y before: means of the first stars.
+
+    ``group`` (N,) has the number of each star's group; chunks that are done are in ``saved``.
+    """
     mesh, log_g = device_mesh(), np.asarray(train.labels.log_g, np.float32)
     n_groups, n_pixels = (config.n_experts + 1) * config.experts.n_folds, len(np.asarray(train.wave))
     first = next(slices(0, train.n_stars))
-    offsets = Offsets(jnp.mean(train.flux(first.start, first.stop), axis=0), jnp.asarray(log_g[first].mean()))
+    x_offset, y_offset = jnp.mean(train.flux(first.start, first.stop), axis=0), jnp.asarray(log_g[first].mean())
     done, sums = load_sums(saved, mesh, stages) or SavedSums(0, empty_sums(n_groups, n_pixels, mesh))
     blocks = Blocks(BLOCK_ROWS * mesh.size, n_pixels)
     chunks = chunks_of_process(train.n_stars, config.chunk_stars)
@@ -141,8 +122,8 @@ def accumulate(
     with stages.chunks("sums of the training stars", n_stars, n_done) as advance:
         for i, (start, stop) in enumerate(chunks[done:], done + 1):
             for rows in slices(start, stop):
-                x = np.asarray(train.flux(rows.start, rows.stop) - offsets.x[None, :])
-                for block in blocks.add(x, log_g[rows] - np.asarray(offsets.y), group[rows]):
+                x = np.asarray(train.flux(rows.start, rows.stop) - x_offset[None, :])
+                for block in blocks.add(x, log_g[rows] - np.asarray(y_offset), group[rows]):
                     sums = add_block(sums, block, mesh)
             for block in blocks.flush():
                 sums = add_block(sums, block, mesh)
@@ -150,7 +131,7 @@ def accumulate(
             if saved is not None and i < len(chunks):
                 save_tree(saved, SavedSums(i, sums))
             advance(stop - start)
-    return sums, offsets
+    return sums, x_offset, y_offset
 
 
 def load_sums(path: Path | None, mesh: Mesh, stages: Stages) -> SavedSums | None:
@@ -166,11 +147,11 @@ def load_sums(path: Path | None, mesh: Mesh, stages: Stages) -> SavedSums | None
     return saved._replace(sums=jax.device_put(saved.sums, NamedSharding(mesh, PartitionSpec(STARS))))
 
 
-def fit_from_sums(config: DataConfig, sums: Sums, offsets: Offsets) -> StreamedFit:
+def fit_from_sums(config: DataConfig, sums: Sums, x_offset: jax.Array, y_offset: jax.Array) -> StreamedFit:
     """Experts, global ridge and principal components from the sums of the groups."""
     n_folds, n_cells = config.experts.n_folds, config.n_experts
     group = np.arange((n_cells + 1) * n_folds).reshape(n_cells + 1, n_folds)
-    fit = functools.partial(fit_sums, x_offset=offsets.x, y_offset=offsets.y, extend_decades=config.experts.extend_decades)
+    fit = functools.partial(fit_sums, x_offset=x_offset, y_offset=y_offset, extend_decades=config.experts.extend_decades)
     fits = [fit(collect(sums, group[k][:, None]), jnp.array(config.experts.alphas)) for k in range(n_cells)]
     everyone = collect(sums, group.T)
     if config.experts.global_alphas:
@@ -180,7 +161,7 @@ def fit_from_sums(config: DataConfig, sums: Sums, offsets: Offsets) -> StreamedF
     total = moments(jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), everyone))
     pca = fit_pca_scatter(draw_keys(config.seed).pca, total.x_mean, total.xx, N_COMPONENTS)
     cells, cells_by_fold = jax.tree.map(lambda *leaves: jnp.stack(leaves), *fits)
-    return StreamedFit(cells, cells_by_fold, *whole, pca._replace(mean=pca.mean + offsets.x))
+    return StreamedFit(cells, cells_by_fold, *whole, pca._replace(mean=pca.mean + x_offset))
 
 
 def apply_ridges(

@@ -14,7 +14,7 @@ import scipy
 
 from experiments.pipeline.methods import CROSS_FITTED, IN_SAMPLE, PROTOCOLS
 from experiments.report.markdown import interval, load_published
-from experiments.report.tables import verdict
+from experiments.report.tables import MARGIN, verdict
 from moe_jax.core.arrays import InputError
 from moe_jax.evaluate.variance import SOURCES_IN_TEST_STARS, required_stars
 from moe_jax.experts.cells import CELL_NAMES
@@ -24,13 +24,13 @@ REPLICATED = {IN_SAMPLE: "MLP, in-sample 20 %", CROSS_FITTED: "MLP, cross-fitted
 NON_LINEAR = {IN_SAMPLE: "MLP - converged linear, in-sample 20 %", CROSS_FITTED: "MLP - converged linear, cross-fitted"}
 REPORT_STARS = 816
 HOT_METAL_POOR = CELL_NAMES.index("Hot Metal-poor")
-#: A change of R2 that the report does not count as one.
-MARGIN = 0.003
 #: R2 by which local linear experts may lie below the likelihood fit.
 FIT_MARGIN = 0.005
 #: Methods in the tables of ``compare_methods``.
 MIXTURE, LOCAL = "nine ridges, MLP gate (the mixture)", "local linear experts (the new mixture)"
 NETWORK, LIKELIHOOD = "MLP on components", "likelihood fit of the model grid"
+#: Entropies in the tables of ``findings``.
+ENTROPIES = ("of the mean weights", "of a star's weights, mean")
 HOLDS, FAILS, UNKNOWN = "**holds**", "**does not hold**", "**cannot tell**"
 
 
@@ -96,11 +96,6 @@ def judge(low: float, high: float) -> str:
     return {"better": HOLDS, "worse": FAILS, "no difference shown": UNKNOWN}[verdict(low, high)]
 
 
-def judge_expected(row: Mapping[Any, Any]) -> str:
-    """Likewise, of a mean over repetitions."""
-    return judge(row["mean_low"], row["mean_high"])
-
-
 def design(differences: pd.DataFrame) -> str:
     """What the repetitions of ``replicate`` vary."""
     n = differences[["survey", "noise_draw", "gate_seed"]].nunique()
@@ -115,7 +110,7 @@ def mlp_beats_classification(intervals: pd.DataFrame, over: str) -> Claim:
         "1. A regression gate (MLP) beats the classification gate",
         "+0.0096 [-0.0000, +0.0168]",
         f"{expected(ours)} in the report's protocol, {expected(cross_fitted)} cross-fitted (expected over repetitions)",
-        judge_expected(ours),
+        judge(ours["mean_low"], ours["mean_high"]),
         over,
         link("replicate"),
     )
@@ -124,9 +119,7 @@ def mlp_beats_classification(intervals: pd.DataFrame, over: str) -> Claim:
 def linear_is_worse(intervals: pd.DataFrame, over: str) -> Claim:
     """Claim 2a, of a negative difference: from the linear gate in the report's protocol, as it was trained and converged."""
     ours = row_of(intervals, gate="linear, in-sample 20 %")
-    converged, cross_fitted = (
-        row_of(intervals, gate=f"linear, {protocol}, converged") for protocol in ("in-sample 20 %", "cross-fitted")
-    )
+    converged, cross_fitted = (row_of(intervals, gate=f"linear, {how}, converged") for how in ("in-sample 20 %", CROSS_FITTED))
     trained, at_optimum = (judge(-row["mean_high"], -row["mean_low"]) for row in (ours, converged))
     return Claim(
         "2a. A linear regression gate is worse than the classification gate",
@@ -146,7 +139,7 @@ def non_linearity_adds(intervals: pd.DataFrame, over: str) -> Claim:
         lead, gain = row_of(intervals, gate=NON_LINEAR[protocol]), row_of(intervals, gate=REPLICATED[protocol])
         name = "in the report's protocol" if protocol == IN_SAMPLE else protocol
         texts.append(f"{expected(lead)} {name}, {lead['mean'] / gain['mean']:.0%} of the MLP's gain")
-        verdicts.append(f"{judge_expected(lead)} {name}")
+        verdicts.append(f"{judge(lead['mean_low'], lead['mean_high'])} {name}")
     return Claim(
         "2b. Non-linearity is the key: the MLP beats a linear gate that has converged",
         "(not tested)",
@@ -178,9 +171,7 @@ def hot_metal_poor_gain_most(cells: pd.DataFrame, rivals: pd.DataFrame) -> Claim
 
 def weights_are_more_uniform(weights: pd.DataFrame) -> Claim:
     """Claim 4, from the entropy in the report's protocol: of the mean weights, and of the weights of single stars."""
-    of_mean, of_star = (
-        row_of(weights, protocol=IN_SAMPLE, entropy=measure) for measure in ("of the mean weights", "of a star's weights, mean")
-    )
+    of_mean, of_star = (row_of(weights, protocol=IN_SAMPLE, entropy=entropy) for entropy in ENTROPIES)
     return Claim(
         "4. The regression gate's weights are more uniform",
         "mean weights by eye",
@@ -237,15 +228,14 @@ def mlp_converges(more: pd.DataFrame) -> Claim:
         of_loss = HOLDS
     low, high = ours["delta_r2_low"], ours["delta_r2_high"]
     of_r2 = HOLDS if low > -MARGIN and high < MARGIN else FAILS if high < -MARGIN or low > MARGIN else UNKNOWN
-
-    def change(row: Mapping[Any, Any]) -> str:
-        loss, r2 = shown(row, "delta_loss", "delta_loss_", "+.5f"), shown(row, "delta_r2", "delta_r2_")
-        return f"the held-out loss by {loss}, R2 by {r2}"
-
+    changes = [
+        f"the held-out loss by {shown(row, 'delta_loss', 'delta_loss_', '+.5f')}, R2 by {shown(row, 'delta_r2', 'delta_r2_')}"
+        for row in (ours, lbfgs)
+    ]
     return Claim(
         "7. The MLP converges within 100 epochs",
         "best epoch 99",
-        f"up to 1,000 epochs change {change(ours)}; L-BFGS changes {change(lbfgs)}",
+        f"up to 1,000 epochs change {changes[0]}; L-BFGS changes {changes[1]}",
         f"{of_loss} of the held-out loss, {of_r2} of R2 (to within {MARGIN})",
         f"{ours['n_seeds']} gate seeds; of R2 also {ours['n_test']:,} test stars",
         link("converge_gate"),
@@ -288,11 +278,7 @@ def by_group(pairs: pd.DataFrame, method: str, baseline: str) -> str:
         rows = pairs[(pairs["method"] == method) & (pairs["baseline"] == baseline) & (pairs["by"] == kind)]
         if rows.empty:
             raise InputError(f"{pairs.attrs.get('file', 'table')}: found no {name} of {method}, expected them: run it again")
-        better, worse, least = (
-            int((rows["low"] > 0).sum()),
-            int((rows["high"] < 0).sum()),
-            rows.nsmallest(1, "delta_r2").iloc[0].to_dict(),
-        )
+        better, worse, least = (rows["low"] > 0).sum(), (rows["high"] < 0).sum(), rows.nsmallest(1, "delta_r2").iloc[0].to_dict()
         texts.append(f"better in {better} and worse in {worse} of {len(rows)} {name}, least {shown(least)} in {least['stars']}")
     return ", ".join(texts)
 

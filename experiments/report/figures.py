@@ -15,6 +15,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from experiments.pipeline.methods import CLASSIFY, PROTOCOLS, Method, Pair
+from experiments.report.markdown import interval
 from moe_jax.core.arrays import AnyArray
 from moe_jax.evaluate.bootstrap import Bootstrap
 from moe_jax.experts.cells import CELL_NAMES, M_H_NAMES, N_CELLS
@@ -100,9 +101,8 @@ def r2_comparison(overall: pd.DataFrame, published: Mapping[str, Any]) -> Figure
     ax.plot([], [], "o", color=GREY, label="this run")
     ax.plot([], [], "o", label="the report (other spectra)", **_HOLLOW)
     ax.set_yticks(range(len(overall)), [_title(Method(m, p)) for m, p in zip(overall["method"], overall["protocol"], strict=True)])
-    ax.set_ylim(len(overall) - 0.5, -0.5)
     ax.margins(x=0.08)
-    ax.set_xlabel("$R^2$ of log g, covered test stars (right: this run's)")
+    ax.set(xlabel="$R^2$ of log g, covered test stars (right: this run's)", ylim=(len(overall) - 0.5, -0.5))
     fig.legend(fontsize=8, ncols=3, loc="outside upper center")
     return fig
 
@@ -119,8 +119,7 @@ def interval_plot(names: Sequence[str], table: pd.DataFrame, xlabel: str, *, gro
         ax.errorbar(estimate[rows], rows, xerr=bars, fmt=marker, color=color, capsize=3, ms=5, label=kind or None)
     ax.axvline(0.0, color=BLACK, lw=0.8, ls="--")
     ax.set_yticks(range(len(names)), names, fontsize=8)
-    ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.set_xlabel(textwrap.fill(xlabel, 65))
+    ax.set(xlabel=textwrap.fill(xlabel, 65), ylim=(len(names) - 0.4, -0.6))
     if len(kinds) > 1:
         fig.legend(fontsize=8, ncols=min(len(kinds), 4), loc="outside upper center")
     return fig
@@ -168,13 +167,12 @@ def bootstrap_histograms(comparisons: Mapping[Pair, Bootstrap], confidence_level
         for ax, name in zip(row, GATES, strict=True):
             difference = comparisons[Pair(Method(name, protocol), CLASSIFY)].overall
             samples = np.asarray(difference.samples)
-            estimate, low, high = (float(x) for x in (difference.estimate, difference.low, difference.high))
             ax.hist(samples[~np.isnan(samples)], bins=40, color=COLORS[name], alpha=0.75)
-            ax.axvspan(low, high, color=GREY, alpha=0.25, zorder=0)
+            ax.axvspan(float(difference.low), float(difference.high), color=GREY, alpha=0.25, zorder=0)
             ax.axvline(0.0, color=BLACK, lw=1.2, ls="--")
-            ax.axvline(estimate, color=BLACK, lw=1.2)
-            interval = f"{estimate:+.4f} [{low:+.4f}, {high:+.4f}]"
-            ax.set_title(f"{_title(Method(name, protocol))}\n{interval}", fontsize=9)
+            ax.axvline(float(difference.estimate), color=BLACK, lw=1.2)
+            found = interval(difference.estimate, difference.low, difference.high)
+            ax.set_title(f"{_title(Method(name, protocol))}\n{found}", fontsize=9)
     for ax in axes[-1]:
         ax.set_xlabel(r"$\Delta R^2$ against the classification gate")
     for ax in axes[:, 0]:
@@ -195,8 +193,7 @@ def loss_curves(fits: Mapping[Method, GateFit]) -> Figure:
             ax.plot(epochs, fit.validation_loss, color=COLORS[name], lw=1.4, label=f"{TITLES[name]}: validation")
             ax.plot(best + 1, np.asarray(fit.validation_loss)[best], marker, color=COLORS[name])
         ax.set_title(f"gates trained {protocol}", loc="left")
-        ax.set_xlabel("epoch (marker: best)")
-        ax.set_yscale("log")
+        ax.set(xlabel="epoch (marker: best)", yscale="log")
         _plain_log_ticks(ax)
     axes[0].set_ylabel("mean squared error of the mixture")
     fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=2, loc="outside upper center")
@@ -218,9 +215,7 @@ def predicted_against_true(y: Float[AnyArray, " N"], predictions: Mapping[Method
         ax.plot(y, np.asarray(prediction), ".", ms=3, alpha=0.4, color=COLORS.get(method.name, GREY), rasterized=True)
         ax.plot(limits, limits, color=BLACK, lw=0.8)
         ax.set_title(_title(method).replace("gate, ", "gate,\n"), fontsize=9)
-        ax.set_xlabel("true log g")
-        ax.set_xlim(limits)
-        ax.set_ylim(limits)
+        ax.set(xlabel="true log g", xlim=limits, ylim=limits)
     axes[0, 0].set_ylabel("predicted log g")
     return fig
 
@@ -245,20 +240,18 @@ def coverage_plot(coverage: pd.DataFrame) -> Figure:
     return fig
 
 
-def error_against_uncertainty(uncertainty: Float[AnyArray, " N"], error: Float[AnyArray, " N"], n_bins: int = 20) -> Figure:
+def error_against_uncertainty(uncertainty: Float[AnyArray, " N"], error: Float[AnyArray, " N"]) -> Figure:
     """|error| against the half-width of each star's 68 % interval, with 68 % quantiles of |error| in bins of equal numbers."""
     uncertainty, error = np.asarray(uncertainty), np.asarray(error)
     fig, ax = new_figure(figsize=(5.5, 4.2))
     ax.plot(uncertainty, error, ".", ms=3, alpha=0.25, color=BLUE, rasterized=True, label="a test star")
-    bins = [part for part in np.array_split(np.argsort(uncertainty), n_bins) if len(part)]
+    bins = [part for part in np.array_split(np.argsort(uncertainty), 20) if len(part)]
     center, quantile = zip(*[(np.median(uncertainty[part]), np.quantile(error[part], 0.68)) for part in bins], strict=True)
     ax.plot(center, quantile, "o-", color=BLACK, ms=5, label=f"68 % quantile of |error|, {len(bins)} bins")
     limits = np.quantile(uncertainty, [0.001, 0.999])
     ax.plot(limits, limits, color=ORANGE, lw=1.6, ls="--", label="equal")
-    ax.set_xlim(limits[0] * 0.9, limits[1] * 1.1)
-    ax.set_ylim(0, np.quantile(error, 0.998))
-    ax.set_xlabel("uncertainty of log g (half-width of the 68 % interval)")
-    ax.set_ylabel("|error| of log g")
+    ax.set(xlabel="uncertainty of log g (half-width of the 68 % interval)", ylabel="|error| of log g")
+    ax.set(xlim=(limits[0] * 0.9, limits[1] * 1.1), ylim=(0, np.quantile(error, 0.998)))
     fig.legend(fontsize=8, ncols=3, loc="outside upper center")
     return fig
 
@@ -272,11 +265,9 @@ def floor_plot(table: pd.DataFrame) -> Figure:
         ax.plot(x, table[name], marker=marker, color=color, ms=6, lw=1.2, label=name)
     ax.plot(x, table["floor"], color=ORANGE, lw=2.0, marker="s", ms=6, label="Cramér-Rao floor")
     ax.plot(x, table["floor_with_prior"], color=ORANGE, lw=2.0, ls="--", marker="s", ms=6, mfc="w", label="floor, normal priors")
-    ax.set_yscale("log")
+    ax.set(xlabel="magnitude", ylabel="root mean squared error of log g", yscale="log")
     _plain_log_ticks(ax)
     ax.set_xticks(x, list(table["mag"]))
-    ax.set_xlabel("magnitude")
-    ax.set_ylabel("root mean squared error of log g")
     fig.legend(fontsize=8, ncols=3, loc="outside upper center")
     return fig
 
@@ -290,15 +281,12 @@ def plot_fit(wave: np.ndarray, flux: np.ndarray, error: np.ndarray, model: np.nd
     known = used >= 0
     axes[0].plot(wave, np.where(known, flux, np.nan), color="0.6", lw=0.7, label="data")
     axes[0].plot(wave, model, color=BLUE, lw=0.8, label="fit")
-    axes[0].set_ylim(0.0, 1.15 * np.percentile(flux[known], 99.5))
-    axes[0].set_ylabel("flux, scaled to a median of 0.5")
+    axes[0].set(ylabel="flux, scaled to a median of 0.5", ylim=(0.0, 1.15 * np.percentile(flux[known], 99.5)))
     axes[0].set_title(title, loc="left")
     residual = (flux - model) / error
     axes[1].plot(wave, np.where(used == 1, residual, np.nan), color="0.4", lw=0.5)
     limit = max(5.0, float(1.2 * np.percentile(np.abs(residual[used == 1]), 99.5)))
-    axes[1].set_ylim(-limit, limit)
-    axes[1].set_ylabel("residual / error")
-    axes[1].set_xlabel("vacuum wavelength (Angstrom)")
+    axes[1].set(xlabel="vacuum wavelength (Angstrom)", ylabel="residual / error", ylim=(-limit, limit))
     for value, color, marker, label in ((0, ORANGE, "x", "stands out, masked"), (-1, "k", "|", "masked in the file")):
         masked = used == value
         if masked.any():

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 import pandas as pd
 
 from experiments.pipeline.methods import CLASSIFY, CROSS_FITTED, IN_SAMPLE, PROTOCOLS, REGRESSION_GATES, Method, Pair
-from experiments.report.tables import published_verdict, verdict
+from experiments.report.tables import Outcome, published_verdict, verdict
 from moe_jax.evaluate.bootstrap import Bootstrap
 from moe_jax.experts.cells import CELL_NAMES
 from moe_jax.gates.optimize import GateFit
@@ -39,7 +39,7 @@ def table_markdown(table: pd.DataFrame, formats: Mapping[str, str] | None = None
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
 
 
-def interval(estimate: float, low: float, high: float, form: str = "+.4f") -> str:
+def interval(estimate: SupportsFloat, low: SupportsFloat, high: SupportsFloat, form: str = "+.4f") -> str:
     """An estimate with its interval, as it stands in reports."""
     return f"{float(estimate):{form}} [{float(low):{form}}, {float(high):{form}}]"
 
@@ -67,7 +67,7 @@ def verdict_markdown(comparisons: Mapping[Pair, Bootstrap], overall: pd.DataFram
             {
                 "gate": method.name,
                 "protocol": method.protocol,
-                "Delta R2 [interval]": interval(float(difference.estimate), low, high),
+                "Delta R2 [interval]": interval(difference.estimate, low, high),
                 "verdict": verdict(low, high),
                 "by the report's rule": published_verdict(r2[method], r2[CLASSIFY]),
                 "report": interval(report["mean"], report["low"], report["high"]) if method.protocol == IN_SAMPLE else "",
@@ -78,18 +78,15 @@ def verdict_markdown(comparisons: Mapping[Pair, Bootstrap], overall: pd.DataFram
 
 def bins_markdown(bins: pd.DataFrame, published: Mapping[str, Any]) -> str:
     """R2 of the classification gate and Delta R2 of the MLP gate by cell, with the report's R2 of both beside them."""
-    report = published["per_bin"]
-    rows = []
-    for row in bins.to_dict("records"):
-        cell: dict[str, Any] = {"cell": row["bin"], "name": row["name"]}
-        cell["test stars"] = f"{row['n_test']}{'' if row['defined'] else ' (no R2)'}"
-        cell["classify R2"] = row["r2_classify"]
-        for protocol in PROTOCOLS:
-            column = f"delta_r2_{Method('regress_mlp', protocol).column}"
-            cell[f"MLP Delta R2, {protocol}"] = interval(row[column], row[f"{column}_low"], row[f"{column}_high"])
-        cell["report: classify -> MLP"] = f"{report['classify'][row['bin']]:.4f} -> {report['regress_mlp'][row['bin']]:.4f}"
-        rows.append(cell)
-    return table_markdown(pd.DataFrame(rows))
+    n_test = [f"{n}{'' if defined else ' (no R2)'}" for n, defined in zip(bins["n_test"], bins["defined"], strict=True)]
+    shown = pd.DataFrame({"cell": bins["bin"], "name": bins["name"], "test stars": n_test, "classify R2": bins["r2_classify"]})
+    for protocol in PROTOCOLS:
+        column = f"delta_r2_{Method('regress_mlp', protocol).column}"
+        ends = zip(bins[column], bins[f"{column}_low"], bins[f"{column}_high"], strict=True)
+        shown[f"MLP Delta R2, {protocol}"] = [interval(*row) for row in ends]
+    report = zip(published["per_bin"]["classify"], published["per_bin"]["regress_mlp"], strict=True)
+    shown["report: classify -> MLP"] = [f"{classify:.4f} -> {mlp:.4f}" for classify, mlp in report]
+    return table_markdown(shown)
 
 
 def gates_markdown(fits: Mapping[Method, GateFit], published: Mapping[str, Any]) -> str:
@@ -113,9 +110,8 @@ def gates_markdown(fits: Mapping[Method, GateFit], published: Mapping[str, Any])
 
 def pairs_markdown(bootstrap: pd.DataFrame) -> str:
     """Every comparison of ``bootstrap_table``."""
-    shown = bootstrap[["comparison", "estimate", "mean"]].copy()
-    shown["interval"] = [f"[{low:+.4f}, {high:+.4f}]" for low, high in zip(bootstrap["low"], bootstrap["high"], strict=True)]
-    shown["fraction_above_0"] = bootstrap["fraction_above_0"]
+    ends = [f"[{low:+.4f}, {high:+.4f}]" for low, high in zip(bootstrap["low"], bootstrap["high"], strict=True)]
+    shown = bootstrap.assign(interval=ends)[["comparison", "estimate", "mean", "interval", "fraction_above_0"]]
     return table_markdown(shown, {"estimate": "+.4f", "mean": "+.4f", "fraction_above_0": ".3f"})
 
 
@@ -126,69 +122,59 @@ def weights_markdown(weights: Mapping[Method, Any]) -> str:
     return table_markdown(pd.DataFrame(rows), dict.fromkeys(CELL_NAMES, ".3f"))
 
 
-def warnings(fits: Mapping[Method, GateFit], at_edge: list[str], n_undefined: int) -> list[str]:
-    """What a reader must know before believing the tables: gates at the epoch cap, choices at the edge of a grid.
-
-    Args:
-        fits: the regression gates.
-        at_edge: names of the hyper-parameters whose chosen value lies at an edge of its grid.
-        n_undefined: resamples of single cells without an R2.
-    """
-    notes = []
+def warnings(results: Outcome) -> list[str]:
+    """What a reader must know before believing the tables: gates at the epoch cap, choices at the edge of a grid."""
+    prepared = results.prepared
+    notes: list[str] = []
     capped = [
         f"{method.title} (best epoch {int(fit.best_epoch) + 1} of {len(fit.train_loss)})"
-        for method, fit in fits.items()
+        for method, fit in results.fits.items()
         if not bool(fit.stopped_early)
     ]
     if capped:
         notes.append(
             f"Stopped at the epoch cap: {', '.join(capped)}. A gate that has not converged is no evidence against its form."
         )
+    at_edge = [f"alpha of cell {k}" for k in np.flatnonzero(prepared.experts.at_edge)]
+    at_edge += ["alpha of the global ridge"] * bool(prepared.global_ridge.at_edge)
+    at_edge += ["C of the classification gate"] * prepared.classifier.at_edge
     if at_edge:
         notes.append(f"{', '.join(at_edge)}: the chosen value lies at an edge of its grid; the best may lie outside.")
+    n_undefined = sum(int(np.sum(np.asarray(bootstrap.groups.n_undefined))) for bootstrap in results.comparisons.values())
     if n_undefined:
         notes.append(f"{n_undefined} resamples of single cells had no R2 (a constant log g); the intervals are of the others.")
+    if not prepared.classifier.converged:
+        notes.append("The logistic regression of the classification gate did not converge.")
     return notes
 
 
-def report_sections(
-    *,
-    setup: str,
-    overall: pd.DataFrame,
-    bins: pd.DataFrame,
-    comparisons: Mapping[Pair, Bootstrap],
-    bootstrap: pd.DataFrame,
-    fits: Mapping[Method, GateFit],
-    notes: list[str],
-    weights: Mapping[Method, Any],
-    in_sample_fraction: float,
-) -> list[str]:
+def report_sections(setup: str, results: Outcome, in_sample_fraction: float) -> list[str]:
     """The paragraphs of the report; every figure that they name lies beside it."""
-    published = load_published()
+    published, notes = load_published(), warnings(results)
     sections = [
         setup,
-        "\n".join(f"> **Warning.** {note}\n>" for note in notes).rstrip("\n>") if notes else "",
+        "\n".join(f"> **Warning.** {note}\n>" for note in notes).rstrip("\n>"),
         "## Every method on the same covered test stars",
-        overall_markdown(overall, published),
+        overall_markdown(results.overall, published),
         "rho = (R2 - R2 global) / (R2 oracle - R2 global). The report's columns come from other spectra (the same set-up). They "
         "are shown for comparison, and nothing is tuned to them. Its global R2 is on 1000 stars, the rest on 816.",
         "![R2 of every method](r2_comparison.png)",
         "## Regression gates against the classification gate",
-        verdict_markdown(comparisons, overall, published),
+        verdict_markdown(results.comparisons, results.overall, published),
         "verdict: better if the interval lies above 0, worse if it lies below 0, no difference shown if it holds 0. By the "
         "report's rule, whatever the interval: passed if R2 exceeds the classification gate's by more than 0.003, partial if by "
         f"less, failed if not at all. in-sample: trained on {100 * in_sample_fraction:g} % of the covered training stars, with the "
         "predictions of experts that had seen them (the report's protocol). cross-fitted: trained on all of them, with "
         "out-of-fold predictions.",
         "![Bootstrap distributions](bootstrap.png)",
-        pairs_markdown(bootstrap),
+        pairs_markdown(results.bootstrap),
         "## By cell",
-        bins_markdown(bins, published),
+        bins_markdown(results.bins, published),
         "![Delta R2 by cell](per_bin_delta.png)",
         "## Gates",
-        gates_markdown(fits, published),
+        gates_markdown(results.fits, published),
         "![Loss curves](loss_curves.png)",
-        weights_markdown(weights),
+        weights_markdown(results.weights),
         "![Mean weights](mean_weights.png)",
         "![Predicted against true log g](predicted_against_true.png)",
     ]

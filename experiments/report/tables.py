@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from experiments.pipeline.methods import CLASSIFY, GLOBAL, ORACLE, PAIRS, REGRESSION_GATES, Pair, Predictions
+from experiments.pipeline.calibration import MAG_EDGES, MAG_NAMES
+from experiments.pipeline.config import BootstrapOptions
+from experiments.pipeline.methods import CLASSIFY, GLOBAL, ORACLE, PAIRS, REGRESSION_GATES, Method, Pair, Predictions
+from experiments.pipeline.stars import Prepared, Stars
 from moe_jax.core.arrays import AnyArray
 from moe_jax.evaluate.bootstrap import Bootstrap, bootstrap_delta_r2
 from moe_jax.evaluate.metrics import mae, r2_by_group, r2_score, retention, rmse
 from moe_jax.experts.cells import CELL_NAMES, N_CELLS
+from moe_jax.gates.optimize import GateFit
+
+#: A change of R2 that the report does not count as one.
+MARGIN = 0.003
+
+
+class Outcome(NamedTuple):
+    """All that a run reports."""
+
+    overall: pd.DataFrame
+    bins: pd.DataFrame
+    bootstrap: pd.DataFrame
+    comparisons: dict[Pair, Bootstrap]
+    predictions: Predictions
+    fits: dict[Method, GateFit]
+    weights: dict[Method, jax.Array]
+    test: Stars
+    prepared: Prepared
 
 
 def overall_table(y: Float[AnyArray, " N"], predictions: Predictions) -> pd.DataFrame:
     """R2, MAE, RMSE and oracle-gain retention rho of each method; the stars are the same for all."""
     r2 = {method: float(r2_score(y, prediction)) for method, prediction in predictions.items()}
-    rows = [
+    return pd.DataFrame(
         {
             "method": method.name,
             "protocol": method.protocol,
@@ -30,27 +51,18 @@ def overall_table(y: Float[AnyArray, " N"], predictions: Predictions) -> pd.Data
             "rho": retention(r2[method], r2[GLOBAL], r2[ORACLE]),
         }
         for method, prediction in predictions.items()
-    ]
-    return pd.DataFrame(rows)
+    )
 
 
 def compare(
-    key: PRNGKeyArray,
-    y: Float[AnyArray, " N"],
-    predictions: Predictions,
-    cell: Int[AnyArray, " N"],
-    *,
-    pairs: Sequence[Pair] = PAIRS,
-    **options: Any,
+    key: PRNGKeyArray, y: Float[AnyArray, " N"], predictions: Predictions, cell: Int[AnyArray, " N"], **options: Any
 ) -> dict[Pair, Bootstrap]:
-    """Delta R2 of each pair, overall and by cell, on the same resamples; options as those of ``bootstrap_gain``."""
-
-    def bootstrap(pair: Pair) -> Bootstrap:
-        same_key = jax.random.clone(key)
-        method, baseline = predictions[pair.method], predictions[pair.baseline]
-        return bootstrap_delta_r2(same_key, y, method, baseline, groups=cell, n_groups=N_CELLS, **options)
-
-    return {pair: bootstrap(pair) for pair in pairs}
+    """Delta R2 of each of ``PAIRS``, overall and by cell, on the same resamples; options as those of ``bootstrap_gain``."""
+    options |= {"groups": cell, "n_groups": N_CELLS}
+    return {
+        pair: bootstrap_delta_r2(jax.random.clone(key), y, predictions[pair.method], predictions[pair.baseline], **options)
+        for pair in PAIRS
+    }
 
 
 def bin_table(
@@ -106,9 +118,43 @@ def verdict(low: float, high: float) -> str:
     return "better" if low > 0 else "worse" if high < 0 else "no difference shown"
 
 
-def published_verdict(r2: float, r2_baseline: float, margin: float = 0.003) -> str:
+def published_verdict(r2: float, r2_baseline: float) -> str:
     """The published report's rule, without an interval.
 
     "passed": R2 exceeds the baseline's by more than the margin; "partial": by less than that; "failed": not at all.
     """
-    return "passed" if r2 > r2_baseline + margin else "partial" if r2 > r2_baseline else "failed"
+    return "passed" if r2 > r2_baseline + MARGIN else "partial" if r2 > r2_baseline else "failed"
+
+
+def magnitude_bins(mag: Float[AnyArray, " N"]) -> Int[np.ndarray, " N"]:
+    """(N,) numbers of the bins ``MAG_NAMES``; those of brighter and fainter stars are the first and the last."""
+    bins: np.ndarray = np.digitize(np.asarray(mag), MAG_EDGES[1:-1])
+    return bins
+
+
+def pair_table(
+    key: PRNGKeyArray,
+    options: BootstrapOptions,
+    y: Float[AnyArray, " N"],
+    predictions: Mapping[str, Float[AnyArray, " N"]],
+    pairs: Sequence[tuple[str, str]],
+    cell: Int[AnyArray, " N"],
+    mag: Float[AnyArray, " N"],
+) -> pd.DataFrame:
+    """Differences of R2 for each pair of a method and a baseline: of all stars, and within cells and bins of magnitude.
+
+    Within a kind of group the intervals hold for all its groups at once. R2 within a group is that of its stars alone. All
+    pairs share the resamples.
+    """
+    kinds = {"cell": (np.asarray(cell), CELL_NAMES), "magnitude": (magnitude_bins(mag), MAG_NAMES)}
+    rows = []
+    for method, baseline in pairs:
+        for kind, (group, names) in kinds.items():
+            by_group = options.arguments | {"groups": group, "n_groups": len(names)}
+            found = bootstrap_delta_r2(jax.random.clone(key), y, predictions[method], predictions[baseline], **by_group)
+            one, each = found.overall, found.simultaneous
+            if kind == "cell":
+                rows.append((method, baseline, "all", "all", len(y), *map(float, (one.estimate, one.low, one.high))))
+            columns = (names, np.bincount(group, minlength=len(names)), *map(np.asarray, (each.estimate, each.low, each.high)))
+            rows += [(method, baseline, kind, *row) for row in zip(*columns, strict=True)]
+    return pd.DataFrame(rows, columns=["method", "baseline", "by", "stars", "n_test", "delta_r2", "low", "high"])

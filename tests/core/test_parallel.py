@@ -58,7 +58,7 @@ import jax.numpy as jnp
 from moe_jax import GateConfig, LinearGate
 first = jax.local_devices()[0]
 x, y = (jax.device_put(jnp.asarray(np.random.default_rng(0).normal(size=s), jnp.float32), first) for s in ((90, 13), (90,)))
-stars = Stars(x, jnp.stack([y + 1, y], axis=1), y, y, y, y, jnp.zeros(90, int))
+stars = Stars(x, jnp.stack([y + 1, y], axis=1), y, y, jnp.zeros(90, int))
 params = LinearGate().init(jax.random.key(0), 13, 2)
 sweep = train_gates(jax.random.split(jax.random.key(0), 4), params, stars, stars, LinearGate(), GateConfig(epochs=2, batch_size=16))
 assert sweep.predictions.shape == (4, 90) and np.isfinite(sweep.loss).all()

@@ -9,7 +9,7 @@ from small_run import SMALL, with_options
 from experiments import make_survey, regress_gate
 from experiments.pipeline.calibration import predict_labelled
 from experiments.pipeline.config import DataConfig
-from experiments.pipeline.observation import observe_surveys
+from experiments.pipeline.surveys import observe_surveys
 from moe_jax import InputError, load_model
 
 

@@ -18,8 +18,7 @@ from experiments import make_survey, regress_gate
 from experiments.build_lte_grid import PRESETS as BUILD_PRESETS
 from experiments.pipeline.config import draw_keys
 from experiments.pipeline.methods import METHODS
-from experiments.pipeline.observation import observe
-from experiments.pipeline.surveys import load_surveys
+from experiments.pipeline.surveys import load_surveys, observe
 from experiments.runner.command_line import parse_config
 from experiments.runner.stages import Stages
 from moe_jax import InputError, load_model, load_survey, predict_model

@@ -5,16 +5,7 @@ import numpy as np
 import pytest
 import scipy
 
-from experiments.pipeline.rivals import (
-    ConvNet,
-    fit_cannon,
-    fit_conv,
-    fit_joint,
-    predict_cannon,
-    predict_conv,
-    predict_joint,
-    quadratic_terms,
-)
+from experiments.pipeline.rivals import ConvNet, fit_cannon, fit_conv, fit_joint, predict_cannon, quadratic_terms
 from moe_jax.gates.networks import MLPGate
 from moe_jax.gates.training import GateConfig
 
@@ -76,9 +67,8 @@ def test_a_convolutional_network_learns_what_a_line_says(rng):
     depth = rng.uniform(size=600).astype(np.float32)
     x = np.ones((600, 301), np.float32) + rng.normal(size=(600, 301)).astype(np.float32) * 0.05
     x[:, 100:110] -= depth[:, None]
-    network = ConvNet(16)
-    fitted = fit_conv(jax.random.key(0), x[:500], depth[:500], network, GateConfig(epochs=40, batch_size=64))
-    error = np.asarray(predict_conv(network, fitted, x[500:])) - depth[500:]
+    predict = fit_conv(jax.random.key(0), x[:500], depth[:500], ConvNet(16), GateConfig(epochs=40, batch_size=64))
+    error = np.asarray(predict(x[500:])) - depth[500:]
     assert np.mean(error**2) < 0.1 * depth.var()
 
 
@@ -86,7 +76,7 @@ def test_a_convolutional_network_learns_what_a_line_says(rng):
 def test_experts_and_gate_learn_a_bent_line_together(rng):
     x = rng.uniform(-1, 1, size=(800, 2)).astype(np.float32)
     y = np.abs(x[:, 0]) + 0.1 * x[:, 1]
-    gate = MLPGate(16)
-    fitted = fit_joint(jax.random.key(0), x[:700], y[:700], 2, gate, GateConfig(epochs=150, learning_rate=1e-2, patience=30))
-    error = np.asarray(predict_joint(gate, fitted, x[700:])) - y[700:]
+    config = GateConfig(epochs=150, learning_rate=1e-2, patience=30)
+    predict = fit_joint(jax.random.key(0), x[:700], y[:700], 2, MLPGate(16), config)
+    error = np.asarray(predict(x[700:])) - y[700:]
     assert np.mean(error**2) < 0.02 * y.var()

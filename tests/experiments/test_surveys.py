@@ -101,6 +101,6 @@ def test_the_last_tenth_of_a_training_file_is_kept_to_calibrate_on(files, capsys
 def test_experts_that_all_predict_the_same_are_refused():
     ones, cell = np.ones(45), np.arange(45) % 9
     features = np.random.default_rng(0).normal(size=(45, 13))
-    stars = Stars(features, np.ones((45, 9)), ones, ones, ones, np.arange(45.0), cell)
+    stars = Stars(features, np.ones((45, 9)), ones, np.arange(45.0), cell)
     with pytest.raises(InputError, match="training survey: expert_predictions: found the same prediction of all experts"):
         finish(DataConfig(), stars, stars, None, None, None, ones, Stages())
