@@ -289,7 +289,7 @@ def find_velocity(
 
 def _nearest_node(flat: jax.Array, weight: jax.Array, model: LabelModel) -> jax.Array:
     """Labels (n, 4) of the node of the grid whose flattened spectrum is nearest."""
-    nodes = jnp.asarray(model.coarse.nodes)
+    nodes = jnp.asarray(model.nodes)
     chi2 = matmul(weight, jnp.square(nodes).T) - 2.0 * matmul(weight * flat, nodes.T)
     places = jnp.unravel_index(jnp.argmin(chi2, axis=1), [len(axis) for axis in model.axes])
     return jnp.stack([jnp.asarray(axis, flat.dtype)[place] for axis, place in zip(model.axes, places, strict=True)], axis=1)
@@ -324,38 +324,56 @@ def _weights(nodes: tuple[float, ...], x: jax.Array) -> tuple[jax.Array, jax.Arr
     return jax.jvp(lambda x: spline_weights(np.array(nodes), x), (x,), (jnp.ones_like(x),))
 
 
-def _spectra(x: jax.Array, data: _Data, model: LabelModel, pixels: PixelModel) -> tuple[jax.Array, jax.Array]:
-    """Spectra (n, P) without the polynomial, and their derivatives (n, 6, P) in the parameters, in units of ``_UNITS``.
+class _Point(NamedTuple):
+    """The model of n stars at some parameters, without the polynomial, and what its derivatives are made of."""
 
-    Parameters (n, 6): T_eff, log g, [M/H], [alpha/M], velocity, broadening.
-    """
+    spectrum: jax.Array  # (n, P)
+    factor: jax.Array  # (n, P), the continuum of the grid
+    continuum_slopes: jax.Array  # (n, 4, P), derivatives of its logarithm in the labels
+    norm: jax.Array  # (n, P + 2), splines of the normalised flux
+    norm_slopes: jax.Array  # (n, 5, P + 2), splines of its derivatives in the labels and the broadening
+    offset: jax.Array  # (n, P), pixels
+
+
+def _point(x: jax.Array, data: _Data, model: LabelModel, pixels: PixelModel) -> _Point:
+    """The model at parameters (n, 6): T_eff, log g, [M/H], [alpha/M], velocity, broadening."""
     axis = [_weights(nodes, x[:, i]) for i, nodes in enumerate(model.axes)]
     variants = [[pair[i == j] for j, pair in enumerate(axis)] for i in (-1, 0, 1, 2, 3)]
     tensor = jnp.stack([jnp.einsum("nt,ng,nz,nm->ntgzm", *variant).reshape(len(x), -1) for variant in variants], axis=1)
     coef = matmul(tensor.reshape(-1, tensor.shape[2]), model.coef).reshape(len(x), 5, -1)
     n_source = model.broaden.shape[1]
     norm, continuum = coef[..., :n_source], coef[..., n_source:]
-
     # The norm as broadened by each node, weighted; and the derivative in the broadening.
     weight, slope = _weights(BROADENING_NODES, x[:, 5])
     weighted = jnp.concatenate([norm[:, :, None] * weight[:, None, :, None], norm[:, :1, None] * slope[:, None, :, None]], axis=1)
-    rows = matmul(weighted.reshape(len(x) * 6, -1), model.broaden.reshape(-1, model.broaden.shape[2]))
-    spline = matmul(rows, pixels.basis).reshape(len(x), 6, -1)
-
-    # The quadratic B-splines at the centres of the observed pixels.
-    offset = jnp.clip(data.offset + (x[:, 4] - data.velocity)[:, None] * data.drift[None, :], -1.0, 1.0)
-    left, right = jnp.square(0.5 - offset), jnp.square(0.5 + offset)
-    before, middle, after = spline[..., :-2], spline[..., 1:-1], spline[..., 2:]
-    moved = 0.5 * left[:, None] * before + (0.75 - jnp.square(offset))[:, None] * middle + 0.5 * right[:, None] * after
-    velocity_slope = (offset - 0.5) * before[:, 0] - 2.0 * offset * middle[:, 0] + (offset + 0.5) * after[:, 0]
-    velocity_slope = velocity_slope * data.drift[None, :]
+    weighted = weighted.reshape(len(x), 6, -1)
+    norm_rows = matmul(weighted[:, 0], model.broaden.reshape(weighted.shape[2], -1))
+    slope_rows = matmul(weighted[:, 1:].reshape(len(x) * 5, -1), model.broaden_slopes.reshape(weighted.shape[2], -1))
+    norm_spline = matmul(norm_rows, pixels.basis)
+    slope_splines = matmul(slope_rows, pixels.slope_basis).reshape(len(x), 5, -1)
     log_continuum = matmul(continuum.reshape(len(x) * 5, -1), pixels.log_continuum).reshape(len(x), 5, -1)
-    factor = jnp.exp(log_continuum[:, :1])
-    spectrum = (moved[:, :1] * factor)[:, 0]
-    labels = moved[:, 1:5] * factor + log_continuum[:, 1:] * spectrum[:, None]
-    others = jnp.stack([velocity_slope, moved[:, 5]], axis=1) * factor
-    units = jnp.asarray(_UNITS, x.dtype)
-    return spectrum, jnp.concatenate([labels, others], axis=1) * units[None, :, None]
+    offset = jnp.clip(data.offset + (x[:, 4] - data.velocity)[:, None] * data.drift[None, :], -1.0, 1.0)
+    factor = jnp.exp(log_continuum[:, 0])
+    spectrum = _between(norm_spline[:, None], offset)[:, 0] * factor
+    # XLA would compute these again for each of their uses.
+    return lax.optimization_barrier(_Point(spectrum, factor, log_continuum[:, 1:], norm_spline, slope_splines, offset))
+
+
+def _between(splines: jax.Array, offset: jax.Array) -> jax.Array:
+    """Quadratic B-splines (n, k, P + 2) at the centres of the observed pixels."""
+    before, middle, after = (0.5 * jnp.square(0.5 - offset), 0.75 - jnp.square(offset), 0.5 * jnp.square(0.5 + offset))
+    return before[:, None] * splines[..., :-2] + middle[:, None] * splines[..., 1:-1] + after[:, None] * splines[..., 2:]
+
+
+def _derivatives(point: _Point, scale: jax.Array, data: _Data) -> jax.Array:
+    """Derivatives (n, 6, P) of the spectra in the parameters, in units of ``_UNITS``, times ``scale``."""
+    norm, factor, offset = point.norm, point.factor * scale, point.offset
+    slopes = _between(point.norm_slopes, offset) * factor[:, None]
+    labels = slopes[:, :4] + point.continuum_slopes * (point.spectrum * scale)[:, None]
+    velocity = (offset - 0.5) * norm[:, :-2] - 2.0 * offset * norm[:, 1:-1] + (offset + 0.5) * norm[:, 2:]
+    velocity = velocity * data.drift[None, :] * factor
+    derivatives = jnp.concatenate([labels, velocity[:, None], slopes[:, 4:]], axis=1)
+    return lax.optimization_barrier(derivatives * jnp.asarray(_UNITS, scale.dtype)[None, :, None])
 
 
 class _State(NamedTuple):
@@ -393,15 +411,14 @@ def _solve_small(normal: jax.Array, right: jax.Array) -> jax.Array:
 
 def _evaluate(problem: _Problem, x: jax.Array, data: _Data) -> _State:
     """The state at x."""
-    spectrum, derivatives = _spectra(x, data, problem.model, problem.pixels)
-    derivatives = derivatives[:, np.array(problem.free)]
-    n, n_free, n_pixels = derivatives.shape
+    point = _point(x, data, problem.model, problem.pixels)
+    n, n_pixels = data.flux.shape
     order = np.arange(problem.n_continuum)
-    all_terms = jnp.asarray(chebyshev_terms(n_pixels, 2 * problem.n_continuum - 1), spectrum.dtype)
+    all_terms = jnp.asarray(chebyshev_terms(n_pixels, 2 * problem.n_continuum - 1), x.dtype)
     terms = all_terms[: problem.n_continuum]
-    weighted = data.weight * spectrum
+    weighted = data.weight * point.spectrum
     # Products of Chebyshev polynomials are sums of two others: 2 T_j T_k = T_(j + k) + T_|j - k|.
-    moments = matmul(weighted * spectrum, all_terms.T)
+    moments = matmul(weighted * point.spectrum, all_terms.T)
     inner = 0.5 * (moments[:, order[:, None] + order[None]] + moments[:, np.abs(order[:, None] - order[None])])
     border = data.additive[:, None] * matmul(weighted, terms.T)
     corner = jnp.where(data.additive > 0, jnp.sum(data.weight, axis=1), moments[:, 0])
@@ -413,18 +430,22 @@ def _evaluate(problem: _Problem, x: jax.Array, data: _Data) -> _State:
     coef = _solve_small(normal, right[..., None])[..., 0]
     coef, constant = coef[:, :-1], coef[:, -1]
     polynomial = matmul(coef, terms)
-    flux = polynomial * spectrum + constant[:, None]
-    residual = data.flux - flux
-    derivatives = derivatives * polynomial[:, None]
-    jacobian = derivatives * data.weight[:, None]
-    cross = matmul((jacobian * spectrum[:, None]).reshape(-1, n_pixels), terms.T).reshape(n, n_free, -1)
-    cross = jnp.concatenate([cross, data.additive[:, None, None] * jnp.sum(jacobian, axis=2, keepdims=True)], axis=2)
-    cross = jnp.swapaxes(cross, 1, 2)
-    own = jnp.einsum("nip,njp->nij", jacobian, derivatives)
-    reduced = own - jnp.einsum("nki,nkj->nij", cross, _solve_small(normal, cross))
+    flux = polynomial * point.spectrum + constant[:, None]
+    root = jnp.sqrt(data.weight)
+    residual = root * (data.flux - flux)
+    jacobian = _free(_derivatives(point, root * polynomial, data), problem)
+    cross = matmul((jacobian * (root * point.spectrum)[:, None]).reshape(-1, n_pixels), terms.T).reshape(n, len(problem.free), -1)
+    constant_cross = data.additive[:, None] * jnp.einsum("nip,np->ni", jacobian, root)
+    cross = jnp.swapaxes(jnp.concatenate([cross, constant_cross[..., None]], axis=2), 1, 2)
+    reduced = jnp.einsum("nip,njp->nij", jacobian, jacobian) - jnp.einsum("nki,nkj->nij", cross, _solve_small(normal, cross))
     gradient = jnp.einsum("nip,np->ni", jacobian, residual)
-    chi2 = jnp.sum(data.weight * jnp.square(residual), axis=1)
+    chi2 = jnp.sum(jnp.square(residual), axis=1)
     return _State(x, chi2, reduced, gradient, cross, inner, coef, constant, flux, jnp.full(n, _DAMPING, x.dtype))
+
+
+def _free(derivatives: jax.Array, problem: _Problem) -> jax.Array:
+    """Those of the parameters that are fitted."""
+    return derivatives if len(problem.free) == 6 else derivatives[:, np.array(problem.free)]
 
 
 def _step(problem: _Problem, state: _State) -> tuple[jax.Array, jax.Array]:
@@ -620,58 +641,63 @@ def _suspect(problem: _Problem, state: _State, data: _Data, smooth: jax.Array) -
     ``blend_gain`` of ``LabelFit``.
     """
     terms = chebyshev_terms(data.flux.shape[1], problem.n_continuum)
-    spectrum, derivatives = _spectra(state.x, data, problem.model, problem.pixels)
-    derivatives = derivatives * matmul(state.continuum, terms)[:, None]
-    stretch = derivatives[:, 4] * jnp.linspace(-1.0, 1.0, data.flux.shape[1], dtype=spectrum.dtype)[None]
-    fitted = derivatives[:, np.array(problem.free)]
-    rare = _rare(state, data, spectrum, fitted, jnp.stack([jnp.ones_like(stretch), stretch], axis=1), terms)
-    return *rare, _blend_gain(problem, state, data, spectrum, fitted, smooth)
+    point = _point(state.x, data, problem.model, problem.pixels)
+    root = jnp.sqrt(data.weight)
+    derivatives = _derivatives(point, root * matmul(state.continuum, terms), data)
+    residual = root * (data.flux - state.flux)
+    stretch = derivatives[:, 4] * jnp.linspace(-1.0, 1.0, root.shape[1], dtype=root.dtype)[None]
+    rows = lax.optimization_barrier(jnp.concatenate([_free(derivatives, problem), jnp.stack([residual, root, stretch], axis=1)], axis=1))
+    return *_rare(state, data, rows, root * point.spectrum, terms), _blend_gain(problem, state, data, rows[:, :-2], point.spectrum, smooth)
 
 
 def _rare(
-    state: _State, data: _Data, spectrum: jax.Array, fitted: jax.Array, columns: jax.Array, terms: np.ndarray
+    state: _State, data: _Data, rows: jax.Array, spectrum: jax.Array, terms: np.ndarray
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A linear step along two columns (n, 2, P), a constant and a stretch.
+    """A linear step along a constant and a stretch, the last two of ``rows``.
+
+    The others are the derivatives of the free parameters and the residual, all of them and ``spectrum`` in units of the errors.
 
     The fit has eliminated the polynomial, and holds its products with the parameters. Its ridge leaves the residuals not quite
     orthogonal to the polynomial.
     """
-    residual, weighted = data.weight * (data.flux - state.flux), columns * data.weight[:, None]
-    constant = data.additive[:, None, None] * jnp.sum(weighted, axis=2, keepdims=True)
-    border = jnp.concatenate([matmul(weighted * spectrum[:, None], terms.T), constant], axis=2)
-    constant = data.additive[:, None] * jnp.sum(residual, axis=1)[:, None]
-    left = jnp.concatenate([matmul(residual * spectrum, terms.T), constant], axis=1)
-    solved = _solve_small(_with_ridge(state.inner), jnp.concatenate([jnp.swapaxes(border, 1, 2), left[..., None]], axis=2))
-    gradient, solved = state.gradient - jnp.einsum("nji,nj->ni", state.cross, solved[..., -1]), solved[..., :-1]
-    cross = jnp.einsum("nip,nkp->nik", fitted, weighted) - jnp.einsum("nji,njk->nik", state.cross, solved)
+    f, n_terms = rows.shape[1] - 3, len(terms)
+    gram = jnp.einsum("nip,njp->nij", rows[:, f:], rows)  # of the residual, the constant and the stretch with all rows
+    border = matmul((rows[:, f:] * spectrum[:, None]).reshape(-1, rows.shape[2]), terms.T).reshape(len(rows), 3, n_terms)
+    border = jnp.concatenate([border, data.additive[:, None, None] * gram[:, :, f + 1 : f + 2]], axis=2)
+    solved = _solve_small(_with_ridge(state.inner), jnp.swapaxes(border, 1, 2))
+    gradient = state.gradient - jnp.einsum("nji,nj->ni", state.cross, solved[..., 0])
+    left, border, solved = border[:, 0], border[:, 1:], solved[..., 1:]
+    cross = jnp.swapaxes(gram[:, 1:, :f], 1, 2) - jnp.einsum("nji,njk->nik", state.cross, solved)
     slope = _solve_small(_with_ridge(state.normal), cross)
-    power = jnp.einsum("nkp,nkp->nk", weighted, columns)
+    power = jnp.stack([gram[:, 1, f + 1], gram[:, 2, f + 2]], axis=1)
     information = power - jnp.einsum("nkj,njk->nk", border, solved) - jnp.einsum("nik,nik->nk", slope, cross)
     rare_error = 1.0 / jnp.sqrt(jnp.maximum(information, 1e-6 * power + 1e-30))  # float32 knows no smaller part
-    score = jnp.einsum("nkp,np->nk", columns, residual) - jnp.einsum("njk,nj->nk", solved, left)
-    score = score - jnp.einsum("nik,ni->nk", slope, gradient)
+    score = gram[:, 0, f + 1 :] - jnp.einsum("njk,nj->nk", solved, left) - jnp.einsum("nik,ni->nk", slope, gradient)
     unknown = jnp.stack([1.0 - data.additive, jnp.ones_like(data.additive)], axis=1)  # a constant that was fitted is not rare
     rare = score * jnp.square(rare_error) * unknown
     return rare, rare_error, -jnp.swapaxes(slope[:, :4], 1, 2) * jnp.asarray(_UNITS[:4], rare.dtype)[None, None]
 
 
 def _blend_gain(
-    problem: _Problem, state: _State, data: _Data, spectrum: jax.Array, fitted: jax.Array, smooth: jax.Array
+    problem: _Problem, state: _State, data: _Data, rows: jax.Array, spectrum: jax.Array, smooth: jax.Array
 ) -> jax.Array:
-    """By how much the best template would lower chi2. It differs from the first star by smooth * template + rest."""
-    weight, residual = data.weight, rebin(data.weight * (data.flux - state.flux))
+    """By how much the best template would lower chi2. It differs from the first star by smooth * template + rest.
+
+    ``rows`` are the derivatives of the free parameters and the residual, in units of the errors.
+    """
     terms = chebyshev_terms(smooth.shape[1], problem.n_continuum)
-    first, total = _coarsen(state.flux - state.constant[:, None], weight)
+    first, total = _coarsen(state.flux - state.constant[:, None], data.weight)
     mean = 1.0 / jnp.where(total > 0, total, 1.0)
-    coarse = jnp.concatenate([rebin(weight[:, None] * fitted), rebin(weight * spectrum)[:, None] * terms[None]], axis=1)
+    polynomial = rebin(data.weight * spectrum)[:, None] * terms[None]
+    rows = lax.optimization_barrier(jnp.concatenate([polynomial, rebin(rows * jnp.sqrt(data.weight)[:, None])], axis=1))
     templates = jnp.asarray(problem.model.shifted)[len(problem.model.velocities) // 2]
     rest = smooth - first
-    rows = jnp.concatenate([coarse, residual[:, None]], axis=1)
     products = matmul((rows * smooth[:, None]).reshape(-1, smooth.shape[1]), templates.T).reshape(*rows.shape[:2], -1)
     products = products + jnp.einsum("nip,np->ni", rows, rest)[..., None]
     overlap, score = products[:, :-1], products[:, -1]
-    solved = _solve_small(_with_ridge(jnp.einsum("nip,njp->nij", coarse * mean[:, None], coarse)), overlap)
-    score = score - jnp.einsum("nit,ni->nt", solved, jnp.einsum("nip,np->ni", coarse, residual * mean))
+    gram = jnp.einsum("nip,njp->nij", rows[:, :-1] * mean[:, None], rows)
+    solved = _solve_small(_with_ridge(gram[..., :-1]), overlap)
+    score = score - jnp.einsum("nit,ni->nt", solved, gram[..., -1])
     power = matmul(total * jnp.square(smooth), jnp.square(templates).T) + 2.0 * matmul(total * smooth * rest, templates.T)
     power = power + jnp.sum(total * jnp.square(rest), axis=1)[:, None]
     information = jnp.maximum(power - jnp.einsum("nit,nit->nt", overlap, solved), 1e-3 * power)
