@@ -213,7 +213,12 @@ def _fit_block(
     kept = jnp.where(jnp.repeat(kept > 0, REBIN, axis=1), data.weight, 0.0)
     state, weight = _solve(problem, state.x, data, kept, _FINE_STEPS, _TOLERANCE)
     n_masked = jnp.sum(usable & (observed == 0), axis=1) + jnp.sum((data.weight > 0) & (weight == 0), axis=1)
-    fit = _report(problem, state, data._replace(weight=weight), usable, contrast, n_masked, smooth)
+    stars = {name: array for name, array in data._replace(weight=weight)._asdict().items() if name != "drift"}
+    parts = jax.tree.map(
+        lambda leaf: leaf.reshape(-1, _AT_ONCE, *leaf.shape[1:]), (state, stars, usable, contrast, n_masked, smooth)
+    )
+    reports = lax.map(lambda part: _report(problem, part[0], _Data(**part[1], drift=data.drift), *part[2:]), parts)
+    fit: LabelFit = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), reports)
     unit = jnp.concatenate([scale, jnp.ones_like(scale)], axis=1)  # of a constant, and of a stretch
     return fit._replace(
         continuum=fit.continuum * scale,
@@ -273,7 +278,8 @@ def find_velocity(
     """
     shifted = jnp.asarray(model.shifted).reshape(-1, flat.shape[1])
     overlap = jnp.maximum(matmul(weight * flat, shifted.T), 0.0)
-    gain = jnp.square(overlap) / jnp.maximum(matmul(weight, jnp.square(shifted).T), 1e-30)
+    power = matmul(rebin(weight), jnp.asarray(model.shifted_power).reshape(len(shifted), -1).T)
+    gain = jnp.square(overlap) / jnp.maximum(power, 1e-30)
     gain = jnp.max(gain.reshape(len(flat), *model.shifted.shape[:2]), axis=2)
     v, n = jnp.asarray(model.velocities), len(model.velocities)
     best = jnp.clip(jnp.argmax(gain, axis=1), 1, n - 2)
@@ -290,7 +296,7 @@ def find_velocity(
 def _nearest_node(flat: jax.Array, weight: jax.Array, model: LabelModel) -> jax.Array:
     """Labels (n, 4) of the node of the grid whose flattened spectrum is nearest."""
     nodes = jnp.asarray(model.nodes)
-    chi2 = matmul(weight, jnp.square(nodes).T) - 2.0 * matmul(weight * flat, nodes.T)
+    chi2 = matmul(weight, jnp.asarray(model.node_square).T) - 2.0 * matmul(weight * flat, nodes.T)
     places = jnp.unravel_index(jnp.argmin(chi2, axis=1), [len(axis) for axis in model.axes])
     return jnp.stack([jnp.asarray(axis, flat.dtype)[place] for axis, place in zip(model.axes, places, strict=True)], axis=1)
 
@@ -335,28 +341,54 @@ class _Point(NamedTuple):
     offset: jax.Array  # (n, P), pixels
 
 
-def _point(x: jax.Array, data: _Data, model: LabelModel, pixels: PixelModel) -> _Point:
-    """The model at parameters (n, 6): T_eff, log g, [M/H], [alpha/M], velocity, broadening."""
-    axis = [_weights(nodes, x[:, i]) for i, nodes in enumerate(model.axes)]
-    variants = [[pair[i == j] for j, pair in enumerate(axis)] for i in (-1, 0, 1, 2, 3)]
-    tensor = jnp.stack([jnp.einsum("nt,ng,nz,nm->ntgzm", *variant).reshape(len(x), -1) for variant in variants], axis=1)
-    coef = matmul(tensor.reshape(-1, tensor.shape[2]), model.coef).reshape(len(x), 5, -1)
-    n_source = model.broaden.shape[1]
+class _Rows(NamedTuple):
+    """Coefficients of the model of n stars, and of its derivatives."""
+
+    norm: jax.Array  # (n, R1)
+    norm_slopes: jax.Array  # (n, 5, R2), in the labels and the broadening
+    log_continuum: jax.Array  # (n, 5, D1), and its derivatives in the labels
+
+
+def _rows(x: jax.Array, model: LabelModel) -> _Rows:
+    """At parameters (n, 6): T_eff, log g, [M/H], [alpha/M], velocity, broadening."""
+    coef = _coefficients(x, model)
+    n, n_source = len(x), model.broaden.shape[1]
     norm, continuum = coef[..., :n_source], coef[..., n_source:]
     # The norm as broadened by each node, weighted; and the derivative in the broadening.
     weight, slope = _weights(BROADENING_NODES, x[:, 5])
     weighted = jnp.concatenate([norm[:, :, None] * weight[:, None, :, None], norm[:, :1, None] * slope[:, None, :, None]], axis=1)
-    weighted = weighted.reshape(len(x), 6, -1)
-    norm_rows = matmul(weighted[:, 0], model.broaden.reshape(weighted.shape[2], -1))
-    slope_rows = matmul(weighted[:, 1:].reshape(len(x) * 5, -1), model.broaden_slopes.reshape(weighted.shape[2], -1))
-    norm_spline = matmul(norm_rows, pixels.basis)
-    slope_splines = matmul(slope_rows, pixels.slope_basis).reshape(len(x), 5, -1)
-    log_continuum = matmul(continuum.reshape(len(x) * 5, -1), pixels.log_continuum).reshape(len(x), 5, -1)
+    weighted = weighted.reshape(n, 6, -1)
+    rows = matmul(weighted[:, 0], model.broaden.reshape(weighted.shape[2], -1))
+    slopes = matmul(weighted[:, 1:].reshape(5 * n, -1), model.broaden_slopes.reshape(weighted.shape[2], -1))
+    return _Rows(rows, slopes.reshape(n, 5, -1), continuum)
+
+
+def _point(rows: _Rows, x: jax.Array, data: _Data, pixels: PixelModel) -> _Point:
+    """The model on some pixels."""
+    n = len(x)
+    norm = matmul(rows.norm, pixels.basis)
+    norm_slopes = matmul(rows.norm_slopes.reshape(5 * n, -1), pixels.slope_basis).reshape(n, 5, -1)
+    log_continuum = matmul(rows.log_continuum.reshape(5 * n, -1), pixels.log_continuum).reshape(n, 5, -1)
     offset = jnp.clip(data.offset + (x[:, 4] - data.velocity)[:, None] * data.drift[None, :], -1.0, 1.0)
     factor = jnp.exp(log_continuum[:, 0])
-    spectrum = _between(norm_spline[:, None], offset)[:, 0] * factor
+    spectrum = _between(norm[:, None], offset)[:, 0] * factor
     # XLA would compute these again for each of their uses.
-    return lax.optimization_barrier(_Point(spectrum, factor, log_continuum[:, 1:], norm_spline, slope_splines, offset))
+    return lax.optimization_barrier(_Point(spectrum, factor, log_continuum[:, 1:], norm, norm_slopes, offset))
+
+
+def _coefficients(x: jax.Array, model: LabelModel) -> jax.Array:
+    """Coefficients of the grid at the labels, and their derivatives in these (n, 5, C): a tensor product of splines."""
+    n, (n_t, n_g, n_z, n_m) = len(x), (len(axis) for axis in model.axes)
+    (t, dt), (g, dg), (z, dz), (m, dm) = (_weights(nodes, x[:, i]) for i, nodes in enumerate(model.axes))
+
+    def outer(pairs: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+        return jnp.stack([(a[:, :, None] * b[:, None]).reshape(n, -1) for a, b in pairs], axis=1)
+
+    first = outer([(t, g), (dt, g), (t, dg)])
+    second = outer([(z, m), (dz, m), (z, dm)])
+    rows = matmul(first.reshape(3 * n, -1), model.coef.reshape(n_t * n_g, -1)).reshape(n, 3, n_z * n_m, -1)
+    products = matmul(second[:, None], rows)
+    return jnp.stack([products[:, i, j] for i, j in ((0, 0), (1, 0), (2, 0), (0, 1), (0, 2))], axis=1)
 
 
 def _between(splines: jax.Array, offset: jax.Array) -> jax.Array:
@@ -411,36 +443,34 @@ def _solve_small(normal: jax.Array, right: jax.Array) -> jax.Array:
 
 def _evaluate(problem: _Problem, x: jax.Array, data: _Data) -> _State:
     """The state at x."""
-    point = _point(x, data, problem.model, problem.pixels)
-    n, n_pixels = data.flux.shape
-    order = np.arange(problem.n_continuum)
-    all_terms = jnp.asarray(chebyshev_terms(n_pixels, 2 * problem.n_continuum - 1), x.dtype)
-    terms = all_terms[: problem.n_continuum]
-    weighted = data.weight * point.spectrum
+    point = _point(_rows(x, problem.model), x, data, problem.pixels)
+    (n, n_pixels), f, k = data.flux.shape, len(problem.free), problem.n_continuum
+    order = np.arange(k)
+    terms = jnp.asarray(chebyshev_terms(n_pixels, 2 * k - 1), x.dtype)
+    root = jnp.sqrt(data.weight)
+    flux, spectrum = root * data.flux, root * point.spectrum  # in units of the errors
+    moments, right, border = (matmul(spectrum * other, terms.T) for other in (spectrum, flux, root))
     # Products of Chebyshev polynomials are sums of two others: 2 T_j T_k = T_(j + k) + T_|j - k|.
-    moments = matmul(weighted * point.spectrum, all_terms.T)
     inner = 0.5 * (moments[:, order[:, None] + order[None]] + moments[:, np.abs(order[:, None] - order[None])])
-    border = data.additive[:, None] * matmul(weighted, terms.T)
+    border = data.additive[:, None] * border[:, :k]
     corner = jnp.where(data.additive > 0, jnp.sum(data.weight, axis=1), moments[:, 0])
     inner = jnp.concatenate([inner, border[:, None]], axis=1)
     inner = jnp.concatenate([inner, jnp.concatenate([border, corner[:, None]], axis=1)[..., None]], axis=2)
-    normal = inner + 1e-6 * jnp.einsum("nii->n", inner)[:, None, None] * jnp.eye(len(order) + 1, dtype=inner.dtype)[None]
-    total = data.additive * jnp.sum(data.weight * data.flux, axis=1)
-    right = jnp.concatenate([matmul(weighted * data.flux, terms.T), total[:, None]], axis=1)
-    coef = _solve_small(normal, right[..., None])[..., 0]
+    eye = jnp.eye(k + 1, dtype=inner.dtype)[None]
+    inverse = _solve_small(inner + 1e-6 * jnp.einsum("nii->n", inner)[:, None, None] * eye, jnp.broadcast_to(eye, inner.shape))
+    total = data.additive * jnp.sum(root * flux, axis=1)
+    coef = jnp.einsum("nij,nj->ni", inverse, jnp.concatenate([right[:, :k], total[:, None]], axis=1))
     coef, constant = coef[:, :-1], coef[:, -1]
-    polynomial = matmul(coef, terms)
-    flux = polynomial * point.spectrum + constant[:, None]
-    root = jnp.sqrt(data.weight)
-    residual = root * (data.flux - flux)
+    polynomial = matmul(coef, terms[:k])
+    residual = flux - polynomial * spectrum - constant[:, None] * root
     jacobian = _free(_derivatives(point, root * polynomial, data), problem)
-    cross = matmul((jacobian * (root * point.spectrum)[:, None]).reshape(-1, n_pixels), terms.T).reshape(n, len(problem.free), -1)
-    constant_cross = data.additive[:, None] * jnp.einsum("nip,np->ni", jacobian, root)
-    cross = jnp.swapaxes(jnp.concatenate([cross, constant_cross[..., None]], axis=2), 1, 2)
-    reduced = jnp.einsum("nip,njp->nij", jacobian, jacobian) - jnp.einsum("nki,nkj->nij", cross, _solve_small(normal, cross))
-    gradient = jnp.einsum("nip,np->ni", jacobian, residual)
+    gram = jnp.einsum("nip,njp->nij", jacobian, jnp.concatenate([jacobian, jnp.stack([residual, root], axis=1)], axis=1))
+    cross = matmul((jacobian * spectrum[:, None]).reshape(-1, n_pixels), terms[:k].T).reshape(n, f, k)
+    cross = jnp.swapaxes(jnp.concatenate([cross, data.additive[:, None, None] * gram[..., -1:]], axis=2), 1, 2)
+    reduced = gram[..., :f] - jnp.einsum("nki,nkl,nlj->nij", cross, inverse, cross)
     chi2 = jnp.sum(jnp.square(residual), axis=1)
-    return _State(x, chi2, reduced, gradient, cross, inner, coef, constant, flux, jnp.full(n, _DAMPING, x.dtype))
+    model_flux = polynomial * point.spectrum + constant[:, None]
+    return _State(x, chi2, reduced, gram[..., f], cross, inner, coef, constant, model_flux, jnp.full(n, _DAMPING, x.dtype))
 
 
 def _free(derivatives: jax.Array, problem: _Problem) -> jax.Array:
@@ -473,32 +503,32 @@ class _Progress(NamedTuple):
     """Of n stars."""
 
     state: _State
-    weight: jax.Array  # (n, P), of the pixels that are used
-    n_steps: jax.Array  # (n,) since the star's pixels were masked
-    masked: jax.Array  # (n,) whether they have been
+    place: jax.Array  # (n, 6), where the next step leads
+    gain: jax.Array  # (n,), by how much it should lower chi2
+    n_steps: jax.Array  # (n,)
     active: jax.Array  # (n,) whether the star goes on
 
 
 def _solve(
     problem: _Problem, x: jax.Array, data: _Data, weight: jax.Array, max_steps: int, tolerance: float
 ) -> tuple[_State, jax.Array]:
-    """Levenberg-Marquardt, masking of the pixels that stand out, and Levenberg-Marquardt again, for each star by itself.
+    """Levenberg-Marquardt, masking of the pixels that stand out, and Levenberg-Marquardt again.
 
-    Either stops where the star does not expect to lower its chi2 by more than the tolerance times chi2. A star whose weights have
+    Either stops where a star does not expect to lower its chi2 by more than the tolerance times chi2. A star whose weights have
     changed has an infinite chi2, which makes it stay where it is and be evaluated again. Stars need different numbers of steps:
     each step is one of the first ``_AT_ONCE`` stars that still go on.
 
     Returns:
         The state, and the weights that it belongs to.
     """
-    n, f = len(x), len(problem.free)
+    n, f, k = len(x), len(problem.free), problem.n_continuum
     n_at_once = min(_AT_ONCE, n)
 
-    def iterate(progress: _Progress) -> _Progress:
+    def iterate(progress: _Progress, weight: jax.Array) -> _Progress:
         chosen = jnp.argsort(~progress.active)[:n_at_once]  # a stable sort
         old = jax.tree.map(lambda leaf: leaf[chosen], progress)
         per_star = {name: array[chosen] for name, array in data._asdict().items() if name != "drift"}
-        new = advance(old, data._replace(**per_star))
+        new = advance(old, data._replace(**per_star | {"weight": weight[chosen]}))
 
         def put(whole: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
             rows = progress.active[chosen].reshape(-1, *[1] * (old.ndim - 1))
@@ -507,30 +537,32 @@ def _solve(
         moved: _Progress = jax.tree.map(put, progress, old, new)
         return moved
 
-    def advance(progress: _Progress, stars: _Data) -> _Progress:
-        """One step of some stars, which have all of their weights."""
-        state = progress.state
+    def advance(old: _Progress, stars: _Data) -> _Progress:
+        """One step of some stars."""
+        state = old.state
         fresh = jnp.isinf(state.chi2)
-        place, gain = _step(problem, state)
-        new = _evaluate(problem, jnp.where(fresh[:, None], state.x, place), stars._replace(weight=progress.weight))
-        better = fresh | ((new.chi2 <= state.chi2 * (1.0 + _ROUNDING)) & (gain > tolerance * state.chi2))
+        new = _evaluate(problem, jnp.where(fresh[:, None], state.x, old.place), stars)
+        better = fresh | ((new.chi2 <= state.chi2 * (1.0 + _ROUNDING)) & (old.gain > tolerance * state.chi2))
         damping = jnp.where(better, 0.1 * state.damping, jnp.maximum(10.0 * state.damping, 1e-3))
         state = jax.tree.map(lambda a, b: jnp.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, state)
         state = state._replace(damping=damping)
-        n_steps = progress.n_steps + 1
-        moving = _step(problem, state)[1] > tolerance * state.chi2
-        settled = (n_steps > max_steps) | ~moving
-        ready = settled & ~progress.masked
-        block = stars.flux.shape[1] // _N_BLOCKS
-        masked_weight = lax.cond(jnp.any(ready), lambda: _mask(stars, state.flux, block), lambda: progress.weight)
-        weight = jnp.where(ready[:, None], masked_weight, progress.weight)
-        changed = jnp.any(weight != progress.weight, axis=1)
+        place, gain = _step(problem, state)
+        n_steps = old.n_steps + 1
+        return _Progress(state, place, gain, n_steps, (n_steps <= max_steps) & (gain > tolerance * state.chi2))
+
+    def go_on(i: Any, carry: tuple[_Progress, jax.Array]) -> tuple[_Progress, jax.Array]:
+        """Steps with all pixels; then, where pixels stand out or the star still moves, with the others."""
+        progress, weight = carry
+        state = progress.state
+        masked = lax.cond(i > 0, lambda: _mask(data, state.flux, data.flux.shape[1] // _N_BLOCKS), lambda: weight)
+        changed = jnp.any(masked != weight, axis=1) | (i == 0)
+        active = changed | (progress.gain > tolerance * state.chi2)
         state = state._replace(chi2=jnp.where(changed, jnp.inf, state.chi2))
-        active = jnp.where(ready, changed | moving, ~settled)
-        return _Progress(state, weight, jnp.where(ready, 0, n_steps), progress.masked | ready, active)
+        start = progress._replace(state=state, active=active, n_steps=jnp.zeros(n, jnp.int32))
+        end = lax.while_loop(lambda progress: jnp.any(progress.active), lambda progress: iterate(progress, masked), start)
+        return end, masked
 
     zeros = functools.partial(jnp.zeros, dtype=x.dtype)
-    k = problem.n_continuum
     state = _State(
         x=x,
         chi2=jnp.full(n, jnp.inf, x.dtype),
@@ -543,9 +575,9 @@ def _solve(
         flux=zeros(data.flux.shape),
         damping=jnp.full(n, _DAMPING, x.dtype),
     )
-    start = _Progress(state, weight, jnp.zeros(n, jnp.int32), jnp.zeros(n, bool), jnp.ones(n, bool))
-    end = lax.while_loop(lambda progress: jnp.any(progress.active), iterate, start)
-    return end.state, end.weight
+    start = _Progress(state, x, zeros(n), jnp.zeros(n, jnp.int32), jnp.ones(n, bool))
+    progress, weight = lax.fori_loop(0, 2, go_on, (start, weight))
+    return progress.state, weight
 
 
 def _mask(data: _Data, model_flux: jax.Array, block: int) -> jax.Array:
@@ -640,14 +672,18 @@ def _suspect(problem: _Problem, state: _State, data: _Data, smooth: jax.Array) -
     ``smooth`` is the continuum of the spectra on coarse pixels. The results are ``rare``, ``rare_error``, ``rare_slope`` and
     ``blend_gain`` of ``LabelFit``.
     """
+    coefficients = _rows(state.x, problem.model)
+    point = _point(coefficients, state.x, data, problem.pixels)
     terms = chebyshev_terms(data.flux.shape[1], problem.n_continuum)
-    point = _point(state.x, data, problem.model, problem.pixels)
     root = jnp.sqrt(data.weight)
     derivatives = _derivatives(point, root * matmul(state.continuum, terms), data)
     residual = root * (data.flux - state.flux)
     stretch = derivatives[:, 4] * jnp.linspace(-1.0, 1.0, root.shape[1], dtype=root.dtype)[None]
-    rows = lax.optimization_barrier(jnp.concatenate([_free(derivatives, problem), jnp.stack([residual, root, stretch], axis=1)], axis=1))
-    return *_rare(state, data, rows, root * point.spectrum, terms), _blend_gain(problem, state, data, rows[:, :-2], point.spectrum, smooth)
+    rows = jnp.concatenate([_free(derivatives, problem), jnp.stack([residual, root, stretch], axis=1)], axis=1)
+    rare = _rare(state, data, rows, root * point.spectrum, terms)
+    coarse = _coarse_data(data)
+    point = _point(coefficients, state.x, coarse, problem.model.coarse)
+    return *rare, _blend_gain(problem, state, coarse, rebin(root * residual), point, smooth)
 
 
 def _rare(
@@ -679,19 +715,19 @@ def _rare(
 
 
 def _blend_gain(
-    problem: _Problem, state: _State, data: _Data, rows: jax.Array, spectrum: jax.Array, smooth: jax.Array
+    problem: _Problem, state: _State, data: _Data, residual: jax.Array, point: _Point, smooth: jax.Array
 ) -> jax.Array:
     """By how much the best template would lower chi2. It differs from the first star by smooth * template + rest.
 
-    ``rows`` are the derivatives of the free parameters and the residual, in units of the errors.
+    All is on coarse pixels. ``residual`` is a sum over each of them, in units of the variance.
     """
     terms = chebyshev_terms(smooth.shape[1], problem.n_continuum)
-    first, total = _coarsen(state.flux - state.constant[:, None], data.weight)
+    total, polynomial = data.weight, matmul(state.continuum, terms)
+    fitted = _free(_derivatives(point, total * polynomial, data), problem)
+    rows = jnp.concatenate([(total * point.spectrum)[:, None] * terms[None], fitted, residual[:, None]], axis=1)
     mean = 1.0 / jnp.where(total > 0, total, 1.0)
-    polynomial = rebin(data.weight * spectrum)[:, None] * terms[None]
-    rows = lax.optimization_barrier(jnp.concatenate([polynomial, rebin(rows * jnp.sqrt(data.weight)[:, None])], axis=1))
     templates = jnp.asarray(problem.model.shifted)[len(problem.model.velocities) // 2]
-    rest = smooth - first
+    rest = smooth - polynomial * point.spectrum
     products = matmul((rows * smooth[:, None]).reshape(-1, smooth.shape[1]), templates.T).reshape(*rows.shape[:2], -1)
     products = products + jnp.einsum("nip,np->ni", rows, rest)[..., None]
     overlap, score = products[:, :-1], products[:, -1]

@@ -50,6 +50,8 @@ class LabelModel(NamedTuple):
     nodes: Float[AnyArray, "L P4"]  #: coarse flattened spectra of the nodes, less their polynomial
     shifted: Float[AnyArray, "V T P4"]  #: the same of some nodes, at each velocity of the search
     velocities: Float[AnyArray, " V"]  #: km/s
+    node_square: Float[AnyArray, "L P4"]  #: squares of the nodes
+    shifted_power: Float[AnyArray, "V T P16"]  #: mean squares of the templates over ``REBIN`` coarse pixels
 
 
 @functools.cache
@@ -93,6 +95,7 @@ def label_model(grid: SpectralGrid) -> LabelModel:
     spline = scipy.interpolate.CubicSpline(WAVE, templates, axis=1)
     at_rest = (np.clip(WAVE / (1 + v / LIGHT_SPEED), WAVE[0], WAVE[-1]) for v in velocities)
     shifted = np.stack([_flatten(rebin(spline(wave)) / REBIN) for wave in at_rest])
+    flat_nodes = _flatten(rebin(nodes) / REBIN)
     return LabelModel(
         tuple(tuple(map(float, axis)) for axis in grid[:4]),
         coef.astype(np.float32),
@@ -100,9 +103,11 @@ def label_model(grid: SpectralGrid) -> LabelModel:
         broadened[..., 1 : 1 + _N_SLOPES].astype(np.float32),
         fine,
         coarse,
-        _flatten(rebin(nodes) / REBIN).astype(np.float32),
+        flat_nodes.astype(np.float32),
         shifted.astype(np.float32),
         velocities.astype(np.float32),
+        np.square(flat_nodes).astype(np.float32),
+        (rebin(np.square(shifted)) / REBIN).astype(np.float32),
     )
 
 
