@@ -213,12 +213,8 @@ def _fit_block(
     kept = jnp.where(jnp.repeat(kept > 0, REBIN, axis=1), data.weight, 0.0)
     state, weight = _solve(problem, state.x, data, kept, _FINE_STEPS, _TOLERANCE)
     n_masked = jnp.sum(usable & (observed == 0), axis=1) + jnp.sum((data.weight > 0) & (weight == 0), axis=1)
-    stars = {name: array for name, array in data._replace(weight=weight)._asdict().items() if name != "drift"}
-    parts = jax.tree.map(
-        lambda leaf: leaf.reshape(-1, _AT_ONCE, *leaf.shape[1:]), (state, stars, usable, contrast, n_masked, smooth)
-    )
-    reports = lax.map(lambda part: _report(problem, part[0], _Data(**part[1], drift=data.drift), *part[2:]), parts)
-    fit: LabelFit = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), reports)
+    data = data._replace(weight=weight)
+    fit = _report(problem, state, data, usable, contrast, n_masked, _in_parts(problem, state, data, smooth))
     unit = jnp.concatenate([scale, jnp.ones_like(scale)], axis=1)  # of a constant, and of a stretch
     return fit._replace(
         continuum=fit.continuum * scale,
@@ -387,7 +383,7 @@ def _coefficients(x: jax.Array, model: LabelModel) -> jax.Array:
     first = outer([(t, g), (dt, g), (t, dg)])
     second = outer([(z, m), (dz, m), (z, dm)])
     rows = matmul(first.reshape(3 * n, -1), model.coef.reshape(n_t * n_g, -1)).reshape(n, 3, n_z * n_m, -1)
-    products = matmul(second[:, None], rows)
+    products = matmul(jnp.repeat(second, 3, axis=0), rows.reshape(3 * n, n_z * n_m, -1)).reshape(n, 3, 3, -1)
     return jnp.stack([products[:, i, j] for i, j in ((0, 0), (1, 0), (2, 0), (0, 1), (0, 2))], axis=1)
 
 
@@ -414,8 +410,8 @@ class _State(NamedTuple):
     x: jax.Array  # (n, 6)
     chi2: jax.Array  # (n,)
     normal: jax.Array  # (n, f, f) normal equations of the free parameters, the polynomial eliminated
-    gradient: jax.Array  # (n, f)
-    cross: jax.Array  # (n, K + 1, f) of the polynomial and the constant with the free parameters
+    gram: jax.Array  # (n, f + 3, f + 3) products of the derivatives, the residual, a constant and a stretch, in units of the errors
+    cross: jax.Array  # (n, f + 3, K + 1) of these with the polynomial and the constant
     inner: jax.Array  # (n, K + 1, K + 1) of the polynomial and the constant with each other
     continuum: jax.Array  # (n, K)
     constant: jax.Array  # (n,)
@@ -463,14 +459,16 @@ def _evaluate(problem: _Problem, x: jax.Array, data: _Data) -> _State:
     coef, constant = coef[:, :-1], coef[:, -1]
     polynomial = matmul(coef, terms[:k])
     residual = flux - polynomial * spectrum - constant[:, None] * root
-    jacobian = _free(_derivatives(point, root * polynomial, data), problem)
-    gram = jnp.einsum("nip,njp->nij", jacobian, jnp.concatenate([jacobian, jnp.stack([residual, root], axis=1)], axis=1))
-    cross = matmul((jacobian * spectrum[:, None]).reshape(-1, n_pixels), terms[:k].T).reshape(n, f, k)
-    cross = jnp.swapaxes(jnp.concatenate([cross, data.additive[:, None, None] * gram[..., -1:]], axis=2), 1, 2)
-    reduced = gram[..., :f] - jnp.einsum("nki,nkl,nlj->nij", cross, inverse, cross)
-    chi2 = jnp.sum(jnp.square(residual), axis=1)
+    derivatives = _derivatives(point, root * polynomial, data)
+    stretch = derivatives[:, 4] * jnp.linspace(-1.0, 1.0, n_pixels, dtype=x.dtype)[None]
+    rows = jnp.concatenate([_free(derivatives, problem), jnp.stack([residual, root, stretch], axis=1)], axis=1)
+    gram = jnp.einsum("nip,njp->nij", rows, rows)
+    cross = matmul((rows * spectrum[:, None]).reshape(-1, n_pixels), terms[:k].T).reshape(n, f + 3, k)
+    cross = jnp.concatenate([cross, data.additive[:, None, None] * gram[:, :, f + 1 : f + 2]], axis=2)
+    reduced = gram[:, :f, :f] - jnp.einsum("nik,nkl,njl->nij", cross[:, :f], inverse, cross[:, :f])
     model_flux = polynomial * point.spectrum + constant[:, None]
-    return _State(x, chi2, reduced, gram[..., f], cross, inner, coef, constant, model_flux, jnp.full(n, _DAMPING, x.dtype))
+    damping = jnp.full(n, _DAMPING, x.dtype)
+    return _State(x, gram[:, f, f], reduced, gram, cross, inner, coef, constant, model_flux, damping)
 
 
 def _free(derivatives: jax.Array, problem: _Problem) -> jax.Array:
@@ -489,11 +487,12 @@ def _step(problem: _Problem, state: _State) -> tuple[jax.Array, jax.Array]:
     low = jnp.array([*(axis[0] for axis in axes), -jnp.inf, 0.0], state.x.dtype)[None, chosen]
     high = jnp.array([*(axis[-1] for axis in axes), jnp.inf, BROADENING_NODES[-1]], state.x.dtype)[None, chosen]
     here, eye = state.x[:, chosen], jnp.eye(len(chosen), dtype=state.x.dtype)[None]
-    move = ~((here <= low) & (state.gradient < 0)) & ~((here >= high) & (state.gradient > 0))
+    gradient = state.gram[:, : len(chosen), len(chosen)]
+    move = ~((here <= low) & (gradient < 0)) & ~((here >= high) & (gradient > 0))
     normal = state.normal * (move[:, :, None] & move[:, None, :])
     diagonal = jnp.where(move, (1.0 + state.damping[:, None]) * jnp.einsum("nii->ni", normal) + 1e-12, 1.0)
     normal = normal * (1.0 - eye) + diagonal[:, :, None] * eye
-    gradient = jnp.where(move, state.gradient, 0.0)
+    gradient = jnp.where(move, gradient, 0.0)
     moved = _solve_small(normal, gradient[..., None])[..., 0]
     trial = jnp.clip(here + moved * units[None, :], low, high)
     return state.x.at[:, chosen].set(trial), jnp.sum(moved * gradient, axis=1)
@@ -567,8 +566,8 @@ def _solve(
         x=x,
         chi2=jnp.full(n, jnp.inf, x.dtype),
         normal=zeros((n, f, f)),
-        gradient=zeros((n, f)),
-        cross=zeros((n, k + 1, f)),
+        gram=zeros((n, f + 3, f + 3)),
+        cross=zeros((n, f + 3, k + 1)),
         inner=zeros((n, k + 1, k + 1)),
         continuum=zeros((n, k)),
         constant=zeros(n),
@@ -623,7 +622,7 @@ def _report(
     usable: jax.Array,
     contrast: jax.Array,
     n_masked: jax.Array,
-    smooth: jax.Array,
+    blend_gain: jax.Array,
 ) -> LabelFit:
     free, axes = problem.free, problem.model.axes
     n_pixels = data.flux.shape[1]
@@ -659,68 +658,43 @@ def _report(
         state.constant,
         good,
         jnp.take_along_axis(state.flux, place, axis=1),
-        *_suspect(problem, state, data, smooth),
+        *_rare(state, data),
+        blend_gain,
     )
 
 
-def _suspect(problem: _Problem, state: _State, data: _Data, smooth: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """What the residuals say of a constant, of a stretch of the wavelengths, and of a second star: score tests, by linear algebra.
+def _rare(state: _State, data: _Data) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What the residuals say of a constant and of a stretch of the wavelengths: a linear step along both, a score test.
 
-    A second star is a template of the search for the velocity in place of a part of the first star, on coarse pixels. Whatever the
-    parameters of the fit can imitate does not count.
+    Whatever the parameters of the fit can imitate does not count. The fit has eliminated the polynomial. Its ridge leaves the
+    residuals not quite orthogonal to the polynomial.
 
-    ``smooth`` is the continuum of the spectra on coarse pixels. The results are ``rare``, ``rare_error``, ``rare_slope`` and
-    ``blend_gain`` of ``LabelFit``.
+    Returns:
+        ``rare``, ``rare_error`` and ``rare_slope`` of ``LabelFit``.
     """
-    coefficients = _rows(state.x, problem.model)
-    point = _point(coefficients, state.x, data, problem.pixels)
-    terms = chebyshev_terms(data.flux.shape[1], problem.n_continuum)
-    root = jnp.sqrt(data.weight)
-    derivatives = _derivatives(point, root * matmul(state.continuum, terms), data)
-    residual = root * (data.flux - state.flux)
-    stretch = derivatives[:, 4] * jnp.linspace(-1.0, 1.0, root.shape[1], dtype=root.dtype)[None]
-    rows = jnp.concatenate([_free(derivatives, problem), jnp.stack([residual, root, stretch], axis=1)], axis=1)
-    rare = _rare(state, data, rows, root * point.spectrum, terms)
-    coarse = _coarse_data(data)
-    point = _point(coefficients, state.x, coarse, problem.model.coarse)
-    return *rare, _blend_gain(problem, state, coarse, rebin(root * residual), point, smooth)
-
-
-def _rare(
-    state: _State, data: _Data, rows: jax.Array, spectrum: jax.Array, terms: np.ndarray
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A linear step along a constant and a stretch, the last two of ``rows``.
-
-    The others are the derivatives of the free parameters and the residual, all of them and ``spectrum`` in units of the errors.
-
-    The fit has eliminated the polynomial, and holds its products with the parameters. Its ridge leaves the residuals not quite
-    orthogonal to the polynomial.
-    """
-    f, n_terms = rows.shape[1] - 3, len(terms)
-    gram = jnp.einsum("nip,njp->nij", rows[:, f:], rows)  # of the residual, the constant and the stretch with all rows
-    border = matmul((rows[:, f:] * spectrum[:, None]).reshape(-1, rows.shape[2]), terms.T).reshape(len(rows), 3, n_terms)
-    border = jnp.concatenate([border, data.additive[:, None, None] * gram[:, :, f + 1 : f + 2]], axis=2)
-    solved = _solve_small(_with_ridge(state.inner), jnp.swapaxes(border, 1, 2))
-    gradient = state.gradient - jnp.einsum("nji,nj->ni", state.cross, solved[..., 0])
-    left, border, solved = border[:, 0], border[:, 1:], solved[..., 1:]
-    cross = jnp.swapaxes(gram[:, 1:, :f], 1, 2) - jnp.einsum("nji,njk->nik", state.cross, solved)
+    f, gram = state.normal.shape[1], state.gram
+    solved = _solve_small(_with_ridge(state.inner), jnp.swapaxes(state.cross[:, f:], 1, 2))
+    eliminated = gram - jnp.einsum("nij,njk->nik", state.cross, jnp.pad(solved, ((0, 0), (0, 0), (f, 0))))
+    gradient, cross = eliminated[:, :f, f], eliminated[:, :f, f + 1 :]
     slope = _solve_small(_with_ridge(state.normal), cross)
-    power = jnp.stack([gram[:, 1, f + 1], gram[:, 2, f + 2]], axis=1)
-    information = power - jnp.einsum("nkj,njk->nk", border, solved) - jnp.einsum("nik,nik->nk", slope, cross)
+    power = jnp.stack([gram[:, i, i] for i in (f + 1, f + 2)], axis=1)
+    information = jnp.stack([eliminated[:, i, i] for i in (f + 1, f + 2)], axis=1) - jnp.einsum("nik,nik->nk", slope, cross)
     rare_error = 1.0 / jnp.sqrt(jnp.maximum(information, 1e-6 * power + 1e-30))  # float32 knows no smaller part
-    score = gram[:, 0, f + 1 :] - jnp.einsum("njk,nj->nk", solved, left) - jnp.einsum("nik,ni->nk", slope, gradient)
+    score = eliminated[:, f, f + 1 :] - jnp.einsum("nik,ni->nk", slope, gradient)
     unknown = jnp.stack([1.0 - data.additive, jnp.ones_like(data.additive)], axis=1)  # a constant that was fitted is not rare
     rare = score * jnp.square(rare_error) * unknown
     return rare, rare_error, -jnp.swapaxes(slope[:, :4], 1, 2) * jnp.asarray(_UNITS[:4], rare.dtype)[None, None]
 
 
-def _blend_gain(
-    problem: _Problem, state: _State, data: _Data, residual: jax.Array, point: _Point, smooth: jax.Array
-) -> jax.Array:
-    """By how much the best template would lower chi2. It differs from the first star by smooth * template + rest.
+def _blend_gain(problem: _Problem, state: _State, data: _Data, smooth: jax.Array) -> jax.Array:
+    """By how much the light of a second star would lower chi2: score tests of all templates of the search for the velocity.
 
-    All is on coarse pixels. ``residual`` is a sum over each of them, in units of the variance.
+    A second star is a template in place of a part of the first one, on coarse pixels: the two differ by smooth * template + rest.
+    Whatever the parameters of the fit can imitate does not count. ``smooth`` is the continuum of the spectra on coarse pixels.
     """
+    residual = rebin(data.weight * (data.flux - state.flux))
+    data = _coarse_data(data)
+    point = _point(_rows(state.x, problem.model), state.x, data, problem.model.coarse)
     terms = chebyshev_terms(smooth.shape[1], problem.n_continuum)
     total, polynomial = data.weight, matmul(state.continuum, terms)
     fitted = _free(_derivatives(point, total * polynomial, data), problem)
@@ -738,6 +712,14 @@ def _blend_gain(
     power = power + jnp.sum(total * jnp.square(rest), axis=1)[:, None]
     information = jnp.maximum(power - jnp.einsum("nit,nit->nt", overlap, solved), 1e-3 * power)
     return jnp.max(jnp.square(jnp.maximum(score, 0.0)) / information, axis=1)
+
+
+def _in_parts(problem: _Problem, state: _State, data: _Data, smooth: jax.Array) -> jax.Array:
+    """``_blend_gain`` of ``_AT_ONCE`` stars at a time."""
+    stars = {name: array for name, array in data._asdict().items() if name != "drift"}
+    parts = jax.tree.map(lambda leaf: leaf.reshape(-1, _AT_ONCE, *leaf.shape[1:]), (state, stars, smooth))
+    gains = lax.map(lambda part: _blend_gain(problem, part[0], _Data(**part[1], drift=data.drift), part[2]), parts)
+    return gains.reshape(-1)
 
 
 def _with_ridge(normal: jax.Array) -> jax.Array:
