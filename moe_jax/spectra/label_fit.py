@@ -214,7 +214,7 @@ def _fit_block(
     state, weight = _solve(problem, state.x, data, kept, _FINE_STEPS, _TOLERANCE)
     n_masked = jnp.sum(usable & (observed == 0), axis=1) + jnp.sum((data.weight > 0) & (weight == 0), axis=1)
     data = data._replace(weight=weight)
-    fit = _report(problem, state, data, usable, contrast, n_masked, _in_parts(problem, state, data, smooth))
+    fit = _report(problem, state, data, usable, contrast, n_masked, _blend_gain(problem, state, data, smooth))
     unit = jnp.concatenate([scale, jnp.ones_like(scale)], axis=1)  # of a constant, and of a stretch
     return fit._replace(
         continuum=fit.continuum * scale,
