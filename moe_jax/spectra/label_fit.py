@@ -308,10 +308,16 @@ def _at_rest(flux: jax.Array, weight: jax.Array, velocity: jax.Array, additive: 
     index = jnp.clip(index, 0, flux.shape[1] - 1).astype(jnp.int32)
     # Where v < 0 an observed pixel can be nearest to two pixels of the model: it counts once.
     first = jnp.concatenate([jnp.ones((len(flux), 1), bool), index[:, 1:] > index[:, :-1]], axis=1)
-    flux, weight = (jnp.take_along_axis(array, index, axis=1) for array in (flux, weight))
+    flux, weight = _pixels(index, flux, weight)
     weight = jnp.where(inside & first, weight, 0.0)
     drift = -jnp.asarray(WAVE / (LIGHT_SPEED * _PIXEL), flux.dtype)
     return _Data(jnp.where(weight > 0, flux, 0.0), weight, offset, velocity, drift, additive)
+
+
+def _pixels(place: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
+    """The pixels of arrays (n, P) at places (n, P), which lie within; ``take_along_axis`` takes twice as long."""
+    rows = place.shape[1] * jnp.arange(len(place), dtype=place.dtype)[:, None]
+    return [array.reshape(-1).at[place + rows].get(mode="promise_in_bounds") for array in arrays]
 
 
 def _coarse_data(data: _Data) -> _Data:
@@ -642,7 +648,7 @@ def _report(
     place = jnp.round((wave[None, :] - stretch * float(WAVE[0])) / (1.0 + stretch) / _PIXEL).astype(jnp.int32)
     inside = (place >= 0) & (place < n_pixels)
     place = jnp.clip(place, 0, n_pixels - 1)
-    good = jnp.take_along_axis(used, place, axis=1) & inside & usable
+    good, flux = _pixels(place, used, state.flux)
     return LabelFit(
         labels,
         covariance[:, :4, :4],
@@ -656,8 +662,8 @@ def _report(
         (labels <= low[None]) | (labels >= high[None]),
         state.continuum,
         state.constant,
-        good,
-        jnp.take_along_axis(state.flux, place, axis=1),
+        good & inside & usable,
+        flux,
         *_rare(state, data),
         blend_gain,
     )
