@@ -459,9 +459,9 @@ def _evaluate(problem: _Problem, x: jax.Array, data: _Data) -> _State:
     inner = jnp.concatenate([inner, border[:, None]], axis=1)
     inner = jnp.concatenate([inner, jnp.concatenate([border, corner[:, None]], axis=1)[..., None]], axis=2)
     eye = jnp.eye(k + 1, dtype=inner.dtype)[None]
-    inverse = _solve_small(inner + 1e-6 * jnp.einsum("nii->n", inner)[:, None, None] * eye, jnp.broadcast_to(eye, inner.shape))
+    normal = inner + 1e-6 * jnp.einsum("nii->n", inner)[:, None, None] * eye
     total = data.additive * jnp.sum(root * flux, axis=1)
-    coef = jnp.einsum("nij,nj->ni", inverse, jnp.concatenate([right[:, :k], total[:, None]], axis=1))
+    coef = _solve_small(normal, jnp.concatenate([right[:, :k], total[:, None]], axis=1)[..., None])[..., 0]
     coef, constant = coef[:, :-1], coef[:, -1]
     polynomial = matmul(coef, terms[:k])
     residual = flux - polynomial * spectrum - constant[:, None] * root
@@ -471,7 +471,8 @@ def _evaluate(problem: _Problem, x: jax.Array, data: _Data) -> _State:
     gram = jnp.einsum("nip,njp->nij", rows, rows)
     cross = matmul((rows * spectrum[:, None]).reshape(-1, n_pixels), terms[:k].T).reshape(n, f + 3, k)
     cross = jnp.concatenate([cross, data.additive[:, None, None] * gram[:, :, f + 1 : f + 2]], axis=2)
-    reduced = gram[:, :f, :f] - jnp.einsum("nik,nkl,njl->nij", cross[:, :f], inverse, cross[:, :f])
+    eliminated = _solve_small(normal, jnp.swapaxes(cross[:, :f], 1, 2))
+    reduced = gram[:, :f, :f] - jnp.einsum("nik,nkj->nij", cross[:, :f], eliminated)
     model_flux = polynomial * point.spectrum + constant[:, None]
     damping = jnp.full(n, _DAMPING, x.dtype)
     return _State(x, gram[:, f, f], reduced, gram, cross, inner, coef, constant, model_flux, damping)
