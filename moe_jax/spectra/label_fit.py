@@ -213,7 +213,8 @@ def _fit_block(
     kept = jnp.where(jnp.repeat(kept > 0, REBIN, axis=1), data.weight, 0.0)
     state, weight = _solve(problem, state.x, data, kept, _FINE_STEPS, _TOLERANCE)
     n_masked = jnp.sum(usable & (observed == 0), axis=1) + jnp.sum((data.weight > 0) & (weight == 0), axis=1)
-    fit = _report(problem, state, data._replace(weight=weight), usable, contrast, n_masked, smooth)
+    data = data._replace(weight=weight)
+    fit = _report(problem, state, data, usable, contrast, n_masked, _blend_gain(problem, state, data, smooth))
     unit = jnp.concatenate([scale, jnp.ones_like(scale)], axis=1)  # of a constant, and of a stretch
     return fit._replace(
         continuum=fit.continuum * scale,
@@ -273,7 +274,8 @@ def find_velocity(
     """
     shifted = jnp.asarray(model.shifted).reshape(-1, flat.shape[1])
     overlap = jnp.maximum(matmul(weight * flat, shifted.T), 0.0)
-    gain = jnp.square(overlap) / jnp.maximum(matmul(weight, jnp.square(shifted).T), 1e-30)
+    power = matmul(rebin(weight), jnp.asarray(model.shifted_power).reshape(len(shifted), -1).T)
+    gain = jnp.square(overlap) / jnp.maximum(power, 1e-30)
     gain = jnp.max(gain.reshape(len(flat), *model.shifted.shape[:2]), axis=2)
     v, n = jnp.asarray(model.velocities), len(model.velocities)
     best = jnp.clip(jnp.argmax(gain, axis=1), 1, n - 2)
@@ -289,8 +291,8 @@ def find_velocity(
 
 def _nearest_node(flat: jax.Array, weight: jax.Array, model: LabelModel) -> jax.Array:
     """Labels (n, 4) of the node of the grid whose flattened spectrum is nearest."""
-    nodes = jnp.asarray(model.coarse.nodes)
-    chi2 = matmul(weight, jnp.square(nodes).T) - 2.0 * matmul(weight * flat, nodes.T)
+    nodes = jnp.asarray(model.nodes)
+    chi2 = matmul(weight, jnp.asarray(model.node_square).T) - 2.0 * matmul(weight * flat, nodes.T)
     places = jnp.unravel_index(jnp.argmin(chi2, axis=1), [len(axis) for axis in model.axes])
     return jnp.stack([jnp.asarray(axis, flat.dtype)[place] for axis, place in zip(model.axes, places, strict=True)], axis=1)
 
@@ -306,10 +308,16 @@ def _at_rest(flux: jax.Array, weight: jax.Array, velocity: jax.Array, additive: 
     index = jnp.clip(index, 0, flux.shape[1] - 1).astype(jnp.int32)
     # Where v < 0 an observed pixel can be nearest to two pixels of the model: it counts once.
     first = jnp.concatenate([jnp.ones((len(flux), 1), bool), index[:, 1:] > index[:, :-1]], axis=1)
-    flux, weight = (jnp.take_along_axis(array, index, axis=1) for array in (flux, weight))
+    flux, weight = _pixels(index, flux, weight)
     weight = jnp.where(inside & first, weight, 0.0)
     drift = -jnp.asarray(WAVE / (LIGHT_SPEED * _PIXEL), flux.dtype)
     return _Data(jnp.where(weight > 0, flux, 0.0), weight, offset, velocity, drift, additive)
+
+
+def _pixels(place: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
+    """The pixels of arrays (n, P) at places (n, P), which lie within; ``take_along_axis`` takes twice as long."""
+    rows = place.shape[1] * jnp.arange(len(place), dtype=place.dtype)[:, None]
+    return [array.reshape(-1).at[place + rows].get(mode="promise_in_bounds") for array in arrays]
 
 
 def _coarse_data(data: _Data) -> _Data:
@@ -324,38 +332,82 @@ def _weights(nodes: tuple[float, ...], x: jax.Array) -> tuple[jax.Array, jax.Arr
     return jax.jvp(lambda x: spline_weights(np.array(nodes), x), (x,), (jnp.ones_like(x),))
 
 
-def _spectra(x: jax.Array, data: _Data, model: LabelModel, pixels: PixelModel) -> tuple[jax.Array, jax.Array]:
-    """Spectra (n, P) without the polynomial, and their derivatives (n, 6, P) in the parameters, in units of ``_UNITS``.
+class _Point(NamedTuple):
+    """The model of n stars at some parameters, without the polynomial, and what its derivatives are made of."""
 
-    Parameters (n, 6): T_eff, log g, [M/H], [alpha/M], velocity, broadening.
-    """
-    axis = [_weights(nodes, x[:, i]) for i, nodes in enumerate(model.axes)]
-    variants = [[pair[i == j] for j, pair in enumerate(axis)] for i in (-1, 0, 1, 2, 3)]
-    tensor = jnp.stack([jnp.einsum("nt,ng,nz,nm->ntgzm", *variant).reshape(len(x), -1) for variant in variants], axis=1)
-    coef = matmul(tensor.reshape(-1, tensor.shape[2]), model.coef).reshape(len(x), 5, -1)
-    n_source = model.broaden.shape[1]
+    spectrum: jax.Array  # (n, P)
+    factor: jax.Array  # (n, P), the continuum of the grid
+    continuum_slopes: jax.Array  # (n, 4, P), derivatives of its logarithm in the labels
+    norm: jax.Array  # (n, P + 2), splines of the normalised flux
+    norm_slopes: jax.Array  # (n, 5, P + 2), splines of its derivatives in the labels and the broadening
+    offset: jax.Array  # (n, P), pixels
+
+
+class _Rows(NamedTuple):
+    """Coefficients of the model of n stars, and of its derivatives."""
+
+    norm: jax.Array  # (n, R1)
+    norm_slopes: jax.Array  # (n, 5, R2), in the labels and the broadening
+    log_continuum: jax.Array  # (n, 5, D1), and its derivatives in the labels
+
+
+def _rows(x: jax.Array, model: LabelModel) -> _Rows:
+    """At parameters (n, 6): T_eff, log g, [M/H], [alpha/M], velocity, broadening."""
+    coef = _coefficients(x, model)
+    n, n_source = len(x), model.broaden.shape[1]
     norm, continuum = coef[..., :n_source], coef[..., n_source:]
-
     # The norm as broadened by each node, weighted; and the derivative in the broadening.
     weight, slope = _weights(BROADENING_NODES, x[:, 5])
     weighted = jnp.concatenate([norm[:, :, None] * weight[:, None, :, None], norm[:, :1, None] * slope[:, None, :, None]], axis=1)
-    rows = matmul(weighted.reshape(len(x) * 6, -1), model.broaden.reshape(-1, model.broaden.shape[2]))
-    spline = matmul(rows, pixels.basis).reshape(len(x), 6, -1)
+    weighted = weighted.reshape(n, 6, -1)
+    rows = matmul(weighted[:, 0], model.broaden.reshape(weighted.shape[2], -1))
+    slopes = matmul(weighted[:, 1:].reshape(5 * n, -1), model.broaden_slopes.reshape(weighted.shape[2], -1))
+    return _Rows(rows, slopes.reshape(n, 5, -1), continuum)
 
-    # The quadratic B-splines at the centres of the observed pixels.
+
+def _point(rows: _Rows, x: jax.Array, data: _Data, pixels: PixelModel) -> _Point:
+    """The model on some pixels."""
+    n = len(x)
+    norm = matmul(rows.norm, pixels.basis)
+    norm_slopes = matmul(rows.norm_slopes.reshape(5 * n, -1), pixels.slope_basis).reshape(n, 5, -1)
+    log_continuum = matmul(rows.log_continuum.reshape(5 * n, -1), pixels.log_continuum).reshape(n, 5, -1)
     offset = jnp.clip(data.offset + (x[:, 4] - data.velocity)[:, None] * data.drift[None, :], -1.0, 1.0)
-    left, right = jnp.square(0.5 - offset), jnp.square(0.5 + offset)
-    before, middle, after = spline[..., :-2], spline[..., 1:-1], spline[..., 2:]
-    moved = 0.5 * left[:, None] * before + (0.75 - jnp.square(offset))[:, None] * middle + 0.5 * right[:, None] * after
-    velocity_slope = (offset - 0.5) * before[:, 0] - 2.0 * offset * middle[:, 0] + (offset + 0.5) * after[:, 0]
-    velocity_slope = velocity_slope * data.drift[None, :]
-    log_continuum = matmul(continuum.reshape(len(x) * 5, -1), pixels.log_continuum).reshape(len(x), 5, -1)
-    factor = jnp.exp(log_continuum[:, :1])
-    spectrum = (moved[:, :1] * factor)[:, 0]
-    labels = moved[:, 1:5] * factor + log_continuum[:, 1:] * spectrum[:, None]
-    others = jnp.stack([velocity_slope, moved[:, 5]], axis=1) * factor
-    units = jnp.asarray(_UNITS, x.dtype)
-    return spectrum, jnp.concatenate([labels, others], axis=1) * units[None, :, None]
+    factor = jnp.exp(log_continuum[:, 0])
+    spectrum = _between(norm[:, None], offset)[:, 0] * factor
+    # XLA would compute these again for each of their uses.
+    return lax.optimization_barrier(_Point(spectrum, factor, log_continuum[:, 1:], norm, norm_slopes, offset))
+
+
+def _coefficients(x: jax.Array, model: LabelModel) -> jax.Array:
+    """Coefficients of the grid at the labels, and their derivatives in these (n, 5, C): a tensor product of splines."""
+    n, (n_t, n_g, n_z, n_m) = len(x), (len(axis) for axis in model.axes)
+    (t, dt), (g, dg), (z, dz), (m, dm) = (_weights(nodes, x[:, i]) for i, nodes in enumerate(model.axes))
+
+    def outer(pairs: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+        return jnp.stack([(a[:, :, None] * b[:, None]).reshape(n, -1) for a, b in pairs], axis=1)
+
+    first = outer([(t, g), (dt, g), (t, dg)])
+    second = outer([(z, m), (dz, m), (z, dm)])
+    rows = matmul(first.reshape(3 * n, -1), model.coef.reshape(n_t * n_g, -1)).reshape(n, 3, n_z * n_m, -1)
+    products = matmul(jnp.repeat(second, 3, axis=0), rows.reshape(3 * n, n_z * n_m, -1)).reshape(n, 3, 3, -1)
+    return jnp.stack([products[:, i, j] for i, j in ((0, 0), (1, 0), (2, 0), (0, 1), (0, 2))], axis=1)
+
+
+def _between(splines: jax.Array, offset: jax.Array) -> jax.Array:
+    """Quadratic B-splines (n, k, P + 2) at the centres of the observed pixels."""
+    before, middle, after = (0.5 * jnp.square(0.5 - offset), 0.75 - jnp.square(offset), 0.5 * jnp.square(0.5 + offset))
+    return before[:, None] * splines[..., :-2] + middle[:, None] * splines[..., 1:-1] + after[:, None] * splines[..., 2:]
+
+
+def _derivatives(point: _Point, scale: jax.Array, data: _Data) -> jax.Array:
+    """Derivatives (n, 6, P) of the spectra in the parameters, in units of ``_UNITS``, times ``scale``."""
+    norm, factor, offset = point.norm, point.factor * scale, point.offset
+    slopes = _between(point.norm_slopes, offset) * factor[:, None]
+    labels = slopes[:, :4] + point.continuum_slopes * (point.spectrum * scale)[:, None]
+    velocity = (offset - 0.5) * norm[:, :-2] - 2.0 * offset * norm[:, 1:-1] + (offset + 0.5) * norm[:, 2:]
+    velocity = velocity * data.drift[None, :] * factor
+    derivatives = jnp.concatenate([labels, velocity[:, None], slopes[:, 4:]], axis=1)
+    return lax.optimization_barrier(derivatives * jnp.asarray(_UNITS, scale.dtype)[None, :, None])
 
 
 class _State(NamedTuple):
@@ -364,8 +416,8 @@ class _State(NamedTuple):
     x: jax.Array  # (n, 6)
     chi2: jax.Array  # (n,)
     normal: jax.Array  # (n, f, f) normal equations of the free parameters, the polynomial eliminated
-    gradient: jax.Array  # (n, f)
-    cross: jax.Array  # (n, K + 1, f) of the polynomial and the constant with the free parameters
+    gram: jax.Array  # (n, f + 3, f + 3) products of the derivatives, the residual, a constant and a stretch, in units of the errors
+    cross: jax.Array  # (n, f + 3, K + 1) of these with the polynomial and the constant
     inner: jax.Array  # (n, K + 1, K + 1) of the polynomial and the constant with each other
     continuum: jax.Array  # (n, K)
     constant: jax.Array  # (n,)
@@ -393,38 +445,42 @@ def _solve_small(normal: jax.Array, right: jax.Array) -> jax.Array:
 
 def _evaluate(problem: _Problem, x: jax.Array, data: _Data) -> _State:
     """The state at x."""
-    spectrum, derivatives = _spectra(x, data, problem.model, problem.pixels)
-    derivatives = derivatives[:, np.array(problem.free)]
-    n, n_free, n_pixels = derivatives.shape
-    order = np.arange(problem.n_continuum)
-    all_terms = jnp.asarray(chebyshev_terms(n_pixels, 2 * problem.n_continuum - 1), spectrum.dtype)
-    terms = all_terms[: problem.n_continuum]
-    weighted = data.weight * spectrum
+    point = _point(_rows(x, problem.model), x, data, problem.pixels)
+    (n, n_pixels), f, k = data.flux.shape, len(problem.free), problem.n_continuum
+    order = np.arange(k)
+    terms = jnp.asarray(chebyshev_terms(n_pixels, 2 * k - 1), x.dtype)
+    root = jnp.sqrt(data.weight)
+    flux, spectrum = root * data.flux, root * point.spectrum  # in units of the errors
+    moments, right, border = (matmul(spectrum * other, terms.T) for other in (spectrum, flux, root))
     # Products of Chebyshev polynomials are sums of two others: 2 T_j T_k = T_(j + k) + T_|j - k|.
-    moments = matmul(weighted * spectrum, all_terms.T)
     inner = 0.5 * (moments[:, order[:, None] + order[None]] + moments[:, np.abs(order[:, None] - order[None])])
-    border = data.additive[:, None] * matmul(weighted, terms.T)
+    border = data.additive[:, None] * border[:, :k]
     corner = jnp.where(data.additive > 0, jnp.sum(data.weight, axis=1), moments[:, 0])
     inner = jnp.concatenate([inner, border[:, None]], axis=1)
     inner = jnp.concatenate([inner, jnp.concatenate([border, corner[:, None]], axis=1)[..., None]], axis=2)
-    normal = inner + 1e-6 * jnp.einsum("nii->n", inner)[:, None, None] * jnp.eye(len(order) + 1, dtype=inner.dtype)[None]
-    total = data.additive * jnp.sum(data.weight * data.flux, axis=1)
-    right = jnp.concatenate([matmul(weighted * data.flux, terms.T), total[:, None]], axis=1)
-    coef = _solve_small(normal, right[..., None])[..., 0]
+    eye = jnp.eye(k + 1, dtype=inner.dtype)[None]
+    normal = inner + 1e-6 * jnp.einsum("nii->n", inner)[:, None, None] * eye
+    total = data.additive * jnp.sum(root * flux, axis=1)
+    coef = _solve_small(normal, jnp.concatenate([right[:, :k], total[:, None]], axis=1)[..., None])[..., 0]
     coef, constant = coef[:, :-1], coef[:, -1]
-    polynomial = matmul(coef, terms)
-    flux = polynomial * spectrum + constant[:, None]
-    residual = data.flux - flux
-    derivatives = derivatives * polynomial[:, None]
-    jacobian = derivatives * data.weight[:, None]
-    cross = matmul((jacobian * spectrum[:, None]).reshape(-1, n_pixels), terms.T).reshape(n, n_free, -1)
-    cross = jnp.concatenate([cross, data.additive[:, None, None] * jnp.sum(jacobian, axis=2, keepdims=True)], axis=2)
-    cross = jnp.swapaxes(cross, 1, 2)
-    own = jnp.einsum("nip,njp->nij", jacobian, derivatives)
-    reduced = own - jnp.einsum("nki,nkj->nij", cross, _solve_small(normal, cross))
-    gradient = jnp.einsum("nip,np->ni", jacobian, residual)
-    chi2 = jnp.sum(data.weight * jnp.square(residual), axis=1)
-    return _State(x, chi2, reduced, gradient, cross, inner, coef, constant, flux, jnp.full(n, _DAMPING, x.dtype))
+    polynomial = matmul(coef, terms[:k])
+    residual = flux - polynomial * spectrum - constant[:, None] * root
+    derivatives = _derivatives(point, root * polynomial, data)
+    stretch = derivatives[:, 4] * jnp.linspace(-1.0, 1.0, n_pixels, dtype=x.dtype)[None]
+    rows = jnp.concatenate([_free(derivatives, problem), jnp.stack([residual, root, stretch], axis=1)], axis=1)
+    gram = jnp.einsum("nip,njp->nij", rows, rows)
+    cross = matmul((rows * spectrum[:, None]).reshape(-1, n_pixels), terms[:k].T).reshape(n, f + 3, k)
+    cross = jnp.concatenate([cross, data.additive[:, None, None] * gram[:, :, f + 1 : f + 2]], axis=2)
+    eliminated = _solve_small(normal, jnp.swapaxes(cross[:, :f], 1, 2))
+    reduced = gram[:, :f, :f] - jnp.einsum("nik,nkj->nij", cross[:, :f], eliminated)
+    model_flux = polynomial * point.spectrum + constant[:, None]
+    damping = jnp.full(n, _DAMPING, x.dtype)
+    return _State(x, gram[:, f, f], reduced, gram, cross, inner, coef, constant, model_flux, damping)
+
+
+def _free(derivatives: jax.Array, problem: _Problem) -> jax.Array:
+    """Those of the parameters that are fitted."""
+    return derivatives if len(problem.free) == 6 else derivatives[:, np.array(problem.free)]
 
 
 def _step(problem: _Problem, state: _State) -> tuple[jax.Array, jax.Array]:
@@ -438,11 +494,12 @@ def _step(problem: _Problem, state: _State) -> tuple[jax.Array, jax.Array]:
     low = jnp.array([*(axis[0] for axis in axes), -jnp.inf, 0.0], state.x.dtype)[None, chosen]
     high = jnp.array([*(axis[-1] for axis in axes), jnp.inf, BROADENING_NODES[-1]], state.x.dtype)[None, chosen]
     here, eye = state.x[:, chosen], jnp.eye(len(chosen), dtype=state.x.dtype)[None]
-    move = ~((here <= low) & (state.gradient < 0)) & ~((here >= high) & (state.gradient > 0))
+    gradient = state.gram[:, : len(chosen), len(chosen)]
+    move = ~((here <= low) & (gradient < 0)) & ~((here >= high) & (gradient > 0))
     normal = state.normal * (move[:, :, None] & move[:, None, :])
     diagonal = jnp.where(move, (1.0 + state.damping[:, None]) * jnp.einsum("nii->ni", normal) + 1e-12, 1.0)
     normal = normal * (1.0 - eye) + diagonal[:, :, None] * eye
-    gradient = jnp.where(move, state.gradient, 0.0)
+    gradient = jnp.where(move, gradient, 0.0)
     moved = _solve_small(normal, gradient[..., None])[..., 0]
     trial = jnp.clip(here + moved * units[None, :], low, high)
     return state.x.at[:, chosen].set(trial), jnp.sum(moved * gradient, axis=1)
@@ -452,32 +509,32 @@ class _Progress(NamedTuple):
     """Of n stars."""
 
     state: _State
-    weight: jax.Array  # (n, P), of the pixels that are used
-    n_steps: jax.Array  # (n,) since the star's pixels were masked
-    masked: jax.Array  # (n,) whether they have been
+    place: jax.Array  # (n, 6), where the next step leads
+    gain: jax.Array  # (n,), by how much it should lower chi2
+    n_steps: jax.Array  # (n,)
     active: jax.Array  # (n,) whether the star goes on
 
 
 def _solve(
     problem: _Problem, x: jax.Array, data: _Data, weight: jax.Array, max_steps: int, tolerance: float
 ) -> tuple[_State, jax.Array]:
-    """Levenberg-Marquardt, masking of the pixels that stand out, and Levenberg-Marquardt again, for each star by itself.
+    """Levenberg-Marquardt, masking of the pixels that stand out, and Levenberg-Marquardt again.
 
-    Either stops where the star does not expect to lower its chi2 by more than the tolerance times chi2. A star whose weights have
+    Either stops where a star does not expect to lower its chi2 by more than the tolerance times chi2. A star whose weights have
     changed has an infinite chi2, which makes it stay where it is and be evaluated again. Stars need different numbers of steps:
     each step is one of the first ``_AT_ONCE`` stars that still go on.
 
     Returns:
         The state, and the weights that it belongs to.
     """
-    n, f = len(x), len(problem.free)
+    n, f, k = len(x), len(problem.free), problem.n_continuum
     n_at_once = min(_AT_ONCE, n)
 
-    def iterate(progress: _Progress) -> _Progress:
+    def iterate(progress: _Progress, weight: jax.Array) -> _Progress:
         chosen = jnp.argsort(~progress.active)[:n_at_once]  # a stable sort
         old = jax.tree.map(lambda leaf: leaf[chosen], progress)
         per_star = {name: array[chosen] for name, array in data._asdict().items() if name != "drift"}
-        new = advance(old, data._replace(**per_star))
+        new = advance(old, data._replace(**per_star | {"weight": weight[chosen]}))
 
         def put(whole: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
             rows = progress.active[chosen].reshape(-1, *[1] * (old.ndim - 1))
@@ -486,45 +543,47 @@ def _solve(
         moved: _Progress = jax.tree.map(put, progress, old, new)
         return moved
 
-    def advance(progress: _Progress, stars: _Data) -> _Progress:
-        """One step of some stars, which have all of their weights."""
-        state = progress.state
+    def advance(old: _Progress, stars: _Data) -> _Progress:
+        """One step of some stars."""
+        state = old.state
         fresh = jnp.isinf(state.chi2)
-        place, gain = _step(problem, state)
-        new = _evaluate(problem, jnp.where(fresh[:, None], state.x, place), stars._replace(weight=progress.weight))
-        better = fresh | ((new.chi2 <= state.chi2 * (1.0 + _ROUNDING)) & (gain > tolerance * state.chi2))
+        new = _evaluate(problem, jnp.where(fresh[:, None], state.x, old.place), stars)
+        better = fresh | ((new.chi2 <= state.chi2 * (1.0 + _ROUNDING)) & (old.gain > tolerance * state.chi2))
         damping = jnp.where(better, 0.1 * state.damping, jnp.maximum(10.0 * state.damping, 1e-3))
         state = jax.tree.map(lambda a, b: jnp.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, state)
         state = state._replace(damping=damping)
-        n_steps = progress.n_steps + 1
-        moving = _step(problem, state)[1] > tolerance * state.chi2
-        settled = (n_steps > max_steps) | ~moving
-        ready = settled & ~progress.masked
-        block = stars.flux.shape[1] // _N_BLOCKS
-        masked_weight = lax.cond(jnp.any(ready), lambda: _mask(stars, state.flux, block), lambda: progress.weight)
-        weight = jnp.where(ready[:, None], masked_weight, progress.weight)
-        changed = jnp.any(weight != progress.weight, axis=1)
+        place, gain = _step(problem, state)
+        n_steps = old.n_steps + 1
+        return _Progress(state, place, gain, n_steps, (n_steps <= max_steps) & (gain > tolerance * state.chi2))
+
+    def go_on(i: Any, carry: tuple[_Progress, jax.Array]) -> tuple[_Progress, jax.Array]:
+        """Steps with all pixels; then, where pixels stand out or the star still moves, with the others."""
+        progress, weight = carry
+        state = progress.state
+        masked = lax.cond(i > 0, lambda: _mask(data, state.flux, data.flux.shape[1] // _N_BLOCKS), lambda: weight)
+        changed = jnp.any(masked != weight, axis=1) | (i == 0)
+        active = changed | (progress.gain > tolerance * state.chi2)
         state = state._replace(chi2=jnp.where(changed, jnp.inf, state.chi2))
-        active = jnp.where(ready, changed | moving, ~settled)
-        return _Progress(state, weight, jnp.where(ready, 0, n_steps), progress.masked | ready, active)
+        start = progress._replace(state=state, active=active, n_steps=jnp.zeros(n, jnp.int32))
+        end = lax.while_loop(lambda progress: jnp.any(progress.active), lambda progress: iterate(progress, masked), start)
+        return end, masked
 
     zeros = functools.partial(jnp.zeros, dtype=x.dtype)
-    k = problem.n_continuum
     state = _State(
         x=x,
         chi2=jnp.full(n, jnp.inf, x.dtype),
         normal=zeros((n, f, f)),
-        gradient=zeros((n, f)),
-        cross=zeros((n, k + 1, f)),
+        gram=zeros((n, f + 3, f + 3)),
+        cross=zeros((n, f + 3, k + 1)),
         inner=zeros((n, k + 1, k + 1)),
         continuum=zeros((n, k)),
         constant=zeros(n),
         flux=zeros(data.flux.shape),
         damping=jnp.full(n, _DAMPING, x.dtype),
     )
-    start = _Progress(state, weight, jnp.zeros(n, jnp.int32), jnp.zeros(n, bool), jnp.ones(n, bool))
-    end = lax.while_loop(lambda progress: jnp.any(progress.active), iterate, start)
-    return end.state, end.weight
+    start = _Progress(state, x, zeros(n), jnp.zeros(n, jnp.int32), jnp.ones(n, bool))
+    progress, weight = lax.fori_loop(0, 2, go_on, (start, weight))
+    return progress.state, weight
 
 
 def _mask(data: _Data, model_flux: jax.Array, block: int) -> jax.Array:
@@ -570,7 +629,7 @@ def _report(
     usable: jax.Array,
     contrast: jax.Array,
     n_masked: jax.Array,
-    smooth: jax.Array,
+    blend_gain: jax.Array,
 ) -> LabelFit:
     free, axes = problem.free, problem.model.axes
     n_pixels = data.flux.shape[1]
@@ -590,7 +649,7 @@ def _report(
     place = jnp.round((wave[None, :] - stretch * float(WAVE[0])) / (1.0 + stretch) / _PIXEL).astype(jnp.int32)
     inside = (place >= 0) & (place < n_pixels)
     place = jnp.clip(place, 0, n_pixels - 1)
-    good = jnp.take_along_axis(used, place, axis=1) & inside & usable
+    good, flux = _pixels(place, used, state.flux)
     return LabelFit(
         labels,
         covariance[:, :4, :4],
@@ -604,78 +663,70 @@ def _report(
         (labels <= low[None]) | (labels >= high[None]),
         state.continuum,
         state.constant,
-        good,
-        jnp.take_along_axis(state.flux, place, axis=1),
-        *_suspect(problem, state, data, smooth),
+        good & inside & usable,
+        flux,
+        *_rare(state, data),
+        blend_gain,
     )
 
 
-def _suspect(problem: _Problem, state: _State, data: _Data, smooth: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """What the residuals say of a constant, of a stretch of the wavelengths, and of a second star: score tests, by linear algebra.
+def _rare(state: _State, data: _Data) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What the residuals say of a constant and of a stretch of the wavelengths: a linear step along both, a score test.
 
-    A second star is a template of the search for the velocity in place of a part of the first star, on coarse pixels. Whatever the
-    parameters of the fit can imitate does not count.
+    Whatever the parameters of the fit can imitate does not count. The fit has eliminated the polynomial. Its ridge leaves the
+    residuals not quite orthogonal to the polynomial.
 
-    ``smooth`` is the continuum of the spectra on coarse pixels. The results are ``rare``, ``rare_error``, ``rare_slope`` and
-    ``blend_gain`` of ``LabelFit``.
+    Returns:
+        ``rare``, ``rare_error`` and ``rare_slope`` of ``LabelFit``.
     """
-    terms = chebyshev_terms(data.flux.shape[1], problem.n_continuum)
-    spectrum, derivatives = _spectra(state.x, data, problem.model, problem.pixels)
-    derivatives = derivatives * matmul(state.continuum, terms)[:, None]
-    stretch = derivatives[:, 4] * jnp.linspace(-1.0, 1.0, data.flux.shape[1], dtype=spectrum.dtype)[None]
-    fitted = derivatives[:, np.array(problem.free)]
-    rare = _rare(state, data, spectrum, fitted, jnp.stack([jnp.ones_like(stretch), stretch], axis=1), terms)
-    return *rare, _blend_gain(problem, state, data, spectrum, fitted, smooth)
-
-
-def _rare(
-    state: _State, data: _Data, spectrum: jax.Array, fitted: jax.Array, columns: jax.Array, terms: np.ndarray
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A linear step along two columns (n, 2, P), a constant and a stretch.
-
-    The fit has eliminated the polynomial, and holds its products with the parameters. Its ridge leaves the residuals not quite
-    orthogonal to the polynomial.
-    """
-    residual, weighted = data.weight * (data.flux - state.flux), columns * data.weight[:, None]
-    constant = data.additive[:, None, None] * jnp.sum(weighted, axis=2, keepdims=True)
-    border = jnp.concatenate([matmul(weighted * spectrum[:, None], terms.T), constant], axis=2)
-    constant = data.additive[:, None] * jnp.sum(residual, axis=1)[:, None]
-    left = jnp.concatenate([matmul(residual * spectrum, terms.T), constant], axis=1)
-    solved = _solve_small(_with_ridge(state.inner), jnp.concatenate([jnp.swapaxes(border, 1, 2), left[..., None]], axis=2))
-    gradient, solved = state.gradient - jnp.einsum("nji,nj->ni", state.cross, solved[..., -1]), solved[..., :-1]
-    cross = jnp.einsum("nip,nkp->nik", fitted, weighted) - jnp.einsum("nji,njk->nik", state.cross, solved)
+    f, gram = state.normal.shape[1], state.gram
+    solved = _solve_small(_with_ridge(state.inner), jnp.swapaxes(state.cross[:, f:], 1, 2))
+    eliminated = gram - jnp.einsum("nij,njk->nik", state.cross, jnp.pad(solved, ((0, 0), (0, 0), (f, 0))))
+    gradient, cross = eliminated[:, :f, f], eliminated[:, :f, f + 1 :]
     slope = _solve_small(_with_ridge(state.normal), cross)
-    power = jnp.einsum("nkp,nkp->nk", weighted, columns)
-    information = power - jnp.einsum("nkj,njk->nk", border, solved) - jnp.einsum("nik,nik->nk", slope, cross)
+    power = jnp.stack([gram[:, i, i] for i in (f + 1, f + 2)], axis=1)
+    information = jnp.stack([eliminated[:, i, i] for i in (f + 1, f + 2)], axis=1) - jnp.einsum("nik,nik->nk", slope, cross)
     rare_error = 1.0 / jnp.sqrt(jnp.maximum(information, 1e-6 * power + 1e-30))  # float32 knows no smaller part
-    score = jnp.einsum("nkp,np->nk", columns, residual) - jnp.einsum("njk,nj->nk", solved, left)
-    score = score - jnp.einsum("nik,ni->nk", slope, gradient)
+    score = eliminated[:, f, f + 1 :] - jnp.einsum("nik,ni->nk", slope, gradient)
     unknown = jnp.stack([1.0 - data.additive, jnp.ones_like(data.additive)], axis=1)  # a constant that was fitted is not rare
     rare = score * jnp.square(rare_error) * unknown
     return rare, rare_error, -jnp.swapaxes(slope[:, :4], 1, 2) * jnp.asarray(_UNITS[:4], rare.dtype)[None, None]
 
 
-def _blend_gain(
-    problem: _Problem, state: _State, data: _Data, spectrum: jax.Array, fitted: jax.Array, smooth: jax.Array
-) -> jax.Array:
-    """By how much the best template would lower chi2. It differs from the first star by smooth * template + rest."""
-    weight, residual = data.weight, rebin(data.weight * (data.flux - state.flux))
+def _blend_gain(problem: _Problem, state: _State, data: _Data, smooth: jax.Array) -> jax.Array:
+    """By how much the light of a second star would lower chi2: score tests of all templates of the search for the velocity.
+
+    A second star is a template in place of a part of the first one, on coarse pixels: the two differ by smooth * template + rest.
+    Whatever the parameters of the fit can imitate does not count. ``smooth`` is the continuum of the spectra on coarse pixels.
+    """
+    residual = rebin(data.weight * (data.flux - state.flux))
+    data = _coarse_data(data)
+    point = _point(_rows(state.x, problem.model), state.x, data, problem.model.coarse)
     terms = chebyshev_terms(smooth.shape[1], problem.n_continuum)
-    first, total = _coarsen(state.flux - state.constant[:, None], weight)
+    total, polynomial = data.weight, matmul(state.continuum, terms)
+    fitted = _free(_derivatives(point, total * polynomial, data), problem)
+    rows = jnp.concatenate([(total * point.spectrum)[:, None] * terms[None], fitted, residual[:, None]], axis=1)
     mean = 1.0 / jnp.where(total > 0, total, 1.0)
-    coarse = jnp.concatenate([rebin(weight[:, None] * fitted), rebin(weight * spectrum)[:, None] * terms[None]], axis=1)
     templates = jnp.asarray(problem.model.shifted)[len(problem.model.velocities) // 2]
-    rest = smooth - first
-    rows = jnp.concatenate([coarse, residual[:, None]], axis=1)
+    rest = smooth - polynomial * point.spectrum
     products = matmul((rows * smooth[:, None]).reshape(-1, smooth.shape[1]), templates.T).reshape(*rows.shape[:2], -1)
     products = products + jnp.einsum("nip,np->ni", rows, rest)[..., None]
     overlap, score = products[:, :-1], products[:, -1]
-    solved = _solve_small(_with_ridge(jnp.einsum("nip,njp->nij", coarse * mean[:, None], coarse)), overlap)
-    score = score - jnp.einsum("nit,ni->nt", solved, jnp.einsum("nip,np->ni", coarse, residual * mean))
+    gram = jnp.einsum("nip,njp->nij", rows[:, :-1] * mean[:, None], rows)
+    solved = _solve_small(_with_ridge(gram[..., :-1]), overlap)
+    score = score - jnp.einsum("nit,ni->nt", solved, gram[..., -1])
     power = matmul(total * jnp.square(smooth), jnp.square(templates).T) + 2.0 * matmul(total * smooth * rest, templates.T)
     power = power + jnp.sum(total * jnp.square(rest), axis=1)[:, None]
     information = jnp.maximum(power - jnp.einsum("nit,nit->nt", overlap, solved), 1e-3 * power)
     return jnp.max(jnp.square(jnp.maximum(score, 0.0)) / information, axis=1)
+
+
+def _in_parts(problem: _Problem, state: _State, data: _Data, smooth: jax.Array) -> jax.Array:
+    """``_blend_gain`` of ``_AT_ONCE`` stars at a time."""
+    stars = {name: array for name, array in data._asdict().items() if name != "drift"}
+    parts = jax.tree.map(lambda leaf: leaf.reshape(-1, _AT_ONCE, *leaf.shape[1:]), (state, stars, smooth))
+    gains = lax.map(lambda part: _blend_gain(problem, part[0], _Data(**part[1], drift=data.drift), part[2]), parts)
+    return gains.reshape(-1)
 
 
 def _with_ridge(normal: jax.Array) -> jax.Array:

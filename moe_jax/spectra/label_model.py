@@ -23,6 +23,7 @@ MAX_VELOCITY = 600.0  #: km/s
 REBIN = 4  # pixels of a coarse pixel
 _N_SOURCE = 160  # components of the grid from which those of the broadened grid are made
 _N_COMPONENTS = 128
+_N_SLOPES = 64  # of these, which derivatives are made of
 _N_CONTINUUM = 6  # components of the log continuum
 VELOCITY_STEP = 30.0  # km/s, of the search
 _TEMPLATES = ((0, 2, 3, 5), (0, 4), (0, 2, 4, 6), (1,))  # nodes of the grid that the search for the velocity uses
@@ -33,8 +34,8 @@ class PixelModel(NamedTuple):
     """The grid on some pixels."""
 
     basis: Float[AnyArray, "R1 P2"]  #: mean and components of the normalised flux: quadratic B-splines, one more at either end
+    slope_basis: Float[AnyArray, "R2 P2"]  #: the first of these components, which derivatives are made of
     log_continuum: Float[AnyArray, "D1 P"]  #: mean and components
-    nodes: Float[AnyArray, "L P"]  #: flattened spectra of the nodes, less their polynomial
 
 
 class LabelModel(NamedTuple):
@@ -43,10 +44,14 @@ class LabelModel(NamedTuple):
     axes: tuple[tuple[float, ...], ...]  #: nodes of T_eff, log g, [M/H], [alpha/M]
     coef: Float[AnyArray, "L C"]  #: 1, components of the normalised flux, 1, components of the log continuum of each node
     broaden: Float[AnyArray, "S C1 R1"]  #: from 1 and these components to 1 and those of the flux broadened by BROADENING_NODES
+    broaden_slopes: Float[AnyArray, "S C1 R2"]  #: to the first components alone
     fine: PixelModel
     coarse: PixelModel
-    shifted: Float[AnyArray, "V T P4"]  #: coarse flattened templates at each velocity of the search
+    nodes: Float[AnyArray, "L P4"]  #: coarse flattened spectra of the nodes, less their polynomial
+    shifted: Float[AnyArray, "V T P4"]  #: the same of some nodes, at each velocity of the search
     velocities: Float[AnyArray, " V"]  #: km/s
+    node_square: Float[AnyArray, "L P4"]  #: squares of the nodes
+    shifted_power: Float[AnyArray, "V T P16"]  #: mean squares of the templates over ``REBIN`` coarse pixels
 
 
 @functools.cache
@@ -72,31 +77,73 @@ def label_model(grid: SpectralGrid) -> LabelModel:
     components = (rotation / np.sqrt(power)).T @ stacked
     broadened = np.pad(deviation @ components.T, ((0, 0), (0, 0), (1, 0)))
     broadened[:, 0, 0] = 1.0  # the mean
+    turn = _telling_first(grid, broadened, rebin(np.vstack([source[:1], components])) / REBIN)
+    components, broadened[..., 1:] = turn @ components, broadened[..., 1:] @ turn.T
     continuum_coef = np.asarray(grid.continuum_coef).reshape(len(node_coef), -1)[:, :_N_CONTINUUM]
     ones = np.ones((len(node_coef), 1))
     coef = np.hstack([ones, node_coef, ones, continuum_coef])
     basis = np.vstack([source[:1], components])
     log_continuum = np.vstack([grid.continuum_mean[None], grid.continuum_basis[:_N_CONTINUUM]])
-    nodes = coef[:, : 1 + _N_SOURCE] @ source
     fine, coarse = (
-        PixelModel(*(np.asarray(array, np.float32) for array in (_splines(b), c, _flatten(n))))
-        for b, c, n in ((basis, log_continuum, nodes), (rebin(array) / REBIN for array in (basis, log_continuum, nodes)))
+        PixelModel(*(np.asarray(array, np.float32) for array in (_splines(b), _splines(b)[1 : 1 + _N_SLOPES], c)))
+        for b, c in ((basis, log_continuum), (rebin(array) / REBIN for array in (basis, log_continuum)))
     )
+    nodes = coef[:, : 1 + _N_SOURCE] @ source
     velocities = np.arange(-MAX_VELOCITY - VELOCITY_STEP, MAX_VELOCITY + 1.5 * VELOCITY_STEP, VELOCITY_STEP)
     flags = [np.isin(np.arange(len(axis)), wanted) for axis, wanted in zip(grid[:4], _TEMPLATES, strict=True)]
     templates = nodes[functools.reduce(np.multiply.outer, flags).ravel()]
     spline = scipy.interpolate.CubicSpline(WAVE, templates, axis=1)
     at_rest = (np.clip(WAVE / (1 + v / LIGHT_SPEED), WAVE[0], WAVE[-1]) for v in velocities)
     shifted = np.stack([_flatten(rebin(spline(wave)) / REBIN) for wave in at_rest])
+    flat_nodes = _flatten(rebin(nodes) / REBIN)
     return LabelModel(
         tuple(tuple(map(float, axis)) for axis in grid[:4]),
         coef.astype(np.float32),
         broadened.astype(np.float32),
+        broadened[..., 1 : 1 + _N_SLOPES].astype(np.float32),
         fine,
         coarse,
+        flat_nodes.astype(np.float32),
         shifted.astype(np.float32),
         velocities.astype(np.float32),
+        np.square(flat_nodes).astype(np.float32),
+        (rebin(np.square(shifted)) / REBIN).astype(np.float32),
     )
+
+
+def _telling_first(grid: SpectralGrid, broadened: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """(R, R) rotation after which the first components say most of the labels and the broadening.
+
+    What a spectrum says of a label is the part of its derivative that neither the other labels nor the continuum can imitate
+    (Fisher information). These parts, of equal length, have leading eigenvectors. With 64 of 128 components in the derivatives,
+    log g is less certain by 0.4 % in the median, and by 5 % for the worst hundredth of all stars.
+
+    Args:
+        grid: model spectra.
+        broadened: (S, C1, R1), as in ``LabelModel``.
+        basis: (R1, P4) mean and components.
+    """
+    axes = grid[:4]
+    coef = np.asarray(grid.norm_coef[..., :_N_SOURCE], np.float64)
+    slopes = [scipy.interpolate.CubicSpline(axis, coef, axis=i)(axis, 1) for i, axis in enumerate(axes)]
+    rows = np.stack([coef, *slopes], axis=-2).reshape(-1, 5, _N_SOURCE)[::3]
+    rows = np.concatenate([np.broadcast_to(np.eye(5)[:, :1], (len(rows), 5, 1)), rows], axis=2)
+    telling = []
+    for node in (0, 3):
+        slope = scipy.interpolate.CubicSpline(BROADENING_NODES, broadened)(BROADENING_NODES[node], 1)
+        at_node = np.concatenate([rows @ broadened[node], rows[:, :1] @ slope], axis=1)
+        spectrum, derivatives = at_node[:, :1] @ basis, at_node[:, 1:, 1:] @ basis[1:]
+        unit = np.linalg.norm(derivatives, axis=2, keepdims=True)
+        derivatives, continuum = derivatives / unit, spectrum * chebyshev_terms(basis.shape[1], NORMALISE_TERMS)
+        cross = derivatives @ continuum.swapaxes(1, 2)
+        inner = derivatives @ derivatives.swapaxes(1, 2) + 1e-9 * np.eye(5)
+        inner -= cross @ np.linalg.solve(continuum @ continuum.swapaxes(1, 2), cross.swapaxes(1, 2))
+        covariance = np.linalg.inv(inner)
+        scale = np.sqrt(np.diagonal(covariance, axis1=1, axis2=2))[..., None]
+        telling.append(covariance / scale @ (at_node[:, 1:, 1:] / unit))
+    flat = np.concatenate(telling).reshape(-1, len(basis) - 1)
+    rotation: np.ndarray = np.linalg.eigh(flat.T @ flat)[1][:, ::-1].T
+    return rotation
 
 
 def _splines(spectra: np.ndarray) -> np.ndarray:
