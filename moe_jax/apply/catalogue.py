@@ -14,7 +14,7 @@ import pandas as pd
 from moe_jax.core.arrays import InputError
 from moe_jax.core.files import atomic_path, import_extra
 
-AddRows = Callable[[pd.DataFrame], None]
+AddRows = Callable[["pd.DataFrame"], None]  # as text: pandas is loaded when it is used
 
 
 def require_suffix(path: Path | str) -> str:
