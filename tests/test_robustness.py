@@ -1,7 +1,6 @@
-"""Runs that are killed, disks that are full, folders that cannot be written to, keys that are used twice."""
+"""Runs that are killed, disks that are full, folders that cannot be written to."""
 
 import multiprocessing
-import os
 import re
 import signal
 import subprocess
@@ -15,13 +14,6 @@ from small_run import ARGUMENTS, SMALL, with_options
 from experiments import regress_gate
 from experiments.runner.command_line import parse_config, use_all_cores
 from moe_jax import InputError
-
-
-def run(*arguments, **environment):
-    command = [sys.executable, "-m", "experiments.regress_gate", *ARGUMENTS, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
-    return done.returncode, done.stdout, done.stderr
-
 
 def test_the_command_line_gives_the_small_run():
     assert parse_config(regress_gate.PRESETS, None, ARGUMENTS) == SMALL
@@ -99,10 +91,3 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, place, capsys):
         regress_gate.main(with_options(SMALL, output_dir=output, use_cache=False))
     assert "\n" not in str(caught.value)
     assert "surveys" not in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_no_random_key_is_used_twice(tmp_path):
-    """The whole run with JAX's own check of keys."""
-    code, _, errors = run("--output-dir", tmp_path / "out", "--no-use-cache", JAX_DEBUG_KEY_REUSE="1")
-    assert code == 0, errors[-2000:]
