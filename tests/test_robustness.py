@@ -15,6 +15,9 @@ from experiments import regress_gate
 from experiments.runner.command_line import parse_config, use_all_cores
 from moe_jax import InputError
 
+MOMENTS = ("early", "stage", "early", "stage", "early", "results")  # of the kills
+
+
 def test_the_command_line_gives_the_small_run():
     assert parse_config(regress_gate.PRESETS, None, ARGUMENTS) == SMALL
 
@@ -25,24 +28,28 @@ def run_forked(config):
 
 
 @pytest.mark.slow
-def test_twenty_kills_leave_no_partial_file(trained, tmp_path):
-    """SIGKILL at 20 random moments of a small run; the next run completes, and gives what an undisturbed one gives.
+def test_kills_leave_no_partial_file(trained, tmp_path):
+    """SIGKILL at random moments of a small run; the next run completes, and gives what an undisturbed one gives.
 
-    The processes are forked from one that has imported everything, so that a moment is one of the run. Nineteen are killed within
-    its first two seconds, a quarter of them without a cache; one while its results are being written.
+    The processes are forked from one that has imported everything, so that a moment is one of the run. Three are killed within its
+    first two seconds, two when they begin to write one of the two stages into the cache, and one while it writes its results.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["experiments.regress_gate"])
     files = {path.relative_to(trained) for path in trained.rglob("*")}
+    config = with_options(SMALL, output_dir=tmp_path / "out", cache_dir=tmp_path / "cache")
     killed, rng = 0, np.random.default_rng(0)
-    for i in range(20):
-        places = {"output_dir": tmp_path / "out", "cache_dir": trained.parent / "cache", "use_cache": i % 4 > 0}
-        process = context.Process(target=run_forked, args=(with_options(SMALL, **places),))
+    for moment in MOMENTS:
+        before = set(tmp_path.glob("cache/*"))
+        process = context.Process(target=run_forked, args=(config,))
         process.start()
-        if i == 10:
+        if moment == "results":
             while process.is_alive() and not list(tmp_path.glob(f".out.*.{process.pid}.partial")):
                 process.join(0.01)
             process.join(rng.uniform(0.0, 1.5))
+        elif moment == "stage":
+            while process.is_alive() and set(tmp_path.glob("cache/*")) <= before:
+                process.join(0.002)
         else:
             process.join(rng.uniform(0.1, 2.0))
         process.kill()
@@ -53,8 +60,9 @@ def test_twenty_kills_leave_no_partial_file(trained, tmp_path):
             for path in (tmp_path / "out").rglob("*.csv"):
                 assert path.read_bytes() == (trained / path.relative_to(tmp_path / "out")).read_bytes()
             assert {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")} <= files
-    assert killed >= 15
-    process = context.Process(target=run_forked, args=(with_options(SMALL, **places),))
+    assert killed >= len(MOMENTS) - 1
+    assert len(list(tmp_path.glob("cache/*.npz"))) >= 2
+    process = context.Process(target=run_forked, args=(config,))
     process.start()
     process.join()
     assert process.exitcode == 0
