@@ -1,6 +1,7 @@
 """The run that most tests share: everything, on a few stars. Runs of its sizes share its compiled programs."""
 
 import dataclasses
+from unittest import mock
 
 from experiments import regress_gate
 from experiments.pipeline.calibration import CalibrationConfig
@@ -45,3 +46,11 @@ ARGUMENTS = [
     *("--C-grid", "10", "--n-resamples", "40", "--gate.epochs", "3"),
     *("--calibration.n-stars", "600", "--calibration.n-training", "900"),
 ]
+
+
+def run_without_figures(config):
+    """Runs ``regress_gate``, but writes no figures: on few stars they take most of the time."""
+    from matplotlib import pyplot
+
+    with mock.patch("experiments.report.results.save_figure", lambda figure, path: pyplot.close(figure)):
+        regress_gate.main(config)

@@ -10,9 +10,11 @@ pytestmark = pytest.mark.slow
 PROGRAM = """
 from jaxtyping import install_import_hook
 install_import_hook("moe_jax", "beartype.beartype")  # for good: modules are imported when they are first used
+import functools
 import moe_jax
 import jax, numpy as np
 jax.config.update("jax_numpy_rank_promotion", "raise")
+trace = jax.eval_shape  # the checks are made while JAX traces a function; what is not needed below is not compiled
 keys = jax.random.split(jax.random.key(0), 9)
 survey = moe_jax.simulate_survey(keys[0], 300)
 flux = moe_jax.add_noise(keys[1], survey.flux, survey.error, 0.2)
@@ -33,11 +35,13 @@ config = moe_jax.GateConfig(epochs=2)
 gate = moe_jax.MLPGate(8)
 fit = moe_jax.fit_gate(keys[4], gate, features, yhat, y, config)
 moe_jax.mixture_loss(gate, fit.params, features, yhat, y)
-moe_jax.fit_gates(keys[:2], gate, features, yhat, y, config)
+trace(lambda *arrays: moe_jax.fit_gates(keys[:2], gate, *arrays, config), features, yhat, y)
 logistic = moe_jax.fit_classifier(features, cell, n_folds=2).params
 config = moe_jax.GateConfig(optimizer="lbfgs", init="logistic", max_iterations=3)
-moe_jax.fit_gate(keys[4], gate.__class__(26), features, yhat, y, config, logistic=logistic)
-moe_jax.fit_mlp_regressor(keys[4], features, y, config=moe_jax.GateConfig(epochs=2))
+wide = moe_jax.MLPGate(26)
+trace(lambda *arrays: moe_jax.fit_gate(keys[4], wide, *arrays, config, logistic=logistic), features, yhat, y)
+config = moe_jax.GateConfig(epochs=2)
+trace(lambda *arrays: moe_jax.fit_mlp_regressor(keys[4], *arrays, config=config)[0].params, features, y)
 weights = gate.apply(fit.params, features)
 moe_jax.fit_temperature(weights, yhat, y)
 moe_jax.simplex_weights(yhat + 0.1 * weights, y)
@@ -51,7 +55,8 @@ baseline = moe_jax.route_fallback(weights, yhat, moe_jax.route_oracle(cell, yhat
 moe_jax.fit_classifier(features, cell, n_folds=2)
 moe_jax.bootstrap_delta_r2(keys[5], y, prediction, moe_jax.route_hard(weights, yhat), groups=cell, n_resamples=5)
 for method in ("basic", "percentile", "bca", "studentized"):
-    moe_jax.bootstrap_gain(keys[5], y, y - prediction, groups=cell, n_resamples=5, method=method)
+    gain = functools.partial(moe_jax.bootstrap_gain, keys[5], n_resamples=5, method=method, n_groups=9)
+    trace(lambda y, gain_of_star, groups: gain(y, gain_of_star, groups=groups), y, y - prediction, cell)
 moe_jax.variance_components(np.random.default_rng(0).normal(size=(2, 2, 2, 2)))
 moe_jax.paired_bootstrap(keys[5], moe_jax.rmse, (y, baseline), 5)
 moe_jax.ridge_leverage(features, 1.0, features[:5])

@@ -1,7 +1,6 @@
-"""Runs that are killed, disks that are full, folders that cannot be written to, keys that are used twice."""
+"""Runs that are killed, disks that are full, folders that cannot be written to."""
 
 import multiprocessing
-import os
 import re
 import signal
 import subprocess
@@ -16,11 +15,7 @@ from experiments import regress_gate
 from experiments.runner.command_line import parse_config, use_all_cores
 from moe_jax import InputError
 
-
-def run(*arguments, **environment):
-    command = [sys.executable, "-m", "experiments.regress_gate", *ARGUMENTS, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
-    return done.returncode, done.stdout, done.stderr
+MOMENTS = ("early", "stage", "early", "stage", "early", "results")  # of the kills
 
 
 def test_the_command_line_gives_the_small_run():
@@ -33,24 +28,28 @@ def run_forked(config):
 
 
 @pytest.mark.slow
-def test_twenty_kills_leave_no_partial_file(trained, tmp_path):
-    """SIGKILL at 20 random moments of a small run; the next run completes, and gives what an undisturbed one gives.
+def test_kills_leave_no_partial_file(trained, tmp_path):
+    """SIGKILL at random moments of a small run; the next run completes, and gives what an undisturbed one gives.
 
-    The processes are forked from one that has imported everything, so that a moment is one of the run. Nineteen are killed within
-    its first two seconds, a quarter of them without a cache; one while its results are being written.
+    The processes are forked from one that has imported everything, so that a moment is one of the run. Three are killed within its
+    first two seconds, two when they begin to write one of the two stages into the cache, and one while it writes its results.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["experiments.regress_gate"])
     files = {path.relative_to(trained) for path in trained.rglob("*")}
+    config = with_options(SMALL, output_dir=tmp_path / "out", cache_dir=tmp_path / "cache")
     killed, rng = 0, np.random.default_rng(0)
-    for i in range(20):
-        places = {"output_dir": tmp_path / "out", "cache_dir": trained.parent / "cache", "use_cache": i % 4 > 0}
-        process = context.Process(target=run_forked, args=(with_options(SMALL, **places),))
+    for moment in MOMENTS:
+        before = set(tmp_path.glob("cache/*"))
+        process = context.Process(target=run_forked, args=(config,))
         process.start()
-        if i == 10:
+        if moment == "results":
             while process.is_alive() and not list(tmp_path.glob(f".out.*.{process.pid}.partial")):
                 process.join(0.01)
             process.join(rng.uniform(0.0, 1.5))
+        elif moment == "stage":
+            while process.is_alive() and set(tmp_path.glob("cache/*")) <= before:
+                process.join(0.002)
         else:
             process.join(rng.uniform(0.1, 2.0))
         process.kill()
@@ -61,8 +60,9 @@ def test_twenty_kills_leave_no_partial_file(trained, tmp_path):
             for path in (tmp_path / "out").rglob("*.csv"):
                 assert path.read_bytes() == (trained / path.relative_to(tmp_path / "out")).read_bytes()
             assert {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")} <= files
-    assert killed >= 15
-    process = context.Process(target=run_forked, args=(with_options(SMALL, **places),))
+    assert killed >= len(MOMENTS) - 1
+    assert len(list(tmp_path.glob("cache/*.npz"))) >= 2
+    process = context.Process(target=run_forked, args=(config,))
     process.start()
     process.join()
     assert process.exitcode == 0
@@ -99,10 +99,3 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, place, capsys):
         regress_gate.main(with_options(SMALL, output_dir=output, use_cache=False))
     assert "\n" not in str(caught.value)
     assert "surveys" not in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_no_random_key_is_used_twice(tmp_path):
-    """The whole run with JAX's own check of keys."""
-    code, _, errors = run("--output-dir", tmp_path / "out", "--no-use-cache", JAX_DEBUG_KEY_REUSE="1")
-    assert code == 0, errors[-2000:]

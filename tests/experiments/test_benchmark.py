@@ -45,7 +45,12 @@ def test_grid_search_chooses_our_alpha(survey, noisy_flux):
 
 @needs_torch
 @pytest.mark.slow
-def test_the_peers_pipeline_finds_what_the_experiment_finds(tmp_path):
+def test_the_peers_pipeline_finds_what_the_experiment_finds(tmp_path, monkeypatch):
+    """With few resamples and penalties; of the many only the time would be of interest."""
+    loop = peers.loop_bootstrap
+    monkeypatch.setattr(peers, "loop_bootstrap", lambda *arrays_and_number: loop(*arrays_and_number[:-1], 10))
+    monkeypatch.setattr(peers, "ALPHAS", (1.0, 10.0))
+    monkeypatch.setattr(peers, "GLOBAL_ALPHAS", (10.0, 100.0))
     make_survey.main(make_survey.MakeSurveyConfig(n_train=1_200, n_test=300, output_dir=tmp_path))
     found = peers.pipeline(tmp_path / "train.h5", tmp_path / "test.h5")
     assert set(found["r2"]) == {

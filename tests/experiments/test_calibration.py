@@ -4,9 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-from small_run import SMALL, with_options
+from small_run import SMALL, run_without_figures, with_options
 
-from experiments import make_survey, regress_gate
+from experiments import make_survey
 from experiments.pipeline.calibration import predict_labelled
 from experiments.pipeline.config import DataConfig
 from experiments.pipeline.surveys import observe_surveys
@@ -42,7 +42,7 @@ def test_spectra_as_observed_are_left_as_they_are(observed):
 @pytest.mark.slow
 def test_intervals_cover_what_they_promise_for_both_kinds_of_noise(trained, observed, tmp_path):
     """Calibrated on 450 other stars with simulated noise, and out-of-fold on 550 spectra as observed: some 2 points of error."""
-    regress_gate.main(with_options(SMALL, **observed, output_dir=tmp_path, use_cache=False))
+    run_without_figures(with_options(SMALL, **observed, output_dir=tmp_path, use_cache=False))
     for folder in (trained, tmp_path):
         np.testing.assert_allclose(coverage(folder), [0.68, 0.90, 0.95], atol=0.05)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tyro
-from small_run import SMALL, with_options
+from small_run import SMALL, run_without_figures, with_options
 
 from experiments import make_survey, regress_gate
 from experiments.build_lte_grid import PRESETS as BUILD_PRESETS
@@ -118,7 +118,7 @@ def test_the_local_experts_of_the_model_are_those_of_the_tables(results, surveys
 
 
 def test_same_seed_same_tables_and_the_cache_changes_nothing(results, tmp_path):
-    regress_gate.main(with_options(SMALL, output_dir=tmp_path / "second", cache_dir=results.parent / "cache"))
+    run_without_figures(with_options(SMALL, output_dir=tmp_path / "second", cache_dir=results.parent / "cache"))
     assert read(tmp_path / "second") == read(results)
     assert list((results.parent / "cache").glob("local-*.npz"))
     assert "experts, cross-validated" not in json.loads((tmp_path / "second" / "run.json").read_text())["seconds"]
@@ -135,7 +135,7 @@ def test_another_seed_draws_all_anew():
 
 def test_files_give_the_same_tables_without_a_cache(results, surveys, tmp_path):
     files = {"train_file": surveys / "train.h5", "test_file": surveys / "test.h5"}
-    regress_gate.main(with_options(SMALL, **files, output_dir=tmp_path / "files", use_cache=False))
+    run_without_figures(with_options(SMALL, **files, output_dir=tmp_path / "files", use_cache=False))
     # No stars are left to calibrate the local experts on, and so there is no coverage.
     first = read(results)
     assert {name: (tmp_path / "files" / f"{name}.csv").read_text() for name in TABLES[:-1]} == {n: first[n] for n in TABLES[:-1]}

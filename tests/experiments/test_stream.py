@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
-from small_run import SMALL, with_options
+from small_run import SMALL, run_without_figures, with_options
 
 from experiments import regress_gate
 from experiments.pipeline.stream import SavedSums, load_sums
@@ -42,7 +42,7 @@ def surveys(common, once):
 
 def run(options, folder):
     """Predictions of a run in this process."""
-    regress_gate.main(with_options(SMALL, **options, output_dir=folder / "out", cache_dir=folder / "cache"))
+    run_without_figures(with_options(SMALL, **options, output_dir=folder / "out", cache_dir=folder / "cache"))
     return pd.read_csv(folder / "out" / "predictions.csv")
 
 

@@ -56,10 +56,14 @@ def test_scores_are_of_stars_without_a_flag():
 
 
 @pytest.mark.slow
-def test_the_study(trained, tmp_path):
+def test_the_study(trained, tmp_path, monkeypatch):
+    """On some cases, of which each takes another way through the fit; what every case does to spectra is tested above."""
+    names = ("untouched", "velocity 200 km/s", "resolution 2500", "dead pixels hold NaN", "scale times 1000", "noise only")
+    few = {name: SPOILINGS[name] for name in names}
+    monkeypatch.setattr(stress_predict, "SPOILINGS", few)
     config = with_options(stress_predict.PRESETS["smoke"], model=trained / "model", n_stars=40, output_dir=tmp_path)
     stress_predict.main(config)
     cases = pd.read_csv(tmp_path / "cases.csv")
-    assert list(cases["case"]) == list(SPOILINGS | LATER)
+    assert list(cases["case"]) == [*few, *LATER]
     assert cases["flagged"].iloc[0] < 0.1
     assert (tmp_path / "cases.png").exists()

@@ -49,7 +49,7 @@ STUDIES = {
     "compare_methods": (compare_methods, {"n_components": (5,), "n_cells": (32,), "n_floor": 50, "network": QUICK}),
     "ablate_gate": (ablate_gate, {"n_seeds": 2, "gate": QUICK, "widths": (8,), "fractions": (0.5,)}),
     "cover_all": (cover_all, {"n_seeds": 2, "gate": QUICK}),
-    "calibrate_bootstrap": (calibrate_bootstrap, {"n_population": 600, "n_sets": (60,), "set_sizes": (200,), "gate": QUICK}),
+    "calibrate_bootstrap": (calibrate_bootstrap, {"n_population": 600, "n_sets": (100,), "set_sizes": (200,), "gate": QUICK}),
     "replicate": (replicate, {"n_surveys": 2, "n_draws": 2, "n_seeds": 2, "n_sets": 2, "gate": QUICK, "global_alphas": ()}),
     "train_jointly": (train_jointly, {"joint_alphas": (1.0,), "n_rounds": 1, "gradient_epochs": 2, "gate": QUICK}),
     "calibrate_uncertainty": (

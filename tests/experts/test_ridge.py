@@ -22,7 +22,7 @@ def tall_spectra():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("alpha", [1e-2, 1.0, 1e2, 1e5])
+@pytest.mark.parametrize("alpha", [1e-2, 1e5])
 @pytest.mark.parametrize("shape", ["spectra", "tall_spectra"])
 def test_against_scikit_learn_on_spectra(shape, alpha, request):
     x, y = request.getfixturevalue(shape)

@@ -129,7 +129,8 @@ def run(folder, n_processes, devices):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     code = PROCESS.format(tests=str(Path(__file__).parent), devices=devices)
     outputs = [folder / f"{n_processes}-{devices}-{rank}.npz" for rank in range(n_processes)]
     processes = [

