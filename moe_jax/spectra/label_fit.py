@@ -125,11 +125,11 @@ def fit_labels(
     known = np.zeros(len(flux), flux.dtype) if velocity is None else np.asarray(velocity, flux.dtype)
     constant = np.broadcast_to(np.asarray(additive, flux.dtype), len(flux))
     free = (0, 1, 2, 3, *([4] if velocity is None else []), *([5] if broadening else []))
-    devices = devices_for(len(flux))
+    devices = devices_for(_BLOCK)  # also for a single star, so that one program serves all numbers of stars
     arrays = on_all(tuple(model[1:]), devices)
     fits = []
     for start in range(0, len(flux), _BLOCK * len(devices)):
-        # The last star fills the last blocks, so that one program serves all numbers of stars.
+        # The last star fills the last blocks.
         rows = np.minimum(np.arange(start, start + _BLOCK * len(devices)), len(flux) - 1)
         blocks = tuple(
             array[rows].reshape(len(devices), _BLOCK, *array.shape[1:]) for array in (flux, error, good, known, constant)
