@@ -50,6 +50,11 @@ class ExpertOptions:
             if not (empty or values) or not all(0 < value < np.inf for value in values):
                 raise InputError(f"{name} is {values}, expected positive numbers")
 
+    def require_global_ridge(self) -> None:
+        """Raises an ``InputError`` where no penalty is given for the global ridge: for studies that compare it."""
+        if not self.global_alphas:
+            raise InputError("global_alphas is empty, expected at least one penalty: this command compares the global ridge")
+
 
 @dataclass(frozen=True)
 class DataConfig:

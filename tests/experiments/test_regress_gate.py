@@ -14,7 +14,7 @@ import pytest
 import tyro
 from small_run import SMALL, run_without_figures, with_options
 
-from experiments import make_survey, regress_gate
+from experiments import cover_all, make_survey, regress_gate, scale
 from experiments.build_lte_grid import PRESETS as BUILD_PRESETS
 from experiments.pipeline.config import draw_keys
 from experiments.pipeline.methods import METHODS
@@ -140,6 +140,29 @@ def test_files_give_the_same_tables_without_a_cache(results, surveys, tmp_path):
     first = read(results)
     assert {name: (tmp_path / "files" / f"{name}.csv").read_text() for name in TABLES[:-1]} == {n: first[n] for n in TABLES[:-1]}
     assert "Their intervals are not calibrated: no stars were left" in (tmp_path / "files" / "report.md").read_text()
+
+
+def test_without_a_global_ridge_its_methods_are_left_out(results, tmp_path):
+    """``--global-alphas`` without a value: all other numbers are those of the run that has one."""
+    out = tmp_path / "none"
+    regress_gate.main(with_options(SMALL, global_alphas=(), output_dir=out, cache_dir=tmp_path / "cache"))
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in results.iterdir())
+    ours, theirs = (pd.read_csv(folder / "overall.csv", keep_default_na=False) for folder in (out, results))
+    left = theirs[~theirs["method"].isin(["global", "fallback"])].assign(rho="")
+    pd.testing.assert_frame_equal(ours, left.reset_index(drop=True))
+    for name in ("per_bin", "bootstrap", "predictions"):
+        text = (out / f"{name}.csv").read_text()
+        assert "global" not in text
+        assert "fallback" not in text
+    assert "nan" not in (out / "report.md").read_text()
+    assert json.loads((out / "run.json").read_text())["alpha"]["global"] is None
+    assert np.isnan(load_model(out / "model").global_ridge.intercept)
+
+
+@pytest.mark.parametrize("command", [cover_all, scale])
+def test_a_study_of_the_global_ridge_needs_one(command):
+    with pytest.raises(InputError, match="global_alphas is empty, expected at least one penalty"):
+        with_options(command.PRESETS["smoke"], global_alphas=())
 
 
 def edit(path, change):
