@@ -41,7 +41,9 @@ from moe_jax.evaluate.intervals import (
 )
 from moe_jax.evaluate.metrics import center_groups, varies
 
-#: Of the four methods, its actual coverage comes closest to the confidence level: see results/calibrate_bootstrap.
+#: Of the five methods, its actual coverage comes closest to the confidence level for the difference of all of 816 test stars, as
+#: many as the published report has. With 8,000 stars "percentile" comes closest, and all five miss by about a point or less.
+#: Within cells "symmetric" comes closest. See results/calibrate_bootstrap.
 DEFAULT_METHOD: IntervalMethod = "basic"
 
 # Resamples are summed in tiles, each one matmul of a fixed shape.
