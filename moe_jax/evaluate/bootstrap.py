@@ -231,7 +231,7 @@ def bootstrap_gain(
     require_vectors(y=y, gain=gain)
     require_whole("n_resamples", n_resamples, 1)
     require_interval(method, confidence_level)
-    if not 0 <= n_borrowed < np.inf:
+    if np.ndim(n_borrowed) or np.asarray(n_borrowed).dtype.kind not in "iuf" or not 0 <= n_borrowed < np.inf:
         raise InputError(f"n_borrowed is {n_borrowed}, expected a finite number, at least 0")
     if n_borrowed and method not in ("symmetric", "studentized"):
         raise InputError(f"n_borrowed is {n_borrowed} with the method {method!r}, expected the method symmetric or studentized")
