@@ -248,6 +248,11 @@ def _read_text(path: Path) -> list[_Field]:
         if text and meaning in known:
             raise InputError(f"{path}: {name}: found {text[0]!r} ({len(text)} such cells), expected numbers")
         fields.append(_named(name, np.array([float(cell or "nan") if _is_number(cell) else np.nan for cell in column])))
+    first = fields[0].values
+    if names[0] == "col1" and first[0] in (0, 1) and len(first) > 1 and (np.diff(first) == 1).all():
+        raise InputError(
+            f"{path}: found the numbers of the rows in the first column, expected wavelengths, or names of the columns"
+        )
     return fields
 
 

@@ -149,6 +149,7 @@ def test_the_sentence_says_what_there_is(tmp_path):
     [
         ("wave,flux\n7000,cloud\n7001,1\n", r"in\.csv: flux: found 'cloud' \(1 such cells\), expected numbers"),
         ("some words\nand more\n", "found a file that is not HDF5, FITS or columns of numbers"),
+        ("0 7000 1 0.1\n1 7001 1 0.1\n2 7002 1 0.1\n", "found the numbers of the rows in the first column, expected wavelengths"),
         ("wave,flux\n7000,1\nnan,1\n7002,1\nnan,1\n7004,1\n", "wave: found star 0: 2 of 5 wavelengths that are not numbers"),
     ],
 )
