@@ -107,8 +107,8 @@ def floor_table(config: UncertaintyConfig, prepared: Prepared, model: Model, tes
     ]
     floor, bayes = (log_g_floor(np.concatenate(information)[rows], prior=prior) for prior in (False, True))
     classify = LinearGate().apply(prepared.classifier.params, chosen.features)
-    predictions = {
-        "global ridge": chosen.global_prediction,
+    predictions = {"global ridge": chosen.global_prediction} if prepared.has_global_ridge else {}
+    predictions |= {
         "oracle": route_oracle(chosen.cell, chosen.predictions),
         "classification gate": route_soft(classify, chosen.predictions),
         "MLP gate": route_soft(model.gate.apply(model.gate_params, chosen.features), chosen.predictions),

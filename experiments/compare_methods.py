@@ -273,11 +273,13 @@ def prepared_methods(config: CompareConfig, prepared: Prepared, stages: Stages) 
         params = fit_gate(key, MLPGate(), stars.features, stars.predictions, stars.log_g).params
         return mix_experts(prepared, MLPGate(), params, features)
 
-    return {
+    one_ridge: dict[str, tuple[Callable[[], Predict], float]] = {
         "one ridge for all stars": (
             lambda: lambda stars: predict_ridge(prepared.global_ridge.ridge, stars.flux),
             seconds["global ridge, cross-validated"],
         ),
+    }
+    return (one_ridge if prepared.has_global_ridge else {}) | {
         "nine ridges, classification gate": (
             lambda: mix_experts(prepared, LinearGate(), prepared.classifier.params, features),
             before + seconds["classification gate"],

@@ -35,6 +35,9 @@ class CoverConfig(GateStudyConfig):
 
     data: DataConfig = group(DataConfig(), without=("coverage",))
 
+    def __post_init__(self) -> None:
+        self.data.experts.require_global_ridge()
+
 
 PRESETS = {"default": CoverConfig(), "smoke": CoverConfig(**QUICK)}
 

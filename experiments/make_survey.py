@@ -19,6 +19,7 @@ import numpy as np
 
 from experiments.pipeline.config import SURVEYS, DataConfig, draw_keys
 from experiments.pipeline.surveys import observe, open_surveys
+from experiments.report.results import require_writable
 from experiments.runner.command_line import PresetConfig, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import InputError
@@ -57,6 +58,7 @@ PRESETS = {name: MakeSurveyConfig(name, data.n_train, data.n_test) for name, dat
 def main(config: MakeSurveyConfig) -> None:
     """Draws both surveys and writes them, in parts, so that they may be larger than the memory."""
     stages = Stages()
+    require_writable(config.output_dir)
     drawn = DataConfig(
         n_train=config.n_train,
         n_test=config.n_test,
@@ -66,7 +68,7 @@ def main(config: MakeSurveyConfig) -> None:
         noise_level=config.noise_level,
     )
     try:
-        wave = None if config.wave is None else np.loadtxt(config.wave)
+        wave = None if config.wave is None else np.loadtxt(config.wave, ndmin=1)
     except (OSError, ValueError) as reason:
         raise InputError(f"{config.wave}: found no wavelengths ({reason}), expected a number in each line") from reason
     keys = draw_keys(config.seed)

@@ -33,7 +33,6 @@ from experiments.pipeline.methods import (
     FALLBACK,
     GLOBAL,
     HARD,
-    METHODS,
     ORACLE,
     REGRESSION_GATES,
     Method,
@@ -117,6 +116,8 @@ def run(config: RegressGateConfig, stages: Stages) -> Outcome:
             HARD: route_hard(weights[CLASSIFY], test.predictions),
             FALLBACK: route_fallback(weights[CLASSIFY], test.predictions, test.global_prediction),
         } | {method: route_soft(weights[method], test.predictions) for method in fits}
+        if not prepared.has_global_ridge:
+            del predictions[GLOBAL], predictions[FALLBACK]
         key = draw_keys(config.data.seed).bootstrap
         comparisons = compare(key, test.log_g, predictions, test.cell, **config.bootstrap.arguments)
         return Outcome(
@@ -136,14 +137,14 @@ def prediction_table(results: Outcome) -> pd.DataFrame:
     """Every method's prediction of each covered test star."""
     star = np.flatnonzero(np.asarray(results.prepared.test.cell) >= 0)
     columns = {"star": star, "bin": np.asarray(results.test.cell), "log_g": np.asarray(results.test.log_g)}
-    return pd.DataFrame(columns | {method.column: np.asarray(results.predictions[method]) for method in METHODS})
+    return pd.DataFrame(columns | {method.column: np.asarray(of_method) for method, of_method in results.predictions.items()})
 
 
 def draw_figures(results: Outcome, confidence_level: float) -> dict[str, figures.Figure]:
     """All figures by file name."""
     published = load_published()
     cross_fitted = [method for method in REGRESSION_GATES if method.protocol == CROSS_FITTED]
-    shown = [GLOBAL, CLASSIFY, *cross_fitted]
+    shown = [method for method in (GLOBAL, CLASSIFY, *cross_fitted) if method in results.predictions]
     return {
         "r2_comparison": figures.r2_comparison(results.overall, published),
         "per_bin_delta": figures.per_bin_delta(results.comparisons, confidence_level),
@@ -157,13 +158,14 @@ def draw_figures(results: Outcome, confidence_level: float) -> dict[str, figures
 def describe_choices(results: Outcome) -> dict[str, Any]:
     """The hyper-parameters that were chosen, and how the gates' training ended."""
     experts, global_ridge = results.prepared.experts, results.prepared.global_ridge
+    has_global = results.prepared.has_global_ridge
     return {
         "n_covered_train": results.prepared.n_covered,
         "n_covered_test": len(results.test.log_g),
         "alpha": {
             "cells": np.asarray(experts.alpha).tolist(),
             "cells_at_edge": np.asarray(experts.at_edge).tolist(),
-            "global": float(global_ridge.alpha),
+            "global": float(global_ridge.alpha) if has_global else None,
             "global_at_edge": bool(global_ridge.at_edge),
         },
         "classifier": results.prepared.classifier._asdict() | {"params": None, "test_accuracy": test_accuracy(results)},
@@ -191,11 +193,12 @@ def sections_of(config: RegressGateConfig, results: Outcome) -> list[str]:
     prepared, options = results.prepared, config.data
     data = f"{options.train_file} and {options.test_file}" if options.train_file else "simulated from the LTE grid"
     alphas = ", ".join(f"{float(alpha):g}" for alpha in np.asarray(prepared.experts.alpha))
+    of_global = f"{float(prepared.global_ridge.alpha):g} (global)" if prepared.has_global_ridge else "no global ridge"
     setup = (
         f"Data: {data}. Covered stars: {prepared.n_covered:,} to train, {len(results.test.log_g):,} to test. "
         f"{options.described_noise}, seed {options.seed}. {config.bootstrap.n_resamples:,} resamples of the test stars, "
         f"{config.bootstrap.confidence_level:.0%} {config.bootstrap.interval_method} intervals. Alpha by cross-validation: "
-        f"{alphas} (cells), {float(prepared.global_ridge.alpha):g} (global). Classification gate: C {prepared.classifier.C:g}, "
+        f"{alphas} (cells), {of_global}. Classification gate: C {prepared.classifier.C:g}, "
         f"accuracy {prepared.classifier.accuracy:.4f} (cross-validated), {test_accuracy(results):.4f} (test)."
     )
     return report_sections(setup, results, config.in_sample_fraction)
@@ -219,7 +222,7 @@ def print_table(results: Outcome) -> None:
         table.add_column(column, justify="left" if column in ("method", "protocol") else "right")
     for row in results.overall.to_dict("records"):
         report = published.get(row["method"]) if row["protocol"] != CROSS_FITTED else None
-        numbers = (f"{row[column]:.4f}" for column in ("r2", "mae", "rmse", "rho"))
+        numbers = ("" if np.isnan(row[column]) else f"{row[column]:.4f}" for column in ("r2", "mae", "rmse", "rho"))
         table.add_row(row["method"], row["protocol"], *numbers, f"{report['r2']:.4f}" if report else "")
     console.print(table)
     for row in results.bootstrap.head(4).to_dict("records"):

@@ -74,6 +74,7 @@ class ScaleConfig(GateStudyConfig):
         for name in ("n_trains", "noise_levels"):
             if not getattr(self, name):
                 raise InputError(f"{name} is empty, expected at least one")
+        self.data.experts.require_global_ridge()
 
 
 PRESETS = {

@@ -50,6 +50,11 @@ class ExpertOptions:
             if not (empty or values) or not all(0 < value < np.inf for value in values):
                 raise InputError(f"{name} is {values}, expected positive numbers")
 
+    def require_global_ridge(self) -> None:
+        """Raises an ``InputError`` where no penalty is given for the global ridge: for studies that compare it."""
+        if not self.global_alphas:
+            raise InputError("global_alphas is empty, expected at least one penalty: this command compares the global ridge")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -92,6 +97,9 @@ class DataConfig:
             if (number := getattr(self, name)) < (file is None):
                 raise InputError(f"{name} is {number}, expected at least 1 without a file, and at least 0 (all stars) with one")
         require_at_least(self, noise_draw=0, chunk_stars=0)
+        for name, largest in (("seed", 2**32 - 1), ("test_seed", 2**32 - 1), ("noise_draw", 2**31 - 1)):  # those of scikit-learn
+            if not 0 <= (getattr(self, name) or 0) <= largest:
+                raise InputError(f"{name} is {getattr(self, name)}, expected 0 to {largest}")
         if self.train_file is None:
             require_resolution(self.resolution)
         elif not 0 < self.resolution < np.inf:

@@ -51,6 +51,11 @@ class Prepared(NamedTuple):
         """Training stars that have an expert."""
         return int(np.sum(np.asarray(self.train.cell) >= 0))
 
+    @property
+    def has_global_ridge(self) -> bool:
+        """Whether a global ridge was fitted; without one, its predictions are NaN."""
+        return bool(np.isfinite(np.asarray(self.global_ridge.alpha)))
+
     def gate_stars(self) -> Stars:
         """The covered training stars with cross-fitted expert predictions: what a regression gate is trained on."""
         train = self.train

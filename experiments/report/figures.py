@@ -262,6 +262,8 @@ def floor_plot(table: pd.DataFrame) -> Figure:
     x = np.arange(len(table))
     shapes = {"global ridge": ("v", GREY), "oracle": ("^", GREEN), "classification gate": ("D", BLACK), "MLP gate": ("o", BLUE)}
     for name, (marker, color) in shapes.items():
+        if name not in table:  # no global ridge was fitted
+            continue
         ax.plot(x, table[name], marker=marker, color=color, ms=6, lw=1.2, label=name)
     ax.plot(x, table["floor"], color=ORANGE, lw=2.0, marker="s", ms=6, label="Cramér-Rao floor")
     ax.plot(x, table["floor_with_prior"], color=ORANGE, lw=2.0, ls="--", marker="s", ms=6, mfc="w", label="floor, normal priors")

@@ -10,7 +10,7 @@ from typing import Any, SupportsFloat
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline.methods import CLASSIFY, CROSS_FITTED, IN_SAMPLE, PROTOCOLS, REGRESSION_GATES, Method, Pair
+from experiments.pipeline.methods import CLASSIFY, CROSS_FITTED, GLOBAL, IN_SAMPLE, PROTOCOLS, REGRESSION_GATES, Method, Pair
 from experiments.report.tables import Outcome, published_verdict, verdict
 from moe_jax.evaluate.bootstrap import Bootstrap
 from moe_jax.experts.cells import CELL_NAMES
@@ -151,12 +151,13 @@ def warnings(results: Outcome) -> list[str]:
 def report_sections(setup: str, results: Outcome, in_sample_fraction: float) -> list[str]:
     """The paragraphs of the report; every figure that they name lies beside it."""
     published, notes = load_published(), warnings(results)
+    rho = "rho = (R2 - R2 global) / (R2 oracle - R2 global)" if GLOBAL in results.predictions else "rho needs a global ridge"
     sections = [
         setup,
         "\n".join(f"> **Warning.** {note}\n>" for note in notes).rstrip("\n>"),
         "## Every method on the same covered test stars",
         overall_markdown(results.overall, published),
-        "rho = (R2 - R2 global) / (R2 oracle - R2 global). The report's columns come from other spectra (the same set-up). They "
+        f"{rho}. The report's columns come from other spectra (the same set-up). They "
         "are shown for comparison, and nothing is tuned to them. Its global R2 is on 1000 stars, the rest on 816.",
         "![R2 of every method](r2_comparison.png)",
         "## Regression gates against the classification gate",

@@ -83,8 +83,8 @@ def write_results(folder: Path, results: Results, command: str, run: dict[str, A
         report = "\n\n".join([f"# {results.title}", f"Made by `{command}`.", *results.sections])
         (temporary / "report.md").write_text(report + "\n")
         (temporary / "run.json").write_text(json.dumps(run, indent=2, default=_plain) + "\n")
-    if results.write_more is not None:
-        results.write_more(folder, run)
+        if results.write_more is not None:
+            results.write_more(folder, run)
     console.print(tree_of(folder))
 
 

@@ -39,8 +39,9 @@ class Outcome(NamedTuple):
 
 
 def overall_table(y: Float[AnyArray, " N"], predictions: Predictions) -> pd.DataFrame:
-    """R2, MAE, RMSE and oracle-gain retention rho of each method; the stars are the same for all."""
+    """R2, MAE, RMSE and oracle-gain retention rho of each method; the stars are the same for all. rho is NaN without GLOBAL."""
     r2 = {method: float(r2_score(y, prediction)) for method, prediction in predictions.items()}
+    r2_global = r2.get(GLOBAL, np.nan)
     return pd.DataFrame(
         {
             "method": method.name,
@@ -48,7 +49,7 @@ def overall_table(y: Float[AnyArray, " N"], predictions: Predictions) -> pd.Data
             "r2": r2[method],
             "mae": float(mae(y, prediction)),
             "rmse": float(rmse(y, prediction)),
-            "rho": retention(r2[method], r2[GLOBAL], r2[ORACLE]),
+            "rho": retention(r2[method], r2_global, r2[ORACLE]),
         }
         for method, prediction in predictions.items()
     )
@@ -57,11 +58,15 @@ def overall_table(y: Float[AnyArray, " N"], predictions: Predictions) -> pd.Data
 def compare(
     key: PRNGKeyArray, y: Float[AnyArray, " N"], predictions: Predictions, cell: Int[AnyArray, " N"], **options: Any
 ) -> dict[Pair, Bootstrap]:
-    """Delta R2 of each of ``PAIRS``, overall and by cell, on the same resamples; options as those of ``bootstrap_gain``."""
+    """Delta R2 of each of ``PAIRS``, overall and by cell, on the same resamples; options as those of ``bootstrap_gain``.
+
+    Pairs of which a method has no predictions are left out.
+    """
     options |= {"groups": cell, "n_groups": N_CELLS}
     return {
         pair: bootstrap_delta_r2(jax.random.clone(key), y, predictions[pair.method], predictions[pair.baseline], **options)
         for pair in PAIRS
+        if predictions.keys() >= set(pair)
     }
 
 

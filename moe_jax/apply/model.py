@@ -14,6 +14,7 @@ from moe_jax.apply.conformal import Calibration, half_widths
 from moe_jax.apply.novelty import FeatureRange, feature_distance
 from moe_jax.apply.uncertainty import Leverage, PredictiveVariance, approximate_leverage, predictive_variance
 from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.core.convert import convert_arguments
 from moe_jax.experts.local import LocalMixture, median_error, predict_local
 from moe_jax.experts.ridge import Ridge, predict_ridge
 from moe_jax.gates.features import FeatureModel, LinePixels, features_of_pixels, line_pixels
@@ -91,6 +92,7 @@ class MixturePrediction(NamedTuple):
     local: LocalAnswer | None = None  #: of a model that has local linear experts
 
 
+@convert_arguments()
 def predict_model(
     model: Model,
     flux: Float[AnyArray, "N P"],
@@ -108,13 +110,18 @@ def predict_model(
         scale_error: relative standard deviation of the factor by which each spectrum was scaled; 0 by default.
 
     Raises:
-        InputError: for another number of pixels, or for ``good`` and a model without uncertainties.
+        InputError: for another number of pixels, no stars, an array of NumPy with negative errors, or for ``good`` and a model
+            without uncertainties.
     """
-    if flux.ndim != 2 or flux.shape[1] != len(model.wave):
+    if flux.ndim != 2 or flux.shape[1] != len(model.wave) or not len(flux):
         raise InputError(f"flux has shape {flux.shape}, expected (N, {len(model.wave)}) for the wavelengths of the model")
     for name, array in (("error", error), ("good", good)):
         if array is not None and array.shape != flux.shape:
             raise InputError(f"{name} has shape {array.shape}, expected {flux.shape} like flux")
+    if scale_error is not None and scale_error.shape != flux.shape[:1]:
+        raise InputError(f"scale_error has shape {scale_error.shape}, expected {flux.shape[:1]} like the rows of flux")
+    if isinstance(error, np.ndarray) and (error < 0).any():
+        raise InputError(f"error holds {error.min():g}, expected no negative errors: mask such pixels by good")
     if good is not None:
         if model.uncertainty is None:
             raise InputError("good was given for a model without uncertainties, expected one that knows how to fill masked pixels")

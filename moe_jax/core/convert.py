@@ -1,7 +1,8 @@
 """One conversion at the door: what a public function is given becomes the arrays that its annotations name, or one sentence.
 
 Lists, pandas objects and integers become floating arrays where the annotation is ``Float[...]``, whole numbers become integers
-where it is ``Int[...]``, and keys of the old style become typed keys. Arrays that are right already are handed on as they are.
+where it is ``Int[...]``, 0 and 1 become ``False`` and ``True`` where it is ``Bool[...]``, and keys of the old style become typed
+keys. Arrays that are right already are handed on as they are.
 """
 
 from __future__ import annotations
@@ -77,6 +78,10 @@ def _convert(name: str, value: Any, kind: str | None, dimensions: str | None) ->
         if dtype.kind != "b" and (fraction or not (np.asarray(array) == np.round(np.asarray(array))).all()):
             raise InputError(f"{name} holds values of type {dtype}, expected whole numbers")
         array = array.astype(np.int32)
+    elif kind == "Bool" and dtype.kind != "b" and not isinstance(array, jax.core.Tracer):
+        if dtype.kind not in "iuf" or not np.isin(np.asarray(array), (0, 1)).all():
+            raise InputError(f"{name} holds values of type {dtype}, expected True and False")
+        array = array.astype(bool)
     n_dimensions = len((dimensions or "").split())
     if n_dimensions > 1 and "*" not in str(dimensions) and "..." not in str(dimensions) and array.ndim != n_dimensions:
         raise InputError(f"{name} has shape {array.shape}, expected ({', '.join(str(dimensions).split())})")

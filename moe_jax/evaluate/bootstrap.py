@@ -41,7 +41,9 @@ from moe_jax.evaluate.intervals import (
 )
 from moe_jax.evaluate.metrics import center_groups, varies
 
-#: Of the four methods, its actual coverage comes closest to the confidence level: see results/calibrate_bootstrap.
+#: Of the five methods, its actual coverage comes closest to the confidence level for the difference of all of 816 test stars, as
+#: many as the published report has. With 8,000 stars "percentile" comes closest, and all five miss by about a point or less.
+#: Within cells "symmetric" comes closest. See results/calibrate_bootstrap.
 DEFAULT_METHOD: IntervalMethod = "basic"
 
 # Resamples are summed in tiles, each one matmul of a fixed shape.
@@ -229,7 +231,7 @@ def bootstrap_gain(
     require_vectors(y=y, gain=gain)
     require_whole("n_resamples", n_resamples, 1)
     require_interval(method, confidence_level)
-    if not 0 <= n_borrowed < np.inf:
+    if np.ndim(n_borrowed) or np.asarray(n_borrowed).dtype.kind not in "iuf" or not 0 <= n_borrowed < np.inf:
         raise InputError(f"n_borrowed is {n_borrowed}, expected a finite number, at least 0")
     if n_borrowed and method not in ("symmetric", "studentized"):
         raise InputError(f"n_borrowed is {n_borrowed} with the method {method!r}, expected the method symmetric or studentized")

@@ -167,5 +167,6 @@ def require_interval(method: str, confidence_level: ArrayLike) -> None:
         raise InputError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
     if isinstance(confidence_level, jax.core.Tracer):
         return
-    if np.ndim(confidence_level) or isinstance(confidence_level, str) or not 0 < np.asarray(confidence_level) < 1:
+    level = np.asarray(confidence_level)
+    if level.ndim or level.dtype.kind not in "iuf" or not 0 < level < 1:
         raise InputError(f"confidence_level is {confidence_level}, expected a number between 0 and 1")

@@ -82,5 +82,5 @@ def require_positive(alpha: ArrayLike) -> None:
     if isinstance(alpha, jax.core.Tracer):
         return
     values = np.asarray(alpha)
-    if values.size == 0 or not (np.isfinite(values) & (values > 0)).all():
+    if values.size == 0 or values.dtype.kind not in "biuf" or not (np.isfinite(values) & (values > 0)).all():
         raise InputError(f"alpha is {alpha}, expected positive numbers")

@@ -14,7 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from moe_jax.core.arrays import AnyArray, by_numpy, namespace, require_cell_sizes, require_same_length, to_device, to_host
+from moe_jax.core.arrays import (
+    AnyArray,
+    by_numpy,
+    namespace,
+    require_cell_sizes,
+    require_same_length,
+    require_whole,
+    to_device,
+    to_host,
+)
 from moe_jax.core.convert import convert_arguments
 from moe_jax.experts.alphas import require_positive
 from moe_jax.experts.cross_validation import CrossValidatedRidge, fit_cross_validated, held_rows
@@ -28,7 +37,12 @@ FOLD_SLACK = 8  # rows that a fold may hold more than an equal share, without an
 
 @convert_arguments()
 def assign_folds(key: PRNGKeyArray, cell: Int[AnyArray, " N"], n_folds: int = 5) -> Int[jax.Array, " N"]:
-    """Random folds, stratified: within each cell, their sizes differ by one star at the most."""
+    """Random folds, stratified: within each cell, their sizes differ by one star at the most.
+
+    Raises:
+        InputError: unless ``n_folds`` is a whole number, at least 2: with one fold, no star would be left to fit to.
+    """
+    require_whole("n_folds", n_folds, 2)
     return _assign_folds(key, jnp.asarray(cell), n_folds)
 
 

@@ -30,7 +30,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float, Int
 
-from moe_jax.core.arrays import AnyArray, InputError, by_numpy, map_blocks, matmul, require_same_length, to_device
+from moe_jax.core.arrays import AnyArray, InputError, by_numpy, map_blocks, matmul, require_same_length, require_whole, to_device
 from moe_jax.core.cholesky import shifted_cholesky
 from moe_jax.core.convert import convert_arguments
 
@@ -251,6 +251,10 @@ def fit_local(
     n = require_same_length(flux=flux, y=y)
     if error.shape != flux.shape or len(labels) != n:
         raise InputError(f"error and labels have shapes {error.shape} and {labels.shape}, expected {flux.shape} and ({n}, L)")
+    n_components = tuple(np.ravel(n_components).tolist())
+    for name, number in (("n_cells", n_cells), ("degree", degree), *(("n_components", number) for number in n_components)):
+        require_whole(name, number, 1)
+    require_whole("seed", seed, 0)
     if n < 2 * n_cells:
         raise InputError(f"found {n} stars for {n_cells} cells, expected at least 2 in each on average")
     flux, error, y, labels, noise_level = map(np.asarray, (flux, error, y, labels, median_error(error)))
@@ -260,13 +264,17 @@ def fit_local(
         raise InputError(
             f"error is {np.median(noise_level):g} in the median, expected 1e-8 to 1e8: divide flux and error by a constant"
         )
-    if n_cells < 1 or degree < 1 or not n_components or min(n_components) < 1:
-        raise InputError(f"n_cells, degree and n_components are {n_cells}, {degree} and {n_components}, expected at least 1")
+    if not n_components or not labels.shape[1]:
+        raise InputError(f"n_components is {n_components}, labels has shape {labels.shape}, expected at least 1 of both")
     low, high = labels.min(axis=0), labels.max(axis=0)
     scaled = (2 * (labels - low) / np.maximum(high - low, np.finfo(np.float32).tiny) - 1).astype(noise_level.dtype)
     terms = np.asarray(polynomial_terms(scaled, degree))
     template = np.asarray(error_template(error, noise_level))
+    if not np.isfinite(template).all():
+        raise InputError(f"error holds {error.max():g}, expected numbers below 1e18 times the median of the star's errors")
     cell = KMeans(n_cells, n_init=1, max_iter=30, random_state=seed).fit(scaled).labels_
+    present, cell = np.unique(cell.astype(np.int32), return_inverse=True)  # with fewer different labels than cells, some stay empty
+    n_cells = len(present)
     most = max(n_components)
     rank = min(labels.shape[1], most)
     held = np.arange(n) % 5 == 0

@@ -70,6 +70,8 @@ def fit_ridge(
 def _fit(x: AnyArray, y: AnyArray, alpha: ArrayLike, root: AnyArray, tangents: AnyArray | None) -> Ridge:
     """The fit of stars with the given roots of their weights; where it is not finite, the error names the array to blame."""
     require_positive(alpha)
+    if np.size(alpha) > 1 or not x.shape[1]:
+        raise InputError(f"alpha is {alpha} for x of shape {x.shape}, expected one penalty, and at least one column")
     if tangents is not None and (tangents.shape[0], tangents.shape[2]) != x.shape:
         raise InputError(f"tangents has shape {tangents.shape}, expected ({len(x)}, T, {x.shape[1]}) for x of shape {x.shape}")
     ridge: Ridge = _center_and_solve(x, y, alpha, root, tangents)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from moe_jax.core.arrays import AnyArray, InputError, require_cell_sizes, require_same_length
+from moe_jax.core.arrays import AnyArray, InputError, require_cell_sizes, require_same_length, require_whole
 from moe_jax.core.convert import convert_arguments
 from moe_jax.gates.networks import linear_params
 from moe_jax.gates.optimize import Params
@@ -45,7 +45,8 @@ def fit_classifier(
         seed: seed of the shuffle into folds.
 
     Raises:
-        InputError: shapes that disagree, or a cell that is missing or holds fewer stars than folds.
+        InputError: shapes that disagree, a cell that is missing or holds fewer stars than folds, all stars in one cell, fewer than
+            two folds, or penalties that are not positive.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
@@ -55,6 +56,11 @@ def fit_classifier(
     cell = np.asarray(cell)
     if cell.min() < 0:
         raise InputError(f"cell holds {cell.min()}, expected 0 to K - 1")
+    require_whole("n_folds", n_folds, 2)
+    if not len(C_grid) or not all(0 < C < np.inf for C in C_grid):
+        raise InputError(f"C_grid is {C_grid}, expected positive numbers")
+    if cell.max() == 0:
+        raise InputError("cell is 0 for all stars, expected at least two cells")
     require_cell_sizes("cell", cell, int(cell.max()) + 1, n_folds)
     x, C_grid = np.asarray(features, np.float64), tuple(sorted(C_grid))
     # Newton steps on the exact Hessian need a dozen iterations where L-BFGS needs hundreds at large C. Each fit starts from that

@@ -21,7 +21,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from moe_jax.core.arrays import AnyArray, InputError, matmul, to_host
+from moe_jax.core.arrays import AnyArray, InputError, matmul, require_whole, to_host
+from moe_jax.core.convert import convert_arguments
 from moe_jax.core.parallel import devices_for, map_devices, on_all
 from moe_jax.spectra.fisher import LABEL_UNITS
 from moe_jax.spectra.grid import spline_weights
@@ -82,6 +83,7 @@ class LabelFit(NamedTuple):
     blend_gain: Float[AnyArray, " N"]  #: by how much the light of a second star would lower chi2
 
 
+@convert_arguments()
 def fit_labels(
     flux: Float[AnyArray, "N P"],
     error: Float[AnyArray, "N P"],
@@ -112,6 +114,7 @@ def fit_labels(
     Raises:
         InputError: for shapes that disagree, or pixels other than those of the grid.
     """
+    require_whole("n_continuum", n_continuum, 1)
     flux, error = to_host(flux, error)
     good = np.ones(flux.shape, bool) if good is None else to_host(good)[0]
     model = default_model() if model is None else model

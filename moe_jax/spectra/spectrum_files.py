@@ -30,6 +30,7 @@ NAMES = dict(
     ivar=("ivar", "inverse_variance", "invvar", "flux_ivar"),
     variance=("variance", "var", "flux_variance", "flux_var"),
 )
+_ERROR_NAMES = {name for kind in UNCERTAINTIES for name in NAMES[kind]}
 _MISSING = ("", "-", "--", "n/a", "na", "null", "none", "masked")  # numbers that are not there, in text
 _LOGARITHMIC = ("loglam", "log_lambda", "logwave")
 _NAME_WITH_UNIT = re.compile(r"\s*(.*?)\s*(?:[\[(]\s*(.*?)\s*[\])]|_(nm|um|aa|angstrom|micron))\s*", re.IGNORECASE)
@@ -66,6 +67,7 @@ class _Field(NamedTuple):
     name: str
     values: Any
     unit: str = ""
+    of_image: bool = False  #: whether it is an image of FITS, not a column
 
 
 def open_spectra(path: Path | str) -> list[Source]:
@@ -83,12 +85,9 @@ def open_spectra(path: Path | str) -> list[Source]:
         if not is_fits(path):
             return _sources(path, [_read_text(path)])
         with import_extra("astropy.io.fits", "FITS").open(path, memmap=False, lazy_load_hdus=False) as hdus:
-            parts = [_fields_of(hdu) for hdu in hdus]
-            images = {part[0].name: part[0] for hdu, part in zip(hdus, parts, strict=True) if hdu.is_image and part}
-            wave = images.get("wavelength", images.get("wave"))
-            if "flux" in images and wave is not None and wave.values.ndim == 1 and not wave.unit:
+            if _is_telescope_file(hdus):
                 return [TelescopeFile(path)]  # reads in parts
-            return _sources(path, parts)
+            return _sources(path, [_fields_of(hdu) for hdu in hdus])
 
 
 def _sources(path: Path, parts: Sequence[list[_Field]]) -> list[Source]:
@@ -97,16 +96,29 @@ def _sources(path: Path, parts: Sequence[list[_Field]]) -> list[Source]:
     for fields in (*parts, everything):
         found = {kind: field for kind in NAMES if (field := _find(kind, fields)) is not None}
         if {"wave", "flux"} <= found.keys():
-            for kind in UNCERTAINTIES if found.keys().isdisjoint(UNCERTAINTIES) else ():  # an extension of their own
-                field = _find(kind, everything)
-                if field is not None and np.shape(field.values) == np.shape(found["flux"].values):
-                    found[kind] = field
+            if found.keys().isdisjoint(UNCERTAINTIES):
+                found |= _errors_apart(path, found["flux"], everything)
             return list(_group(path, found))
     contents = ", ".join(f"{field.name} {np.shape(field.values)}" for field in everything) or "no arrays"
     expected = " and ".join(f"{kind} ({', '.join(NAMES[kind][:-1])})" for kind in ("wave", "flux"))
     raise InputError(
         f"{path}: found {contents}, expected columns or extensions named {expected}, or a header with CRVAL1 and CDELT1"
     )
+
+
+def _errors_apart(path: Path, flux: _Field, everything: Sequence[_Field]) -> dict[str, _Field]:
+    """Errors in an extension of their own, by their kind; none where there is no such extension.
+
+    Raises:
+        InputError: if images of errors are there, but none is of the flux's shape. Columns of other tables may be of anything.
+    """
+    shape = np.atleast_2d(flux.values).shape
+    others = {kind: field for kind in UNCERTAINTIES if (field := _find(kind, everything)) is not None}
+    found = {kind: field for kind, field in others.items() if np.atleast_2d(field.values).shape == shape}
+    odd = next((field for field in others.values() if field.of_image and flux.of_image), None)
+    if odd is not None and not found:
+        raise InputError(f"{path}: {odd.name} has shape {np.shape(odd.values)}, expected {np.shape(flux.values)} like {flux.name}")
+    return found
 
 
 def _find(kind: str, fields: Iterable[_Field]) -> _Field | None:
@@ -164,24 +176,49 @@ def _field_of(column: Any, values: np.ndarray) -> _Field:
     return _named(column.name, values, column.unit)
 
 
+def _is_telescope_file(hdus: Iterable[Any]) -> bool:
+    """Whether the images of a FITS file are those of a ``TelescopeFile``. Their headers tell: no image is read.
+
+    Spectra of one dimension, and errors under a name that a ``TelescopeFile`` does not look for, are not.
+    """
+    images = [hdu for hdu in hdus if hdu.is_image and hdu.shape and not _has_wave(hdu)]
+    fields = {field.name: field for field in (_image_field(hdu, hdu.section) for hdu in images)}
+    wave = fields.get("wavelength", fields.get("wave"))
+    if "flux" not in fields or len(fields["flux"].values.shape) == 1 or wave is None or len(wave.values.shape) != 1 or wave.unit:
+        return False
+    return bool(fields.keys() & {"error", "ivar", "variance", "var"}) or not fields.keys() & _ERROR_NAMES
+
+
+def _image_field(hdu: Any, values: Any) -> _Field:
+    return _named(hdu.name or "primary", values, hdu.header.get("BUNIT"))._replace(of_image=True)
+
+
+def _step(hdu: Any) -> Any:
+    return hdu.header.get("CDELT1", hdu.header.get("CD1_1"))
+
+
+def _has_wave(hdu: Any) -> bool:
+    """Whether the header of an image says the wavelengths of its flux."""
+    if _image_field(hdu, None).name in _ERROR_NAMES:
+        return False
+    return _step(hdu) is not None and "CRVAL1" in hdu.header and len(hdu.shape) <= 3
+
+
 def _fields_of(hdu: Any) -> list[_Field]:
     """Columns of a FITS table, or the image and the wavelengths of its header."""
     if not hdu.is_image:
         return [_field_of(column, np.asarray(hdu.data[column.name])) for column in hdu.columns]
     if hdu.data is None:
         return []
-    header, data = hdu.header, np.asarray(hdu.data)
-    fields = [_named(hdu.name or "primary", data, header.get("BUNIT"))]
-    step = header.get("CDELT1", header.get("CD1_1"))
-    is_error = fields[0].name in [name for kind in UNCERTAINTIES for name in NAMES[kind]]
-    if is_error or step is None or "CRVAL1" not in header or data.ndim > 3:
-        return fields
+    header, data, step = hdu.header, np.asarray(hdu.data), _step(hdu)
+    if not _has_wave(hdu):
+        return [_image_field(hdu, data)]
     wave = header["CRVAL1"] + (np.arange(data.shape[-1]) + 1 - header.get("CRPIX1", 1)) * step
     logarithmic = header.get("DC-FLAG") == 1 or "LOG" in str(header.get("CTYPE1", "")).upper() or (2 < wave[0] < 5 and step < 1e-2)
     fields = [_Field("loglam" if logarithmic else "wave", wave, "" if logarithmic else str(header.get("CUNIT1", "")))]
     if data.ndim == 3:  # bands of IRAF: the flux comes first, the error last
         return [*fields, _Field("flux", data[0]), *([_Field("error", data[3])] if len(data) == 4 else [])]
-    return [*fields, _Field("flux", data)]
+    return [*fields, _Field("flux", data, of_image=True)]
 
 
 def _read_text(path: Path) -> list[_Field]:
@@ -211,6 +248,11 @@ def _read_text(path: Path) -> list[_Field]:
         if text and meaning in known:
             raise InputError(f"{path}: {name}: found {text[0]!r} ({len(text)} such cells), expected numbers")
         fields.append(_named(name, np.array([float(cell or "nan") if _is_number(cell) else np.nan for cell in column])))
+    first = fields[0].values
+    if names[0] == "col1" and first[0] in (0, 1) and len(first) > 1 and (np.diff(first) == 1).all():
+        raise InputError(
+            f"{path}: found the numbers of the rows in the first column, expected wavelengths, or names of the columns"
+        )
     return fields
 
 

@@ -106,7 +106,12 @@ def to_angstrom(path: Path, wave: np.ndarray, unit: str) -> np.ndarray:
 
 
 def is_fits(path: Path) -> bool:
-    """Whether a file is FITS, by its suffix or its first bytes."""
+    """Whether a file is FITS, by its suffix or its first bytes.
+
+    Raises:
+        InputError: for a file that the system does not let us read.
+    """
+    require_readable(path)
     if path.name.lower().endswith(FITS_SUFFIXES) or not path.is_file():
         return path.name.lower().endswith(FITS_SUFFIXES)
     with path.open("rb") as file:
@@ -128,7 +133,6 @@ def mask_unusable(flux: Float[AnyArray, "N P"], error: Float[AnyArray, "N P"] | 
 def _open(path: Path) -> Iterator[Mapping[str, Any]]:
     """The arrays of a file by name; none is read before it is sliced."""
     if is_fits(path) and path.is_file():
-        require_readable(path)
         fits = import_extra("astropy.io.fits", "FITS")
         with name_damage(path), fits.open(path, memmap=False, lazy_load_hdus=False) as hdus:
             yield {hdu.name.upper(): hdu.section for hdu in hdus if hdu.is_image and hdu.shape}

@@ -149,3 +149,21 @@ def test_a_model_that_could_not_be_loaded_is_not_written(model, tmp_path):
         with pytest.raises(InputError, match=message):
             save_model(tmp_path / "model", spoilt)
     assert not (tmp_path / "model").exists()
+
+
+def test_what_a_model_cannot_be_applied_to(model, noisy_flux):
+    """Negative errors were taken by their size, or as no noise at all; whole numbers and lists ended in a traceback."""
+    flux = np.asarray(noisy_flux[:3])
+    error = np.full_like(flux, 0.1)
+    for arguments, message in (
+        ((flux.astype(str),), "flux holds values of type <U32, expected real numbers"),
+        ((flux[:0],), r"flux has shape \(0, 4096\), expected \(N, 4096\)"),
+        ((flux, -error), "error holds -0.1, expected no negative errors"),
+        ((flux, error, np.full(flux.shape, 0.5)), "good holds values of type float64, expected True and False"),
+        ((flux, error, None, np.zeros(2)), r"scale_error has shape \(2,\), expected \(3,\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            predict_model(model, *arguments)
+    counts = np.round(1e4 * flux).astype(int)
+    np.testing.assert_array_equal(predict_model(model, counts).log_g, predict_model(model, counts.astype(np.float32)).log_g)
+    np.testing.assert_array_equal(predict_model(model, flux.tolist()).log_g, predict_model(model, flux).log_g)

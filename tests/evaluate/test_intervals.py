@@ -1,12 +1,15 @@
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 
 from moe_jax import InputError, bootstrap_delta_r2
 from moe_jax.evaluate import intervals
-from moe_jax.evaluate.bootstrap import resample_gain, resample_rows, squared_error_gain, summarize
+from moe_jax.evaluate.bootstrap import DEFAULT_METHOD, resample_gain, resample_rows, squared_error_gain, summarize
 from moe_jax.evaluate.intervals import METHODS, Resampled, borrow_spread
 
 # One program each; step by step they are a hundred.
@@ -188,3 +191,18 @@ def test_column_quantiles_against_numpy(n_samples, level, rng, dtype):
         each = np.broadcast_to(probabilities.reshape(2, -1), (2, 4))
         expected = [np.nanquantile(samples[:, c].astype(float), each[:, c]) for c in range(4)]
         np.testing.assert_allclose(ours, np.transpose(expected), rtol=2e-5, atol=1e-6)
+
+
+def test_the_default_is_what_the_calibration_found():
+    """Of the difference of all stars, with as many test stars as the published report has; the results lie in the repository."""
+    ranking = pd.read_csv(Path(__file__).parents[2] / "results/calibrate_bootstrap/default/ranking.csv")
+    chosen = ranking[ranking["chosen"]].set_index(["set_size", "stars"])["method"].to_dict()
+    assert chosen == {
+        (816, "all stars"): DEFAULT_METHOD,
+        (816, "by cell"): "symmetric",
+        (8_000, "all stars"): "percentile",
+        (8_000, "by cell"): "symmetric",
+    }
+    of_all = ranking[(ranking["set_size"] == 8_000) & (ranking["stars"] == "all stars")]
+    assert set(METHODS) <= set(of_all["method"])
+    assert of_all["rms_error"].max() < 1.1

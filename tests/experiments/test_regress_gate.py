@@ -14,11 +14,12 @@ import pytest
 import tyro
 from small_run import SMALL, run_without_figures, with_options
 
-from experiments import make_survey, regress_gate
+from experiments import cover_all, make_survey, regress_gate, scale
 from experiments.build_lte_grid import PRESETS as BUILD_PRESETS
 from experiments.pipeline.config import draw_keys
 from experiments.pipeline.methods import METHODS
 from experiments.pipeline.surveys import load_surveys, observe
+from experiments.report.results import Results, write_results
 from experiments.runner.command_line import parse_config
 from experiments.runner.stages import Stages
 from moe_jax import InputError, load_model, load_survey, predict_model
@@ -142,6 +143,29 @@ def test_files_give_the_same_tables_without_a_cache(results, surveys, tmp_path):
     assert "Their intervals are not calibrated: no stars were left" in (tmp_path / "files" / "report.md").read_text()
 
 
+def test_without_a_global_ridge_its_methods_are_left_out(results, tmp_path):
+    """``--global-alphas`` without a value: all other numbers are those of the run that has one."""
+    out = tmp_path / "none"
+    regress_gate.main(with_options(SMALL, global_alphas=(), output_dir=out, cache_dir=tmp_path / "cache"))
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in results.iterdir())
+    ours, theirs = (pd.read_csv(folder / "overall.csv", keep_default_na=False) for folder in (out, results))
+    left = theirs[~theirs["method"].isin(["global", "fallback"])].assign(rho="")
+    pd.testing.assert_frame_equal(ours, left.reset_index(drop=True))
+    for name in ("per_bin", "bootstrap", "predictions"):
+        text = (out / f"{name}.csv").read_text()
+        assert "global" not in text
+        assert "fallback" not in text
+    assert "nan" not in (out / "report.md").read_text()
+    assert json.loads((out / "run.json").read_text())["alpha"]["global"] is None
+    assert np.isnan(load_model(out / "model").global_ridge.intercept)
+
+
+@pytest.mark.parametrize("command", [cover_all, scale])
+def test_a_study_of_the_global_ridge_needs_one(command):
+    with pytest.raises(InputError, match="global_alphas is empty, expected at least one penalty"):
+        with_options(command.PRESETS["smoke"], global_alphas=())
+
+
 def edit(path, change):
     with h5py.File(path, "r+") as file:
         change(file)
@@ -215,6 +239,9 @@ def test_command_ends_with_code_2_and_no_traceback(tmp_path):
         ({"noise_level": -0.1}, "noise_level is -0.1"),
         ({"confidence_level": 95.0}, "confidence_level is 95.0"),
         ({"in_sample_fraction": 0.0}, "in_sample_fraction is 0.0"),
+        ({"seed": -1}, "seed is -1, expected 0 to 4294967295"),
+        ({"test_seed": 2**32}, "test_seed is 4294967296, expected 0 to 4294967295"),
+        ({"noise_draw": 5 * 10**9}, "noise_draw is 5000000000, expected 0 to 2147483647"),
     ],
 )
 def test_bad_config(change, message):
@@ -250,6 +277,34 @@ def test_survey_files_hold_what_is_simulated(surveys):
     assert load_survey(surveys / "train.h5").flux.shape == (900, 4096)
     simulated, _ = load_surveys(SMALL.data)
     np.testing.assert_array_equal(load_survey(surveys / "train.h5").flux, simulated.flux)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output_dir": "file"}, "file: found a file, expected a folder for the results"),
+        ({"output_dir": "file/below"}, "found that nothing can be written there"),
+        ({"wave": "one.txt"}, r"wave has shape \(1,\), expected \(P,\) with at least 2 wavelengths"),
+        ({"seed": 10**20}, "seed is 1"),
+    ],
+)
+def test_a_survey_that_cannot_be_made(change, message, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "one.txt").write_text("8000\n")
+    change = {name: tmp_path / value if isinstance(value, str) else value for name, value in change.items()}
+    with pytest.raises(InputError, match=message):
+        make_survey.main(make_survey.MakeSurveyConfig(**{"n_train": 5, "n_test": 5, "output_dir": tmp_path / "out"} | change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_whose_model_cannot_be_written_are_none(tmp_path):
+    def refuse(folder, run):
+        raise InputError("the model is not finite")
+
+    with pytest.raises(InputError, match="not finite"):
+        write_results(tmp_path / "out", Results("", [], {"a": pd.DataFrame({"b": [1]})}, write_more=refuse), "", {})
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_stages_measure():

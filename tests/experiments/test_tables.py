@@ -1,9 +1,11 @@
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.metrics import r2_score
 
-from experiments.pipeline.methods import CLASSIFY, GLOBAL, METHODS, ORACLE, PAIRS, REGRESSION_GATES, Method, Pair
+from experiments.pipeline.methods import CLASSIFY, FALLBACK, GLOBAL, METHODS, ORACLE, PAIRS, REGRESSION_GATES, Method, Pair
+from experiments.report.figures import floor_plot
 from experiments.report.markdown import load_published, verdict_markdown
 from experiments.report.tables import bin_table, bootstrap_table, compare, overall_table, published_verdict, verdict
 from moe_jax import bootstrap_delta_r2
@@ -26,6 +28,26 @@ def test_overall(run):
     rho = dict(zip(METHODS, table["rho"], strict=True))
     assert (rho[GLOBAL], rho[ORACLE]) == (0, 1)
     np.testing.assert_allclose(table["r2"], [r2_score(y, p) for p in predictions.values()], rtol=1e-5)
+
+
+def test_without_a_global_ridge_nothing_is_compared_with_it(run):
+    y, cell, predictions, comparisons = run
+    left = {method: prediction for method, prediction in predictions.items() if method not in (GLOBAL, FALLBACK)}
+    table = overall_table(y, left)
+    assert list(zip(table["method"], table["protocol"], strict=True)) == list(left)
+    assert table["rho"].isna().all()
+    fewer = compare(jax.random.key(0), y, left, cell, n_resamples=100)
+    assert list(fewer) == [pair for pair in PAIRS if not {GLOBAL, FALLBACK} & set(pair)]
+    for pair, bootstrap in fewer.items():
+        np.testing.assert_array_equal(bootstrap.overall.samples, comparisons[pair].overall.samples)
+
+
+def test_the_floor_is_drawn_without_a_global_ridge():
+    names = ("oracle", "classification gate", "MLP gate", "floor", "floor_with_prior")
+    table = pd.DataFrame({"mag": ["20.5 to 21", "21 to 21.5"]} | {name: [0.1, 0.2] for name in names})
+    figure = floor_plot(table)
+    assert len(figure.axes[0].lines) == len(names)
+    assert len(floor_plot(table.assign(**{"global ridge": 0.3})).axes[0].lines) == len(names) + 1
 
 
 def test_bins_flag_a_cell_of_one_star(run):

@@ -83,6 +83,13 @@ def test_folds_are_stratified():
     assert not np.array_equal(folds, moe_jax.assign_folds(jax.random.key(1), cell, 5))
 
 
+@pytest.mark.parametrize("n_folds", [0, 1, -3, 2.5])
+def test_fewer_than_two_folds_are_none(n_folds):
+    """One fold holds every star out of its own fit; none at all gave fold numbers that mean nothing."""
+    with pytest.raises(InputError, match=f"n_folds is {n_folds}, expected a whole number, at least 2"):
+        moe_jax.assign_folds(jax.random.key(0), np.zeros(10, int), n_folds)
+
+
 def test_a_cell_with_too_few_stars(cells):
     x, y, cell, folds = cells
     with pytest.raises(InputError, match="found 0 stars in cell 4, expected at least 10"):

@@ -151,7 +151,24 @@ def test_input_that_would_teach_nothing_is_refused():
         ({"error": np.where(np.arange(64) == 3, 0.0, error)}, "error holds 0, expected positive numbers"),
         ({"flux": 1e-17 * flux, "error": 1e-17 * error}, "divide flux and error by a constant"),
         ({"n_components": ()}, "expected at least 1"),
+        ({"n_cells": 4.0}, "n_cells is 4.0, expected a whole number, at least 1"),
+        ({"degree": "2"}, "degree is '2', expected a whole number"),
+        ({"n_components": (3.0,)}, "n_components is 3.0, expected a whole number"),
+        ({"seed": -1}, "seed is -1, expected a whole number, at least 0"),
+        ({"labels": labels[:, :0]}, r"labels has shape \(40, 0\), expected at least 1"),
+        ({"error": np.where(np.arange(64) == 3, 1e30, error)}, "error holds 1e.30, expected numbers below 1e18 times"),
     ):
         given = {"flux": flux, "error": error, "labels": labels, "y": labels[:, 0], "n_cells": 4, "degree": 1} | change
         with pytest.raises(InputError, match=message):
             fit_local(**given)
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_fewer_different_labels_than_cells_leave_no_empty_cell():
+    """An empty cell has the weight exp(-inf), which no file of a model may hold."""
+    rng = np.random.default_rng(0)
+    labels = np.tile(rng.uniform(size=(3, 2)), (40, 1))
+    flux = 1 + labels @ rng.normal(size=(2, 20)) + 0.01 * rng.normal(size=(120, 20))
+    mixture = fit_local(flux, np.full_like(flux, 0.01), labels, labels[:, 0], n_cells=8, degree=1, n_components=2)
+    assert mixture.experts.y.shape == (3,)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(mixture))

@@ -147,3 +147,17 @@ def test_classifier_against_lbfgs(rng):
 def test_classifier_needs_every_cell(rng):
     with pytest.raises(InputError, match="found 0 stars in cell 1, expected at least 5"):
         fit_classifier(rng.normal(size=(20, 2)), np.repeat([0, 2], 10))
+
+
+@pytest.mark.parametrize(
+    ("cell", "options", "message"),
+    [
+        ([0, 1] * 10, {"n_folds": 1}, "n_folds is 1, expected a whole number, at least 2"),
+        ([0, 1] * 10, {"C_grid": ()}, "C_grid is .*, expected positive numbers"),
+        ([0, 1] * 10, {"C_grid": (1.0, -1.0)}, "C_grid is .*, expected positive numbers"),
+        ([0] * 20, {}, "cell is 0 for all stars, expected at least two cells"),
+    ],
+)
+def test_what_a_classifier_cannot_be_fitted_with(cell, options, message, rng):
+    with pytest.raises(InputError, match=message):
+        fit_classifier(rng.normal(size=(20, 3)), np.array(cell), **options)

@@ -194,6 +194,22 @@ def test_bad_input():
         fit_labels(flux, flux[:1])
     with pytest.raises(InputError, match=r"velocity has shape \(3,\), expected \(2,\)"):
         fit_labels(flux, flux, velocity=np.zeros(3))
+    with pytest.raises(InputError, match="n_continuum is 0, expected a whole number, at least 1"):
+        fit_labels(flux, flux, n_continuum=0)
+    with pytest.raises(InputError, match="flux holds values of type <U32, expected real numbers"):
+        fit_labels(flux.astype(str), flux)
+    with pytest.raises(InputError, match="good holds values of type float64, expected True and False"):
+        fit_labels(flux, flux, np.full(flux.shape, 0.5))
+    with pytest.raises(InputError, match="flux has 4096 masked values, expected none"):
+        fit_labels(np.ma.array(flux, mask=[[True], [False]] * np.ones(flux.shape, bool)), flux)
+
+
+def test_counts_of_photons_and_a_known_velocity(stars):
+    """Whole numbers: the velocity was cut to whole km/s as the flux is whole."""
+    flux, error = (np.round(1e4 * array[:1]) for array in stars[1:])
+    fits = [fit_labels(flux.astype(kind), error.astype(kind), velocity=[12.7]) for kind in (np.float32, np.int32)]
+    np.testing.assert_array_equal(fits[0].labels, fits[1].labels)
+    assert fits[1].velocity[0] == np.float32(12.7)
 
 
 def test_a_star_of_which_nothing_is_known_has_no_labels(stars):

@@ -1,5 +1,8 @@
 """Spectra in the formats of the field: the same numbers, however they come."""
 
+import tracemalloc
+from pathlib import Path
+
 import h5py
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from moe_jax import InputError
 from moe_jax.spectra.resample import air_to_vacuum
 from moe_jax.spectra.spectrum_files import open_spectra
 from moe_jax.spectra.survey_file import FLUX_FIELD, WAVE_FIELD
+from moe_jax.spectra.telescope_file import TelescopeFile
 
 WAVE = np.linspace(7000.0, 8999.0, 2_000)
 FLUX = 1 + 0.1 * np.sin(WAVE / 30)[None] * np.array([[1.0], [2.0]])
@@ -145,6 +149,7 @@ def test_the_sentence_says_what_there_is(tmp_path):
     [
         ("wave,flux\n7000,cloud\n7001,1\n", r"in\.csv: flux: found 'cloud' \(1 such cells\), expected numbers"),
         ("some words\nand more\n", "found a file that is not HDF5, FITS or columns of numbers"),
+        ("0 7000 1 0.1\n1 7001 1 0.1\n2 7002 1 0.1\n", "found the numbers of the rows in the first column, expected wavelengths"),
         ("wave,flux\n7000,1\nnan,1\n7002,1\nnan,1\n7004,1\n", "wave: found star 0: 2 of 5 wavelengths that are not numbers"),
     ],
 )
@@ -187,6 +192,72 @@ def test_variances(tmp_path, name, values):
     for file in ("image.fits", "table.fits"):
         (source,) = open_spectra(tmp_path / file)
         np.testing.assert_allclose(source.read(0, 1).error, ERROR[:1], rtol=1e-5)
+
+
+def write_images(path, primary=None, **images):
+    fits.HDUList([primary or fits.PrimaryHDU(), *(fits.ImageHDU(data, name=name) for name, data in images.items())]).writeto(path)
+
+
+def test_one_star_in_images(tmp_path):
+    write_images(tmp_path / "in.fits", WAVE=WAVE, FLUX=FLUX[0], IVAR=ERROR[0] ** -2)
+    (source,) = open_spectra(tmp_path / "in.fits")
+    np.testing.assert_allclose(source.read(0, 1).error, ERROR[:1], rtol=1e-5)
+
+
+def test_errors_under_another_name_beside_wavelengths(tmp_path):
+    """They were left out, and the errors of the training stars stood in."""
+    write_images(tmp_path / "in.fits", WAVE=WAVE, FLUX=FLUX, SIGMA=3 * ERROR)
+    (source,) = open_spectra(tmp_path / "in.fits")
+    np.testing.assert_allclose(source.read(0, 2).error, 3 * ERROR, rtol=1e-5)
+
+
+def test_errors_of_another_shape_are_refused(tmp_path):
+    """Left out, they would be replaced by those of the training stars."""
+    header = image(FLUX, CRVAL1=7000.0, CDELT1=1.0)
+    write_images(tmp_path / "header.fits", header, ERROR=ERROR[0])
+    with pytest.raises(InputError, match=r"header.fits: error has shape \(2000,\), expected \(2, 2000\) like flux"):
+        open_spectra(tmp_path / "header.fits")
+    write_images(tmp_path / "wave.fits", WAVE=WAVE, FLUX=FLUX, ERROR=ERROR[0])
+    with pytest.raises(InputError, match=r"wave.fits: ERROR: found float64 of shape \(2000,\), expected numbers in 2 dimensions"):
+        open_spectra(tmp_path / "wave.fits")
+    write_images(tmp_path / "sigma.fits", WAVE=WAVE, FLUX=FLUX, SIGMA=ERROR[:, :-1])
+    with pytest.raises(InputError, match=r"sigma.fits: sigma has shape \(2, 1999\), expected \(2, 2000\) like flux"):
+        open_spectra(tmp_path / "sigma.fits")
+
+
+def test_errors_of_the_right_shape_beside_others(tmp_path):
+    """One row of errors for one star, and an image of the detector under another name."""
+    write_images(tmp_path / "in.fits", image(FLUX[0], CRVAL1=7000.0, CDELT1=1.0), STD=np.ones((7, 9)), IVAR=ERROR[:1] ** -2)
+    np.testing.assert_allclose(open_spectra(tmp_path / "in.fits")[0].read(0, 1).error, ERROR[:1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".fits", ".fits.gz"])
+def test_images_are_read_in_parts(suffix, tmp_path):
+    """16 MB of images; neither their opening nor the reading of ten stars takes more than a tenth of that."""
+    flux = np.ones((1_000, len(WAVE)), "f4")
+    write_images(tmp_path / f"in{suffix}", WAVE=WAVE, FLUX=flux, ERROR=0.1 * flux)
+    open_spectra(tmp_path / f"in{suffix}")  # astropy keeps what it imports
+    tracemalloc.start()
+    try:
+        (source,) = open_spectra(tmp_path / f"in{suffix}")
+        assert source.read(500, 510).good.all()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < flux.nbytes / 5
+
+
+@pytest.mark.parametrize("name", ["in.h5", "in.fits", "in.dat"])
+def test_a_file_that_the_system_does_not_let_us_read(name, tmp_path, monkeypatch):
+    (tmp_path / name).write_bytes(b"SIMPLE")
+
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    for read in (TelescopeFile, open_spectra):
+        with pytest.raises(InputError, match=rf"{name}: found that it cannot be read \(Permission denied\)"):
+            read(tmp_path / name)
 
 
 def test_air_to_vacuum():
