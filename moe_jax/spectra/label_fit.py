@@ -56,8 +56,8 @@ _COARSE_TOLERANCE, _TOLERANCE = 1e-3, 5e-5  # expected relative decrease of chi2
 _DAMPING = 1e-2  # of the first step
 _ROUNDING = 3e-7  # relative, of chi2
 _OUTLIER = 5.5  # residual, in standard deviations, at which a pixel is masked
-_N_BLOCKS = 256  # of pixels, whose sums are looked at too
 _OUTLIER_NEIGHBOUR = 3.0  # the same beside a masked pixel
+_N_BLOCKS = 256  # of pixels, whose sums are looked at too
 
 
 class LabelFit(NamedTuple):
@@ -277,6 +277,7 @@ def find_velocity(
     """
     shifted = jnp.asarray(model.shifted).reshape(-1, flat.shape[1])
     overlap = jnp.maximum(matmul(weight * flat, shifted.T), 0.0)
+    # The squares are means over some pixels, with the sums of their weights: a quarter of the work, and nearly the same.
     power = matmul(rebin(weight), jnp.asarray(model.shifted_power).reshape(len(shifted), -1).T)
     gain = jnp.square(overlap) / jnp.maximum(power, 1e-30)
     gain = jnp.max(gain.reshape(len(flat), *model.shifted.shape[:2]), axis=2)
@@ -722,14 +723,6 @@ def _blend_gain(problem: _Problem, state: _State, data: _Data, smooth: jax.Array
     power = power + jnp.sum(total * jnp.square(rest), axis=1)[:, None]
     information = jnp.maximum(power - jnp.einsum("nit,nit->nt", overlap, solved), 1e-3 * power)
     return jnp.max(jnp.square(jnp.maximum(score, 0.0)) / information, axis=1)
-
-
-def _in_parts(problem: _Problem, state: _State, data: _Data, smooth: jax.Array) -> jax.Array:
-    """``_blend_gain`` of ``_AT_ONCE`` stars at a time."""
-    stars = {name: array for name, array in data._asdict().items() if name != "drift"}
-    parts = jax.tree.map(lambda leaf: leaf.reshape(-1, _AT_ONCE, *leaf.shape[1:]), (state, stars, smooth))
-    gains = lax.map(lambda part: _blend_gain(problem, part[0], _Data(**part[1], drift=data.drift), part[2]), parts)
-    return gains.reshape(-1)
 
 
 def _with_ridge(normal: jax.Array) -> jax.Array:

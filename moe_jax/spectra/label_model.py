@@ -114,8 +114,9 @@ def label_model(grid: SpectralGrid) -> LabelModel:
 def _telling_first(grid: SpectralGrid, broadened: np.ndarray, basis: np.ndarray) -> np.ndarray:
     """(R, R) rotation after which the first components say most of the labels and the broadening.
 
-    What a spectrum says of a label is the part of its derivative that neither the other labels nor the continuum can imitate
-    (Fisher information). These parts, of equal length, have leading eigenvectors. With 96 of 128 components in the derivatives,
+    What a spectrum says of a label is the sum of its derivatives that changes with this label alone (Fisher information; the
+    continuum is unknown too). These sums, of equal length, have leading eigenvectors. They are computed at every third node of the
+    grid, which is enough, for sharp and for broadened lines. With 96 of 128 components in the derivatives,
     log g is less certain by 0.1 % in the median.
 
     Args:
