@@ -467,7 +467,7 @@ def a_survey_of_no_stars(folder, valid):
     moe_jax.simulate_survey(jax.random.key(0), 0)
 
 
-@malformed(r"flux has shape \(4096,\), expected \(N, 4096\)")
+@malformed(r"flux has shape \(4096,\), expected \(N, P\)")
 def one_spectrum_for_a_model(folder, valid):
     moe_jax.predict_model(load_model(valid / "model"), np.ones(4096, "f4"))
 
