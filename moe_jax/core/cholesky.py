@@ -41,7 +41,8 @@ def cholesky_solver(matrix: Float[AnyArray, "M M"], shift: ArrayLike, jitter: Ar
     """The function that multiplies columns by (matrix + (shift + jitter) I)^-1; for the jitter see ``shifted_cholesky``."""
     if isinstance(matrix, np.ndarray):
         factor = _factorize(matrix, shift, jitter)
-        return lambda b: _lapack("potrs", factor)(factor, b, lower=1)[0]
+        potrs = _lapack("potrs", factor)
+        return lambda b: potrs(factor, b, lower=1)[0]
     on_device = shifted_cholesky(matrix, shift, jitter)
     return lambda b: jsl.cho_solve((on_device, True), b)
 

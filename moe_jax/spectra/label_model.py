@@ -85,8 +85,11 @@ def label_model(grid: SpectralGrid) -> LabelModel:
     basis = np.vstack([source[:1], components])
     log_continuum = np.vstack([grid.continuum_mean[None], grid.continuum_basis[:_N_CONTINUUM]])
     fine, coarse = (
-        PixelModel(*(np.asarray(array, np.float32) for array in (_splines(b), _splines(b)[1 : 1 + _N_SLOPES], c)))
-        for b, c in ((basis, log_continuum), (rebin(array) / REBIN for array in (basis, log_continuum)))
+        PixelModel(*(np.asarray(array, np.float32) for array in (splines, splines[1 : 1 + _N_SLOPES], continuum)))
+        for splines, continuum in (
+            (_splines(basis), log_continuum),
+            (_splines(rebin(basis) / REBIN), rebin(log_continuum) / REBIN),
+        )
     )
     nodes = coef[:, : 1 + _N_SOURCE] @ source
     velocities = np.arange(-MAX_VELOCITY - VELOCITY_STEP, MAX_VELOCITY + 1.5 * VELOCITY_STEP, VELOCITY_STEP)
