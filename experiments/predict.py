@@ -54,7 +54,6 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from experiments.report.figures import plot_fit
 from experiments.runner.command_line import require_at_least, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.apply.application import SAME_WAVE, Application, apply_model, needs_scaling, prepare_application
@@ -156,6 +155,8 @@ def _draw(config: PredictConfig, application: Application, spectra: MaskedSpectr
     wanted = config.drawn(first, first + len(table))
     if not wanted:
         return
+    from experiments.report.figures import plot_fit  # takes a moment, and most runs draw nothing
+
     folder = config.output.with_name(f"{config.output.stem}_plots")
     folder.mkdir(parents=True, exist_ok=True)
     rows = np.array(wanted) - first

@@ -15,10 +15,11 @@ from moe_jax.apply.novelty import FeatureRange, feature_distance
 from moe_jax.apply.uncertainty import Leverage, PredictiveVariance, approximate_leverage, predictive_variance
 from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.core.convert import convert_arguments
+from moe_jax.core.kept import call_kept
 from moe_jax.experts.local import LocalMixture, median_error, predict_local
 from moe_jax.experts.ridge import Ridge, predict_ridge
 from moe_jax.gates.features import FeatureModel, LinePixels, features_of_pixels, line_pixels
-from moe_jax.gates.networks import Gate, LinearGate
+from moe_jax.gates.networks import Gate, LinearGate, MLPGate
 from moe_jax.gates.optimize import Params
 from moe_jax.gates.routing import route_soft
 from moe_jax.spectra.grid import GRID_RESOLUTION
@@ -129,7 +130,12 @@ def predict_model(
         flux = fill_masked(flux, good, model.uncertainty.center, model.uncertainty.leverage.basis)
     pixels = line_pixels(model.wave)
     arrays = model._replace(gate=cast(Any, None), provenance={}, local=None)  # what a compiled program can take
-    prediction: MixturePrediction = _predict(model.gate, arrays, pixels, flux, error, good, scale_error)
+    inputs, gate = (arrays, pixels, flux, error, good, scale_error), model.gate
+    prediction: MixturePrediction
+    if type(gate) in (LinearGate, MLPGate):
+        prediction = call_kept(_predict, *inputs, results=[MixturePrediction, PredictiveVariance], gate=gate)
+    else:  # a gate of one's own, whose code may change
+        prediction = _predict(*inputs, gate=gate)
     if model.local is None:
         return prediction
     y, sigma = predict_local(model.local.mixture, flux, _noise_level(model, flux, error, good))
@@ -149,13 +155,14 @@ def _noise_level(model: Model, flux: AnyArray, error: AnyArray | None, good: Any
 
 @functools.partial(jax.jit, static_argnames="gate")
 def _predict(
-    gate: Gate,
     model: Model,
     pixels: dict[str, LinePixels],
     flux: jax.Array,
     error: jax.Array | None,
     good: jax.Array | None,
     scale_error: jax.Array | None,
+    *,
+    gate: Gate,
 ) -> MixturePrediction:
     """``predict_model`` in one program."""
 

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 
 from moe_jax.core.arrays import AnyArray, InputError, matmul, require_whole, to_host
 from moe_jax.core.convert import convert_arguments
+from moe_jax.core.kept import call_kept
 from moe_jax.core.parallel import devices_for, map_devices, on_all
 from moe_jax.spectra.fisher import LABEL_UNITS
 from moe_jax.spectra.grid import spline_weights
@@ -129,6 +130,7 @@ def fit_labels(
     constant = np.broadcast_to(np.asarray(additive, flux.dtype), len(flux))
     free = (0, 1, 2, 3, *([4] if velocity is None else []), *([5] if broadening else []))
     devices = devices_for(_BLOCK)  # also for a single star, so that one program serves all numbers of stars
+    axes = tuple(tuple(map(float, axis)) for axis in model.axes)
     arrays = on_all(tuple(model[1:]), devices)
     fits = []
     for start in range(0, len(flux), _BLOCK * len(devices)):
@@ -137,7 +139,9 @@ def fit_labels(
         blocks = tuple(
             array[rows].reshape(len(devices), _BLOCK, *array.shape[1:]) for array in (flux, error, good, known, constant)
         )
-        fits.append(_fit_blocks(on_all(blocks, devices), arrays, model.axes, free, n_continuum, devices))
+        shared = on_all(blocks, devices), arrays
+        static = {"axes": axes, "free": free, "n_continuum": n_continuum, "devices": devices}
+        fits.append(call_kept(_fit_blocks, *shared, results=[LabelFit], **static))
     leaves = (np.concatenate(parts).reshape(-1, *parts[0].shape[2:])[: len(flux)] for parts in zip(*fits, strict=True))
     return _without_unknown(LabelFit(*leaves), np.asarray(flux), np.asarray(error), np.asarray(good))
 

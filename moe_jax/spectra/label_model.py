@@ -12,6 +12,7 @@ from jaxtyping import Float
 from numpy.polynomial import chebyshev
 
 from moe_jax.core.arrays import AnyArray
+from moe_jax.core.kept import kept_tree
 from moe_jax.spectra.broadening import broaden
 from moe_jax.spectra.grid import GRID_RESOLUTION, SpectralGrid, load_grid
 from moe_jax.spectra.pixels import WAVE
@@ -30,6 +31,15 @@ _TEMPLATES = ((0, 2, 3, 5), (0, 4), (0, 2, 4, 6), (1,))  # nodes of the grid tha
 NORMALISE_TERMS = 5  # of the polynomial that flattens spectra before the searches
 
 
+class LabelAxes(NamedTuple):
+    """Nodes of the grid."""
+
+    T_eff: Float[AnyArray, " I"]  #: K
+    log_g: Float[AnyArray, " J"]
+    M_H: Float[AnyArray, " K"]
+    a_M: Float[AnyArray, " M"]
+
+
 class PixelModel(NamedTuple):
     """The grid on some pixels."""
 
@@ -41,7 +51,7 @@ class PixelModel(NamedTuple):
 class LabelModel(NamedTuple):
     """The grid as the fit uses it; see ``label_model``."""
 
-    axes: tuple[tuple[float, ...], ...]  #: nodes of T_eff, log g, [M/H], [alpha/M]
+    axes: LabelAxes
     coef: Float[AnyArray, "L C"]  #: 1, components of the normalised flux, 1, components of the log continuum of each node
     broaden: Float[AnyArray, "S C1 R1"]  #: from 1 and these components to 1 and those of the flux broadened by BROADENING_NODES
     broaden_slopes: Float[AnyArray, "S C1 R2"]  #: to the first components alone
@@ -57,7 +67,7 @@ class LabelModel(NamedTuple):
 @functools.cache
 def default_model() -> LabelModel:
     """``label_model`` of the grid that ships with the package."""
-    return label_model(load_grid())
+    return kept_tree("label_model", LabelModel, lambda: label_model(load_grid()))
 
 
 def label_model(grid: SpectralGrid) -> LabelModel:
@@ -100,7 +110,7 @@ def label_model(grid: SpectralGrid) -> LabelModel:
     shifted = np.stack([_flatten(rebin(spline(wave)) / REBIN) for wave in at_rest])
     flat_nodes = _flatten(rebin(nodes) / REBIN)
     return LabelModel(
-        tuple(tuple(map(float, axis)) for axis in grid[:4]),
+        LabelAxes(*map(np.asarray, grid[:4])),
         coef.astype(np.float32),
         broadened.astype(np.float32),
         broadened[..., 1 : 1 + _N_SLOPES].astype(np.float32),
