@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from moe_jax.core.cholesky import cholesky_solver, inverse_cholesky
+from moe_jax.core.cholesky import cholesky_solver, inverse_cholesky, solve_small
 
 
 @pytest.fixture
@@ -38,3 +38,9 @@ def test_the_jitter_grows_until_the_factor_is_sound(lowest, growth, dtype):
     for array in (matrix, jnp.asarray(matrix)):
         inverse = np.asarray(inverse_cholesky(array, 0.0, jitter))
         np.testing.assert_allclose(np.diagonal(inverse) ** -2, np.diagonal(matrix) + growth * jitter, rtol=1e-3)
+
+
+def test_small_systems(rng):
+    root = rng.normal(size=(5, 6, 9))
+    normal, right = (root @ root.transpose(0, 2, 1)).astype(np.float32), rng.normal(size=(5, 6, 2)).astype(np.float32)
+    np.testing.assert_allclose(solve_small(normal, right), np.linalg.solve(normal, right), rtol=2e-3, atol=2e-3)

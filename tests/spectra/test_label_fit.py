@@ -9,7 +9,6 @@ from scipy.optimize import least_squares
 
 import moe_jax
 from moe_jax import InputError, fit_labels, interpolate_grid, load_grid
-from moe_jax.spectra.label_fit import _solve_small
 from moe_jax.spectra.label_model import LIGHT_SPEED
 from moe_jax.spectra.pixels import WAVE
 
@@ -149,12 +148,6 @@ def test_a_second_star_is_seen(stars, fit):
     pairs = fit_labels(0.5 * (flux[hot[:n]] + flux[cool[:n]]), np.float32(np.sqrt(0.5)) * error[hot[:n]])
     assert np.median(pairs.blend_gain) > 15
     assert np.quantile(fit.blend_gain, 0.9) < 13
-
-
-def test_small_systems(rng):
-    root = rng.normal(size=(5, 6, 9))
-    normal, right = (root @ root.transpose(0, 2, 1)).astype(np.float32), rng.normal(size=(5, 6, 2)).astype(np.float32)
-    np.testing.assert_allclose(_solve_small(normal, right), np.linalg.solve(normal, right), rtol=2e-3, atol=2e-3)
 
 
 def test_the_unit_of_the_flux_does_not_matter(stars, fit):

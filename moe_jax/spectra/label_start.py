@@ -1,0 +1,82 @@
+"""Where the fit of a spectrum starts: its continuum, its velocity, and the nearest node of the grid; all on coarse pixels."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from moe_jax.core.arrays import matmul
+from moe_jax.core.cholesky import solve_small
+from moe_jax.spectra.label_model import NORMALISE_TERMS, VELOCITY_STEP, LabelModel, chebyshev_terms, rebin
+from moe_jax.spectra.label_point import coarsen
+
+_SEPARATION = 150.0  # km/s, least distance of a second velocity
+_N_PARTS = 64  # of a flattened spectrum; those of the grid have means from -0.32 to 0.10
+_FAINTEST, _BRIGHTEST = -0.4, 0.25
+
+
+def smooth_continuum(flux: jax.Array, weight: jax.Array) -> jax.Array:
+    """A polynomial through each coarse spectrum; pixels far from it count less and less."""
+    terms = jnp.asarray(chebyshev_terms(flux.shape[1], NORMALISE_TERMS), flux.dtype)
+    products = (terms[:, None] * terms[None, :]).reshape(-1, flux.shape[1])
+    robust = weight
+    for _ in range(3):
+        normal = matmul(robust, products.T).reshape(len(flux), len(terms), len(terms))
+        coef = solve_small(normal, matmul(robust * flux, terms.T)[..., None])[..., 0]
+        smooth = matmul(coef, terms)
+        deviation = jnp.abs(flux - smooth)
+        typical = jnp.sum(robust * deviation, axis=1) / jnp.sum(robust, axis=1)
+        robust = weight / (1.0 + jnp.square(deviation / (3.0 * typical[:, None])))
+    return smooth
+
+
+def flatten(flux: jax.Array, weight: jax.Array, smooth: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Coarse spectra over their polynomial, less 1, and their weights; none where no star of the grid is so faint or bright."""
+    flux, weight = coarsen(flux, weight)
+    flat = jnp.where((weight > 0) & (smooth != 0), flux / jnp.where(smooth == 0, 1.0, smooth) - 1.0, 0.0)
+    parts = jnp.mean(flat.reshape(len(flat), _N_PARTS, -1), axis=2)
+    possible = (parts > _FAINTEST) & (parts < _BRIGHTEST)
+    return flat, weight * jnp.square(smooth) * jnp.repeat(possible, flat.shape[1] // _N_PARTS, axis=1)
+
+
+def find_velocity(
+    flat: Float[jax.Array, "N P4"], weight: Float[jax.Array, "N P4"], model: LabelModel
+) -> tuple[Float[jax.Array, " N"], Float[jax.Array, " N"]]:
+    """The velocity at which a template fits best, with a free strength of its lines.
+
+    This is a cross-correlation with weights: chi2 of each template at each velocity (Zucker 2003, MNRAS 342, 1291).
+
+    Args:
+        flat: flattened coarse spectra.
+        weight: their inverse variance.
+        model: has the templates.
+
+    Returns:
+        Velocity (km/s) and its contrast: by how much the best chi2 of a velocity more than 150 km/s away is larger, in units of
+        the least chi2 per degree of freedom. Below some 25 the velocity is not unique.
+    """
+    shifted = jnp.asarray(model.shifted).reshape(-1, flat.shape[1])
+    overlap = jnp.maximum(matmul(weight * flat, shifted.T), 0.0)
+    # The squares are means over some pixels, with the sums of their weights: a quarter of the work, and nearly the same.
+    power = matmul(rebin(weight), jnp.asarray(model.shifted_power).reshape(len(shifted), -1).T)
+    gain = jnp.square(overlap) / jnp.maximum(power, 1e-30)
+    gain = jnp.max(gain.reshape(len(flat), *model.shifted.shape[:2]), axis=2)
+    v, n = jnp.asarray(model.velocities), len(model.velocities)
+    best = jnp.clip(jnp.argmax(gain, axis=1), 1, n - 2)
+    left, middle, right = (jnp.take_along_axis(gain, best[:, None] + i, axis=1)[:, 0] for i in (-1, 0, 1))
+    curvature = jnp.minimum(left - 2.0 * middle + right, -1e-30)
+    shift = jnp.clip(0.5 * (left - right) / curvature, -1.0, 1.0)
+    total = jnp.sum(weight * jnp.square(flat), axis=1) - middle
+    apart = jnp.abs(v[None, :] - v[best][:, None]) > _SEPARATION
+    second = jnp.max(jnp.where(apart, gain, 0.0), axis=1)
+    reduced = total / jnp.maximum(jnp.sum(weight > 0, axis=1), 1)
+    return v[best] + shift * VELOCITY_STEP, (middle - second) / jnp.maximum(reduced, 1e-30)
+
+
+def nearest_node(flat: jax.Array, weight: jax.Array, model: LabelModel) -> jax.Array:
+    """Labels (n, 4) of the node of the grid whose flattened spectrum is nearest."""
+    nodes = jnp.asarray(model.nodes)
+    chi2 = matmul(weight, jnp.asarray(model.node_square).T) - 2.0 * matmul(weight * flat, nodes.T)
+    places = jnp.unravel_index(jnp.argmin(chi2, axis=1), [len(axis) for axis in model.axes])
+    return jnp.stack([jnp.asarray(axis, flat.dtype)[place] for axis, place in zip(model.axes, places, strict=True)], axis=1)
