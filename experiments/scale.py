@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline import gates, prepare
 from experiments.pipeline.config import BootstrapOptions, DataConfig, ExpertOptions, GateStudyConfig, draw_keys
 from experiments.pipeline.gates import CONVERGED, CONVERGED_LINEAR, Changes, GateRun, Sweep, gate_keys, run_gates, train_gates
 from experiments.pipeline.prepare import prepare_each
@@ -116,8 +115,7 @@ def score(config: ScaleConfig, data: DataConfig, prepared: Prepared) -> list[dic
     mlp = run_gates(data, prepared, GateRun(config.mlp, config.gate, n_seeds=config.n_seeds), cache)
     linear = run_gates(data, prepared, CONVERGED_LINEAR, cache)
     settings = {"data": dataclasses.asdict(data), "penalties": PENALTIES, "training": dataclasses.asdict(HELD_OUT)}
-    files = [prepare.__file__, gates.__file__]
-    restrained, _ = cache.load_or_compute("restrained", settings, files, Sweep, lambda: restrain_linear(data, prepared))
+    restrained, _ = cache.load_or_compute("restrained", settings, [__file__], Sweep, lambda: restrain_linear(data, prepared))
     test, stars = prepared.test.covered(), prepared.gate_stars()
     logistic = prepared.classifier.params
     weights = LinearGate().apply(logistic, test.features)
