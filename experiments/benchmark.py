@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from experiments.pipeline.config import OutputOptions
 from experiments.report.figures import BLACK, BLUE, GREY, Figure, new_figure
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
@@ -129,6 +130,8 @@ def compute_start(config: BenchmarkConfig, stages: Stages) -> Results:
 def main(config: BenchmarkConfig) -> Results:
     """Times all rows and writes the results; of the quick ones only where a folder is given."""
     if config.quick:
+        if dataclasses.replace(config, quick=False, output=OutputOptions()) != PRESETS["default"]:
+            raise InputError("--quick was given with options that it sets itself, expected --preset quick with these")
         config = dataclasses.replace(PRESETS["quick"], output=config.output)
     if config.start:
         output = dataclasses.replace(config.output, output_dir=config.output.output_dir or Path("results/first_minute"))

@@ -65,14 +65,16 @@ class CalibrateConfig(ComparisonConfig):
     """Test sets of each size from each half of the population."""
     gate: GateConfig = group(GateConfig(), prefix=True)
     mlp: MLPGate = group(MLPGate())
-    data: DataConfig = group(DataConfig(), without=("noise", "train_file", "test_file", "columns"))
+    data: DataConfig = group(
+        DataConfig(),
+        without=("n_test", "test_sampling", "test_seed", "noise", "train_file", "test_file", "columns", "coverage"),
+    )
     bootstrap: BootstrapOptions = group(BootstrapOptions(), without=("confidence_level", "interval_method"))
 
     def __post_init__(self) -> None:
-        require_at_least(self, n_population=100)
-        for name in ("set_sizes", "n_sets"):
-            if len(values := getattr(self, name)) != len(self.n_sets) or min(values, default=0) < 2:
-                raise InputError(f"{name} is {values}, expected numbers of at least 2, as many set_sizes as n_sets")
+        require_at_least(self, n_population=100, set_sizes=2, n_sets=2)
+        if len(self.set_sizes) != len(self.n_sets):
+            raise InputError(f"set_sizes is {self.set_sizes} and n_sets {self.n_sets}, expected as many of one as of the other")
 
 
 PRESETS = {

@@ -34,7 +34,7 @@ from experiments.pipeline.surveys import Observation, observe_surveys
 from experiments.report import figures
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
-from experiments.runner.command_line import group, run_command
+from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.apply.conformal import coverage_table
 from moe_jax.apply.model import Model
@@ -60,6 +60,10 @@ class UncertaintyConfig(StudyConfig):
     mlp: MLPGate = group(MLPGate())
     data: DataConfig = group(DataConfig())
     calibration: CalibrationConfig = group(CalibrationConfig(), prefix=True)
+
+    def __post_init__(self) -> None:
+        require_at_least(self, n_floor=1)
+        self.data.experts.require_nine_experts()
 
 
 PRESETS = {

@@ -25,7 +25,7 @@ import pandas as pd
 from experiments.pipeline.config import OutputOptions, StudyConfig
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
-from experiments.runner.command_line import group, run_command
+from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages, console
 from experiments.timing.rows import gate_data, run_python, seconds_of
 from moe_jax.core.arrays import InputError, matmul
@@ -53,6 +53,9 @@ class CheckConfig(StudyConfig):
     any_device: bool = False
     """Run the checks even where JAX finds only a CPU."""
     output: OutputOptions = group(OutputOptions(), without=("cache_dir", "use_cache"))
+
+    def __post_init__(self) -> None:
+        require_at_least(self, n_stars=10, n_matmul=1, n_gates=1)
 
 
 PRESETS = {

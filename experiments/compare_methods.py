@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 import scipy
 
-from experiments.pipeline.config import SMALL, ComparisonConfig, OutputOptions, draw_keys
+from experiments.pipeline.config import SMALL, ComparisonConfig, DataConfig, OutputOptions, draw_keys
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.rivals import rival_methods
 from experiments.pipeline.stars import Prepared
@@ -39,7 +39,7 @@ from experiments.report.variants import compare_by, variants_results
 from experiments.runner.cache import Cache
 from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages
-from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.core.arrays import AnyArray
 from moe_jax.core.pca import fit_pca
 from moe_jax.experts.fit import predict_experts
 from moe_jax.experts.local import error_template, fit_local, median_error, predict_local
@@ -74,13 +74,12 @@ class CompareConfig(ComparisonConfig):
     n_floor: int = 1_000
     """Test stars of the Cramer-Rao floor."""
     network: GateConfig = group(GateConfig(epochs=300, patience=20), prefix=True)
+    data: DataConfig = group(DataConfig(), without=("chunk_stars",))
     output: OutputOptions = group(OutputOptions(), without=("cache_dir", "use_cache"))
 
     def __post_init__(self) -> None:
-        for name in ("n_components", "n_cells"):
-            if min(getattr(self, name), default=0) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected one or more positive numbers")
-        require_at_least(self, n_gate_components=1, n_landmarks=1, degree=1, n_floor=1)
+        require_at_least(self, n_components=1, n_cells=1, n_gate_components=1, n_landmarks=1, degree=1, n_floor=1)
+        self.data.experts.require_nine_experts()
 
 
 PRESETS = {

@@ -24,7 +24,7 @@ from experiments.pipeline.prepare import prepare
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
 from experiments.report.variants import compare_by, seed_interval, variants_results
-from experiments.runner.command_line import run_command
+from experiments.runner.command_line import group, require_at_least, require_fraction, run_command
 from experiments.runner.stages import Stages
 from moe_jax.core.arrays import AnyArray
 from moe_jax.evaluate.variance import mean_over_seeds
@@ -46,6 +46,11 @@ class ConvergeConfig(GateStudyConfig):
     """Iterations of L-BFGS without a better loss on held-out stars, after which the MLP's training stops."""
     max_iterations: int = 2_000
     """Iterations of L-BFGS."""
+    gate: GateConfig = group(GateConfig(), prefix=True, without=("optimizer", "init", "max_iterations"))
+
+    def __post_init__(self) -> None:
+        require_at_least(self, n_seeds=1, patience=1, max_iterations=1)
+        require_fraction(self, "in_sample_fraction")
 
 
 PRESETS = {"default": ConvergeConfig(), "smoke": ConvergeConfig(**QUICK, in_sample_fraction=1.0, max_iterations=50)}

@@ -99,7 +99,7 @@ class PredictConfig:
         require_at_least(self, chunk_stars=1)
         if not self.spectra:
             raise InputError("spectra: found no file, expected at least one")
-        if self.plots and not all(part.strip().isdigit() for part in self.plots.removesuffix(",").split(",")):
+        if self.plots and not all(part.strip().isdecimal() for part in self.plots.removesuffix(",").split(",")):
             raise InputError(f"plots: found {self.plots!r}, expected a number of stars, or their numbers, as in 3,17 or 3,")
 
     def drawn(self, start: int, stop: int) -> list[int]:

@@ -44,7 +44,7 @@ from experiments.report.local import judge_local
 from experiments.report.markdown import interval, load_published, report_sections, warnings
 from experiments.report.results import Results, Study
 from experiments.report.tables import Outcome, bin_table, bootstrap_table, compare, overall_table
-from experiments.runner.command_line import Cluster, group, run_command
+from experiments.runner.command_line import Cluster, group, require_fraction, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.apply.model_file import save_model
 from moe_jax.core.arrays import InputError
@@ -71,8 +71,8 @@ class RegressGateConfig(StudyConfig):
     def __post_init__(self) -> None:
         if self.cluster.join and not self.data.chunk_stars:
             raise InputError("--cluster.join was given without --chunk-stars: processes take turns at chunks, expected both")
-        if not 0 < self.in_sample_fraction <= 1:
-            raise InputError(f"in_sample_fraction is {self.in_sample_fraction}, expected a number above 0, at most 1")
+        require_fraction(self, "in_sample_fraction")
+        self.data.experts.require_nine_experts()
 
 
 PRESETS = {
@@ -197,7 +197,7 @@ def sections_of(config: RegressGateConfig, results: Outcome) -> list[str]:
     setup = (
         f"Data: {data}. Covered stars: {prepared.n_covered:,} to train, {len(results.test.log_g):,} to test. "
         f"{options.described_noise}, seed {options.seed}. {config.bootstrap.n_resamples:,} resamples of the test stars, "
-        f"{config.bootstrap.confidence_level:.0%} {config.bootstrap.interval_method} intervals. Alpha by cross-validation: "
+        f"{100 * config.bootstrap.confidence_level:g}% {config.bootstrap.interval_method} intervals. Alpha by cross-validation: "
         f"{alphas} (cells), {of_global}. Classification gate: C {prepared.classifier.C:g}, "
         f"accuracy {prepared.classifier.accuracy:.4f} (cross-validated), {test_accuracy(results):.4f} (test)."
     )

@@ -24,9 +24,8 @@ from experiments.pipeline.stars import Prepared
 from experiments.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, Figure, new_figure
 from experiments.report.markdown import interval, load_published, table_markdown
 from experiments.report.results import Results, Study
-from experiments.runner.command_line import group, run_command
+from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages, console
-from moe_jax.core.arrays import InputError
 from moe_jax.evaluate.bootstrap import paired_bootstrap
 from moe_jax.evaluate.metrics import r2_score
 from moe_jax.experts.cross_validation import CrossValidatedRidge
@@ -63,6 +62,7 @@ class ScaleConfig(GateStudyConfig):
     """Factors on the errors of training and test spectra."""
     n_seeds: int = 2
     """MLP gates."""
+    gate: GateConfig = group(GateConfig(), prefix=True, without=("optimizer", "max_iterations"))
     data: DataConfig = group(
         DataConfig(experts=ExpertOptions((0.01, 0.1, 1.0, 10.0, 100.0), (1.0, 10.0, 100.0, 1000.0))),
         without=("n_train", "noise_level", "noise", "train_file", "test_file", "columns"),
@@ -70,9 +70,7 @@ class ScaleConfig(GateStudyConfig):
     bootstrap: BootstrapOptions = group(BootstrapOptions(), without=("interval_method",))
 
     def __post_init__(self) -> None:
-        for name in ("n_trains", "noise_levels"):
-            if not getattr(self, name):
-                raise InputError(f"{name} is empty, expected at least one")
+        require_at_least(self, n_seeds=1, n_trains=1, noise_levels=0)
         self.data.experts.require_global_ridge()
 
 

@@ -6,7 +6,19 @@ from pathlib import Path
 import pytest
 from small_run import with_options
 
-from experiments import calibrate_bootstrap, compare_tabular, cover_all, findings, predict, regress_gate, replicate, scale
+from experiments import (
+    ablate_gate,
+    calibrate_bootstrap,
+    compare_methods,
+    compare_tabular,
+    converge_gate,
+    cover_all,
+    findings,
+    predict,
+    regress_gate,
+    replicate,
+    scale,
+)
 from experiments.report.results import tree_of
 from experiments.runner.command_line import parse_config
 from experiments.runner.provenance import command_of
@@ -34,6 +46,12 @@ def help_of(module, capsys, *arguments):
         (findings, "--confidence-level"),
         (cover_all, "--coverage"),
         (compare_tabular, "--cache-dir"),
+        (compare_methods, "--chunk-stars"),
+        (calibrate_bootstrap, "--n-test"),
+        (converge_gate, "--gate.optimizer"),
+        (converge_gate, "--gate.init"),
+        (scale, "--gate.optimizer"),
+        (ablate_gate, "--gate.optimizer"),
     ],
 )
 def test_an_option_that_would_be_ignored_is_refused(module, option, capsys):

@@ -202,7 +202,37 @@ def test_the_replication_is_as_large_as_it_says():
     ("make", "message"),
     [
         (lambda: replicate.ReplicateConfig(n_seeds=1), "n_seeds is 1, expected at least 2"),
-        (lambda: scale.ScaleConfig(n_trains=()), "n_trains is empty"),
+        (lambda: scale.ScaleConfig(n_trains=()), r"n_trains is \(\), expected at least 1"),
+        (
+            lambda: with_options(scale.PRESETS["default"], noise_levels=(0.2, -1.0)),
+            r"noise_levels is \(0.2, -1.0\), expected at least 0",
+        ),
+        (lambda: with_options(measure_leakage.PRESETS["smoke"], n_seeds=0), "n_seeds is 0, expected at least 1"),
+        (lambda: with_options(control_gate.PRESETS["smoke"], n_seeds=0), "n_seeds is 0"),
+        (
+            lambda: with_options(control_gate.PRESETS["smoke"], stack_alphas=(1.0, 0.0)),
+            "stack_alphas is .*, expected positive numbers",
+        ),
+        (
+            lambda: with_options(control_gate.PRESETS["smoke"], coverage="tenth_expert"),
+            "coverage is 'tenth_expert', expected 'cells' or",
+        ),
+        (
+            lambda: with_options(converge_gate.PRESETS["smoke"], in_sample_fraction=0.0),
+            "in_sample_fraction is 0.0, expected a number",
+        ),
+        (
+            lambda: with_options(ablate_gate.PRESETS["smoke"], fractions=(0.5, 2.0)),
+            r"fractions is \(0.5, 2.0\), expected a number above",
+        ),
+        (lambda: with_options(cover_all.PRESETS["smoke"], n_seeds=0), "n_seeds is 0"),
+        (lambda: with_options(train_jointly.PRESETS["smoke"], joint_alphas=()), r"joint_alphas is \(\), expected positive"),
+        (lambda: with_options(calibrate_uncertainty.PRESETS["smoke"], n_floor=0), "n_floor is 0"),
+        (lambda: with_options(compare_tabular.PRESETS["smoke"], seed=-1), "seed is -1, expected 0 to 4294967295"),
+        (
+            lambda: calibrate_bootstrap.CalibrateConfig(n_sets=(5,)),
+            r"set_sizes is \(816, 8000\) and n_sets \(5,\), expected as many",
+        ),
         (lambda: with_options(findings.PRESETS["default"], n_weight_seeds=1), "n_weight_seeds is 1, expected at least 2"),
         (lambda: calibrate_bootstrap.CalibrateConfig(set_sizes=(1,)), r"set_sizes is \(1,\)"),
         (lambda: compare_methods.CompareConfig(n_cells=()), r"n_cells is \(\)"),
