@@ -18,6 +18,7 @@ from experiments import (
     regress_gate,
     replicate,
     scale,
+    stress_predict,
 )
 from experiments.report.results import tree_of
 from experiments.runner.command_line import parse_config
@@ -46,6 +47,7 @@ def help_of(module, capsys, *arguments):
         (findings, "--confidence-level"),
         (cover_all, "--coverage"),
         (compare_tabular, "--cache-dir"),
+        (stress_predict, "--use-cache"),
         (compare_methods, "--chunk-stars"),
         (calibrate_bootstrap, "--n-test"),
         (converge_gate, "--gate.optimizer"),
