@@ -61,6 +61,7 @@ class FindingsConfig(ComparisonConfig):
 
     def __post_init__(self) -> None:
         require_at_least(self, n_seeds=1, n_weight_seeds=2)
+        self.data.experts.require_nine_experts()
 
 
 PRESETS = {"default": FindingsConfig()}
@@ -199,7 +200,8 @@ def write_findings(config: FindingsConfig, evidence: Evidence, command: str) -> 
         "## Two claims of our own",
         table_markdown(ours.rename(columns={"claim of the report": "claim"})),
         "## What we find beside them",
-        "Intervals are over test stars.",
+        "Intervals are over test stars. Those of joint training are also over gate seeds, those of the variance are over "
+        "repetitions.",
         "\n".join(f"- {text}" for text in others),
         "## Hot metal-poor stars, cell by cell",
         "![Delta R2 by cell](findings/cells.png)",

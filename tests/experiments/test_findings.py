@@ -410,7 +410,7 @@ def test_the_whole_page(results):
         "it by -0.3000 [-0.4000, -0.2000]. Experts without a fold that are given the weights of a gate which saw it differ from "
         "those without that leak by +0.4000",
         "together: a, R2 0.9000",
-        "corrected for 1 choices",
+        "corrected for 1 choices, against b)",
         "test stars 50% [0%, 90%], survey 20% [0%, 90%], noise draw 0% [0%, 90%], gate seed 10% [0%, 90%]; the rest are",
         "At 816 stars the report's percentile intervals hold the truth 93.1% of the time, the basic intervals 95.1%. By cell, the "
         "bca intervals do best; at worst (Cool Solar, MLP) they hold it 80.0% of the time. The safest are called 'wide': "
