@@ -28,8 +28,7 @@ from experiments.runner.command_line import group, require_at_least, require_fra
 from experiments.runner.stages import Stages
 from moe_jax.core.arrays import AnyArray
 from moe_jax.evaluate.variance import mean_over_seeds
-from moe_jax.gates.networks import Gate, LinearGate
-from moe_jax.gates.training import GateConfig, mixture_loss
+from moe_jax.gates import Gate, GateConfig, LinearGate, mixture_loss
 
 #: Adam with ten times the epochs.
 LONGER = "Adam, longer"
@@ -170,12 +169,11 @@ def optima(table: pd.DataFrame) -> str:
         texts.append(f"{protocol}: {', '.join(each)}")
     return (
         "The squared error of a softmax mixture is not convex. From different starts, L-BFGS ends at different points where no "
-        f"derivative is left ({'; '.join(texts)}). The gate that is reported is the first, of the lowest training loss."
+        f"derivative is left ({'; '.join(texts)}). The other commands use the gate of the warm start."
     )
 
 
 main = Study("converge_gate", PRESETS, compute)
-
 
 if __name__ == "__main__":
     run_command(main, PRESETS, __doc__)
