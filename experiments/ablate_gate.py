@@ -24,9 +24,7 @@ from experiments.report.variants import compare_by, variants_results
 from experiments.runner.command_line import group, require_at_least, require_fraction, run_command
 from experiments.runner.stages import Stages
 from moe_jax.core.arrays import AnyArray
-from moe_jax.gates.features import FEATURE_NAMES
-from moe_jax.gates.networks import MLPGate
-from moe_jax.gates.training import GateConfig, Hyper
+from moe_jax.gates import FEATURE_NAMES, GateConfig, Hyper, MLPGate
 
 CA_LINES = ("depth_8498", "EW_8498", "depth_8542", "EW_8542", "depth_8662", "EW_8662", "EW_CaT")
 SODIUM = ("depth_Na", "EW_Na")
@@ -39,7 +37,6 @@ FEATURE_GROUPS = {
     "Ca II only": CA_LINES,
     "EW_CaT only": ("EW_CaT",),
 }
-
 
 #: A variant: its name, what was changed, and to what.
 Variant = tuple[str, str, str]

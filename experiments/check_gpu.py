@@ -30,12 +30,9 @@ from experiments.runner.stages import Stages, console
 from experiments.timing.rows import gate_data, run_python, seconds_of
 from moe_jax.core.arrays import InputError, matmul
 from moe_jax.evaluate.bootstrap import bootstrap_delta_r2
-from moe_jax.experts.fit import fit_global
-from moe_jax.experts.ridge import predict_ridge
-from moe_jax.gates.networks import MLPGate
-from moe_jax.gates.training import GateConfig, fit_gate
-from moe_jax.spectra.simulate import simulate_survey
-from moe_jax.spectra.survey import add_noise
+from moe_jax.experts import fit_global, predict_ridge
+from moe_jax.gates import GateConfig, MLPGate, fit_gate
+from moe_jax.spectra import add_noise, simulate_survey
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ import pandas as pd
 import scipy
 
 from experiments.pipeline.config import SMALL, ComparisonConfig, DataConfig, OutputOptions, draw_keys
+from experiments.pipeline.gates import GateRun, fit_run
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.rivals import rival_methods
 from experiments.pipeline.stars import Prepared
@@ -41,20 +42,17 @@ from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages
 from moe_jax.core.arrays import AnyArray
 from moe_jax.core.pca import fit_pca
-from moe_jax.experts.fit import predict_experts
-from moe_jax.experts.local import error_template, fit_local, median_error, predict_local
-from moe_jax.experts.ridge import Ridge, fit_weighted_ridge, predict_ridge
+from moe_jax.experts import Ridge, fit_local, fit_weighted_ridge, median_error, predict_experts, predict_local, predict_ridge
+from moe_jax.experts.local import error_template
 from moe_jax.gates.controls import fit_mlp_regressor, predict_mlp_regressor
 from moe_jax.gates.features import compute_features
 from moe_jax.gates.networks import LinearGate, MLPGate
 from moe_jax.gates.routing import route_soft
 from moe_jax.gates.training import GateConfig, fit_gate
 from moe_jax.mixture import fit_moe, predict_moe
+from moe_jax.spectra import Labels, cramer_rao, fit_labels, load_grid
 from moe_jax.spectra.broadening import broaden_grid
-from moe_jax.spectra.fisher import LABEL_UNITS, cramer_rao
-from moe_jax.spectra.grid import load_grid
-from moe_jax.spectra.label_fit import fit_labels
-from moe_jax.spectra.survey import Labels
+from moe_jax.spectra.fisher import LABEL_UNITS
 
 
 @dataclass(frozen=True)
@@ -268,9 +266,8 @@ def prepared_methods(config: CompareConfig, prepared: Prepared, stages: Stages) 
     before = seconds["experts, cross-validated"] + seconds["features"]
 
     def mlp_gate() -> Predict:
-        stars, key = prepared.gate_stars(), draw_keys(config.data.seed).gates
-        params = fit_gate(key, MLPGate(), stars.features, stars.predictions, stars.log_g).params
-        return mix_experts(prepared, MLPGate(), params, features)
+        fit = fit_run(draw_keys(config.data.seed).gates, config.data, prepared, GateRun(MLPGate()))
+        return mix_experts(prepared, MLPGate(), fit.params, features)
 
     one_ridge: dict[str, tuple[Callable[[], Predict], float]] = {
         "one ridge for all stars": (
@@ -421,19 +418,12 @@ def compute(config: CompareConfig, stages: Stages) -> Results:
     shown = pd.concat([_shown(table[main_rows]), pd.DataFrame([floor])]).fillna("")
     why = _shown(table[~main_rows | table["variant"].isin([MIXTURE, LOCAL])])
     missing = "" if importlib.util.find_spec("lightgbm") else " LightGBM is not installed, so its row is left out."
-    results = variants_results(
-        "Every method on the same spectra",
-        config.bootstrap,
-        table[main_rows].drop(columns=[c for c in table.columns if c.endswith("_from_local")]),
-        setup=f"{len(train.flux):,} covered training stars, {len(y):,} covered test stars, noise level "
-        f"{config.data.noise_level:g}. Choices are made on a fifth of the training stars. Seconds to fit include choices and "
-        "compilation, but not the "
-        f"{stages.seconds['components']:.0f} s of the components; stars per second are predicted from spectra.",
-        against=MIXTURE,
-    )
     percent = f"{100 * config.bootstrap.confidence_level:g} %"
     sections = [
-        results.sections[0],
+        f"{len(train.flux):,} covered training stars, {len(y):,} covered test stars, noise level "
+        f"{config.data.noise_level:g}. Choices are made on a fifth of the training stars. Seconds to fit include choices and "
+        f"compilation, but not the {stages.seconds['components']:.0f} s of the components; stars per second are predicted from "
+        "spectra.",
         table_markdown(shown),
         f"Differences of R2 with {percent} intervals (paired {config.bootstrap.interval_method} bootstrap over the test stars). "
         "Weighted components: of stars weighted by 1 / error^2, in units of the error of the pixel. "
@@ -446,9 +436,9 @@ def compute(config: CompareConfig, stages: Stages) -> Results:
         "the number of local linear experts. (d) A convex combination cannot leave the range of its experts. (e) Line features "
         "starve the gate. Each row changes the mixture in that only, and all but (c) keep the nine cells.",
     ]
-    return dataclasses.replace(
-        results, sections=sections, tables={"methods": table, "floor": pd.DataFrame([floor]), "pairs": pairs}
-    )
+    results = variants_results("Every method on the same spectra", config.bootstrap, table[main_rows], setup="", against=MIXTURE)
+    tables = {"methods": table, "floor": pd.DataFrame([floor]), "pairs": pairs}
+    return dataclasses.replace(results, sections=sections, tables=tables)
 
 
 def _shown(table: pd.DataFrame) -> pd.DataFrame:

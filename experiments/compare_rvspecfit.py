@@ -31,11 +31,9 @@ from experiments.report.results import Results, Study
 from experiments.runner.command_line import group, require_at_least, require_positive, require_seed, run_command
 from experiments.runner.stages import Stages
 from experiments.timing.rvs_peer import NODES, SPLINES, chi2_of, fit_star, write_library
+from moe_jax.spectra import add_noise, fit_labels, simulate_survey
 from moe_jax.spectra.fisher import LABEL_UNITS
-from moe_jax.spectra.label_fit import fit_labels
 from moe_jax.spectra.pixels import WAVE
-from moe_jax.spectra.simulate import simulate_survey
-from moe_jax.spectra.survey import add_noise
 
 OURS = "fit_labels"
 PEERS = {"rvspecfit, linear between nodes": NODES, "rvspecfit, the grid's splines": SPLINES}
@@ -68,7 +66,6 @@ class RvsConfig(StudyConfig):
 
 
 PRESETS = {"default": RvsConfig(), "smoke": RvsConfig(preset="smoke", n_stars=4, noise_levels=(0.2,))}
-
 
 Method = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """From flux and error (N, P) to labels and velocity, their five standard deviations, and 1 where all is well: (N, 11)."""

@@ -24,10 +24,7 @@ from experiments.report.results import Results, Study
 from experiments.report.variants import compare_by, variants_results
 from experiments.runner.command_line import group, require_at_least, require_positive, run_command
 from experiments.runner.stages import Stages
-from moe_jax.experts.alphas import select_alpha
-from moe_jax.experts.cells import CELL_NAMES
-from moe_jax.experts.cross_validation import cross_validate_ridge
-from moe_jax.experts.ridge import fit_ridge, predict_ridge
+from moe_jax.experts import CELL_NAMES, cross_validate_ridge, fit_ridge, predict_ridge, select_alpha
 from moe_jax.gates.controls import fit_mlp_regressor, fit_temperature, predict_mlp_regressor, simplex_weights
 from moe_jax.gates.networks import LinearGate, MLPGate
 from moe_jax.gates.routing import route_soft, sharpen

@@ -118,6 +118,5 @@ def compute(config: CoverConfig, stages: Stages) -> Results:
 
 main = Study("cover_all", PRESETS, compute)
 
-
 if __name__ == "__main__":
     run_command(main, PRESETS, __doc__)

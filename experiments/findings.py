@@ -38,9 +38,8 @@ from moe_jax.evaluate.bootstrap import bootstrap_gain, resample_gain, squared_er
 from moe_jax.evaluate.intervals import Resampled, simultaneous_interval
 from moe_jax.evaluate.variance import mean_over_seeds, required_stars
 from moe_jax.experts.cells import CELL_NAMES, N_CELLS
-from moe_jax.gates.networks import LinearGate, MLPGate
-from moe_jax.gates.routing import route_hard, route_soft
-from moe_jax.gates.training import GateConfig, entropy, fit_gates
+from moe_jax.gates import GateConfig, LinearGate, MLPGate, fit_gates, route_hard, route_soft
+from moe_jax.gates.training import entropy
 
 #: Part of the covered training stars that the MLP gates of each protocol see: the report's, and all.
 FRACTIONS = {IN_SAMPLE: 0.2, CROSS_FITTED: 1.0}

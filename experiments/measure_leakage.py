@@ -19,8 +19,7 @@ from experiments.report.results import Results, Study
 from experiments.report.variants import compare_by, variants_results
 from experiments.runner.command_line import run_command
 from experiments.runner.stages import Stages
-from moe_jax.gates.networks import Gate, LinearGate
-from moe_jax.gates.training import GateConfig
+from moe_jax.gates import Gate, GateConfig, LinearGate
 
 PRESETS = {"default": GateStudyConfig(), "smoke": GateStudyConfig(**QUICK)}
 FRACTIONS = {"20 %": 0.2, "all": 1.0}

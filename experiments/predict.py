@@ -57,10 +57,9 @@ import tyro
 from experiments.report.figures import plot_fit
 from experiments.runner.command_line import require_at_least, run_command
 from experiments.runner.stages import Stages, console
+from moe_jax.apply import Model, load_model
 from moe_jax.apply.application import SAME_WAVE, Application, apply_model, needs_scaling, prepare_application
 from moe_jax.apply.catalogue import open_catalogue, require_suffix
-from moe_jax.apply.model import Model
-from moe_jax.apply.model_file import load_model
 from moe_jax.apply.robust import fit_robustly
 from moe_jax.core.arrays import InputError
 from moe_jax.spectra.pixels import WAVE

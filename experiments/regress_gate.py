@@ -25,18 +25,9 @@ from rich.table import Table
 
 from experiments.pipeline.calibration import CalibrationConfig, add_uncertainty, keep_calibration_stars, model_of
 from experiments.pipeline.config import SURVEYS, BootstrapOptions, DataConfig, StudyConfig, draw_keys
-from experiments.pipeline.gates import training_stars
+from experiments.pipeline.gates import GateRun, fit_run
 from experiments.pipeline.local import LocalConfig, add_local
-from experiments.pipeline.methods import (
-    CLASSIFY,
-    CROSS_FITTED,
-    FALLBACK,
-    GLOBAL,
-    HARD,
-    ORACLE,
-    REGRESSION_GATES,
-    Method,
-)
+from experiments.pipeline.methods import CLASSIFY, CROSS_FITTED, FALLBACK, GLOBAL, HARD, ORACLE, REGRESSION_GATES, Method
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
 from experiments.report import figures
@@ -48,10 +39,7 @@ from experiments.runner.command_line import Cluster, group, require_fraction, ru
 from experiments.runner.stages import Stages, console
 from moe_jax.apply.model_file import save_model
 from moe_jax.core.arrays import InputError
-from moe_jax.gates.networks import Gate, LinearGate, MLPGate
-from moe_jax.gates.optimize import GateFit
-from moe_jax.gates.routing import route_fallback, route_hard, route_oracle, route_soft
-from moe_jax.gates.training import GateConfig, fit_gate
+from moe_jax.gates import Gate, GateConfig, GateFit, LinearGate, MLPGate, route_fallback, route_hard, route_oracle, route_soft
 
 
 @dataclass(frozen=True)
@@ -84,13 +72,11 @@ PRESETS = {
 
 def fit_regression_gates(config: RegressGateConfig, prepared: Prepared) -> dict[Method, GateFit]:
     """The MLP and the linear regression gate by both protocols."""
-    key, gates, logistic = draw_keys(config.data.seed).gates, regression_gates(config), prepared.classifier.params
-    fits = {}
+    key, gates, fits = draw_keys(config.data.seed).gates, regression_gates(config), {}
     for i, method in enumerate(REGRESSION_GATES):
         fraction = 1.0 if method.protocol == CROSS_FITTED else config.in_sample_fraction
-        stars = training_stars(config.data, prepared, method.protocol, fraction)
-        data = (stars.features, stars.predictions, stars.log_g)
-        fits[method] = fit_gate(jax.random.fold_in(key, i), gates[method.name], *data, config.gate, logistic=logistic)
+        of_method = GateRun(gates[method.name], config.gate, method.protocol, fraction)
+        fits[method] = fit_run(jax.random.fold_in(key, i), config.data, prepared, of_method)
     return jax.block_until_ready(fits)
 
 

@@ -26,12 +26,9 @@ from experiments.report.markdown import interval, load_published, table_markdown
 from experiments.report.results import Results, Study
 from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages, console
-from moe_jax.evaluate.bootstrap import paired_bootstrap
-from moe_jax.evaluate.metrics import r2_score
+from moe_jax.evaluate import paired_bootstrap, r2_score
 from moe_jax.experts.cross_validation import CrossValidatedRidge
-from moe_jax.gates.networks import LinearGate
-from moe_jax.gates.routing import route_hard, route_oracle, route_soft
-from moe_jax.gates.training import GateConfig, Hyper, mixture_loss
+from moe_jax.gates import GateConfig, Hyper, LinearGate, mixture_loss, route_hard, route_oracle, route_soft
 
 #: Factors of the linear gate's squared weights in its loss, to choose from on held-out stars.
 PENALTIES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3)

@@ -26,10 +26,9 @@ from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
 from experiments.runner.command_line import group, require_at_least, require_positive, require_seed, run_command
 from experiments.runner.stages import Stages, console
+from moe_jax.apply import Model, load_model
 from moe_jax.apply.application import Application, apply_model, needs_scaling, prepare_application
 from moe_jax.apply.conformal import LEVELS
-from moe_jax.apply.model import Model
-from moe_jax.apply.model_file import load_model
 from moe_jax.apply.robust import LIMITS, QUANTILES, SCALES, fit_robustly
 from moe_jax.core.arrays import InputError
 from moe_jax.experts.cells import assign_cells
@@ -122,9 +121,8 @@ def read_real_stars(config: StressConfig, model: Model) -> tuple[Application, Ma
         return None
     file, labels = TelescopeFile(config.real_stars), pd.read_csv(config.real_labels)
     if "log_g" not in labels or len(labels) != file.n_stars:
-        raise InputError(
-            f"{config.real_labels}: found {len(labels)} rows, columns {', '.join(labels)}; expected log_g of {file.n_stars} stars"
-        )
+        found = f"{len(labels)} rows of {', '.join(labels.columns)}"
+        raise InputError(f"{config.real_labels}: found {found}, expected the log_g of {file.n_stars} stars")
     return prepare_application(model, file.wave, str(config.real_stars)), file.read(0, file.n_stars), labels
 
 

@@ -32,13 +32,9 @@ from experiments.report.variants import compare_by, seed_interval, variants_resu
 from experiments.runner.command_line import group, require_at_least, require_positive, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import AnyArray, matmul
-from moe_jax.experts.fit import assign_folds
-from moe_jax.experts.joint import fit_mixture_experts
-from moe_jax.experts.ridge import Ridge, predict_ridge
-from moe_jax.gates.networks import MLPGate
-from moe_jax.gates.optimize import Adam, GateFit, Params, Rows, minimize
-from moe_jax.gates.routing import route_soft
-from moe_jax.gates.training import GateConfig, fit_gate
+from moe_jax.experts import Ridge, assign_folds, fit_mixture_experts, predict_ridge
+from moe_jax.gates import GateConfig, GateFit, MLPGate, fit_gate, route_soft
+from moe_jax.gates.optimize import Adam, Params, Rows, minimize
 
 FROZEN, ONE_ROUND, ALL_ROUNDS, GRADIENT, LEAKY = (
     "frozen experts, MLP gate",

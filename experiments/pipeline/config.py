@@ -15,9 +15,8 @@ from moe_jax.core.arrays import InputError
 from moe_jax.evaluate.bootstrap import DEFAULT_METHOD
 from moe_jax.evaluate.intervals import IntervalMethod
 from moe_jax.experts.cells import N_CELLS
+from moe_jax.gates import GateConfig, MLPGate
 from moe_jax.gates.classifier import C_GRID
-from moe_jax.gates.networks import MLPGate
-from moe_jax.gates.training import GateConfig
 from moe_jax.spectra.broadening import require_resolution
 from moe_jax.spectra.grid import GRID_RESOLUTION
 from moe_jax.spectra.simulate import LabelSampling

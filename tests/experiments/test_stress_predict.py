@@ -62,7 +62,7 @@ def test_each_real_star_needs_a_label(tmp_path):
     save_survey(tmp_path / "stars.h5", survey)
     (tmp_path / "labels.csv").write_text("log_g\n4.5\n")
     files = {"real_stars": tmp_path / "stars.h5", "real_labels": tmp_path / "labels.csv"}
-    with pytest.raises(InputError, match="labels.csv: found 1 rows, columns log_g; expected log_g of 2 stars"):
+    with pytest.raises(InputError, match="labels.csv: found 1 rows of log_g, expected the log_g of 2 stars"):
         stress_predict.read_real_stars(with_options(stress_predict.PRESETS["smoke"], **files), None)
 
 
