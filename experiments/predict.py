@@ -54,7 +54,7 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from experiments.report.figures import plot_fit
+from experiments.report.figures import plot_fit, save_figure
 from experiments.runner.command_line import require_at_least, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.apply import Model, load_model
@@ -164,7 +164,7 @@ def _draw(config: PredictConfig, application: Application, spectra: MaskedSpectr
             answer = table.iloc[row]
             title = f"{name}, star {star}: log g {answer['log_g']:.2f} +- {answer['uncertainty']:.2f}  {answer['flags']}"
             figure = plot_fit(WAVE, fit.flux[i], fit.flux_error[i], fit.model[i], fit.used[i], title)
-            figure.savefig(folder / f"{name}_{star}.png", dpi=100)
+            save_figure(figure, folder / f"{name}_{star}.png", pdf=False, dpi=100)
     console.print(f"{folder}: {int(fit.fitted.sum())} figures of {name}")
 
 
