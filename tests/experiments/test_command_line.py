@@ -108,6 +108,11 @@ def test_written_files_are_a_tree(tmp_path):
     assert sorted(line[4:].strip() for line in lines[-3:]) == ["a.csv, b.csv", "model/: model.json", "report.md"]
 
 
+def test_names_in_brackets_are_shown_as_they_are(capsys):
+    Stages().note("data[night]/[/x].h5: 3 stars")
+    assert capsys.readouterr().out == "data[night]/[/x].h5: 3 stars\n"
+
+
 def test_long_stages_say_what_is_left(monkeypatch, capsys):
     monkeypatch.setattr("experiments.runner.stages.SECONDS_BETWEEN_NOTES", 0.0)
     with Stages().steps("gates", 3) as advance:
