@@ -102,9 +102,8 @@ def compute(config: ConvergeConfig, stages: Stages) -> Results:
     """Trains all gates."""
     prepared = prepare(config.data, stages, config.output.cache)
     runs = runs_of(config)
-    sweeps: dict[tuple[str, str, str, str], Sweep] = {}
-    for kind, run in stages.each("gates", runs.items()):
-        sweeps[kind] = run_gates(config.data, prepared, run, config.output.cache)
+    trained = stages.each("gates", runs.items())
+    sweeps = {kind: run_gates(config.data, prepared, run, config.output.cache) for kind, run in trained}
     test = prepared.test.covered()
     predictions = {", ".join(kind): sweep.predictions for kind, sweep in sweeps.items()}
     with stages("bootstrap"):
@@ -118,7 +117,7 @@ def compute(config: ConvergeConfig, stages: Stages) -> Results:
         data = (stars.features, stars.predictions, stars.log_g)
         classify_loss[protocol] = float(mixture_loss(LinearGate(), prepared.classifier.params, *data))
     table["training_loss"] = [np.mean(sweep.loss) for sweep in sweeps.values()]
-    table["classification_gate_training_loss"] = [classify_loss[run.protocol] for run in runs.values()]
+    table["classification_gate_training_loss"] = table["protocol"].map(classify_loss)
     table["validation_loss"] = [np.mean(sweep.validation_loss) for sweep in sweeps.values()]
     table["best_epoch"] = [float(np.median(sweep.best_epoch)) for sweep in sweeps.values()]
     table["gradient_norm"] = [np.max(sweep.gradient_norm) for sweep in sweeps.values()]
