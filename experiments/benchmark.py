@@ -62,21 +62,6 @@ def fallen(table: pd.DataFrame, committed: Path) -> list[str]:
     ]
 
 
-def summary(table: pd.DataFrame) -> str:
-    """The ratios as README shows them."""
-    rows = [
-        {
-            "row": row["row"],
-            "ours": f"{row['ours_s']:.3g} s",
-            "against": f"{row['peer']}, {row['peer_s']:.3g} s",
-            "times faster": f"{row['ratio']:.3g} ({row['ratio_low']:.3g} to {row['ratio_high']:.3g})",
-            "target": "" if pd.isna(row["target"]) else f"{row['target']:g}",
-        }
-        for row in table.to_dict("records")
-    ]
-    return table_markdown(pd.DataFrame(rows))
-
-
 def sections_of(table: pd.DataFrame) -> list[str]:
     """The paragraphs of report.md."""
     shown = table[
