@@ -238,12 +238,11 @@ def pixel_methods(config: CompareConfig, train: Spectra) -> dict[str, Callable[[
         return lambda stars: predict_ridge(ridge, stars.flux)
 
     def local(n_cells: int) -> Predict:
-        mixture = fit_local(
-            train.flux, train.error, labels, y, n_cells=min(n_cells, len(y) // 4), degree=config.degree, seed=config.data.seed
-        )
+        mixture = fit_local(train.flux, train.error, labels, y, n_cells=n_cells, degree=config.degree, seed=config.data.seed)
         return lambda stars: predict_local(mixture, stars.flux, median_error(stars.error)).y
 
-    names = {n: f"{n:,} local linear experts" for n in config.n_cells[:-1]} | {config.n_cells[-1]: LOCAL}
+    sizes = [min(n_cells, len(y) // 4) for n_cells in config.n_cells]
+    names = {n: f"{n:,} local linear experts" for n in sizes[:-1]} | {sizes[-1]: LOCAL}
     return {
         "partial least squares": partial(choose, [10, 20, 30, 45, 60], pls, train),
         **{name: partial(local, n) for n, name in names.items()},
