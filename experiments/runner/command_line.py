@@ -12,6 +12,7 @@ import functools
 import math
 import operator
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -149,7 +150,7 @@ def _shown_options(presets: Mapping[str, Config], default: Config) -> Constructo
 
 def as_typed(value: Any) -> str:
     """A value as one types it."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return " ".join(shlex.quote(str(part)) for part in (value if isinstance(value, tuple) else (value,)))
 
 
 @dataclass(frozen=True)

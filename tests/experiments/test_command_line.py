@@ -1,6 +1,7 @@
 """Options in groups: what a command offers, what --help says of it, and the command line that run.json holds."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import pytest
@@ -80,13 +81,13 @@ def test_help_keeps_lines_and_shows_groups_and_presets(capsys):
 
 def test_the_command_makes_the_configuration_again():
     changes = {
-        **{"n_train": 5, "alphas": (1.0, 2.0), "n_folds": 3, "test_seed": 4, "train_file": Path("a.h5"), "hidden": 7},
+        **{"n_train": 5, "alphas": (1.0, 2.0), "n_folds": 3, "test_seed": 4, "train_file": Path("my stars.h5"), "hidden": 7},
         **{"n_resamples": 10, "in_sample_fraction": 0.5, "gate": dataclasses.replace(regress_gate.PRESETS["smoke"].gate, epochs=9)},
     }
     config = with_options(regress_gate.PRESETS["smoke"], **changes)
     elsewhere = with_options(config, output_dir=Path("out"), cache_dir=Path("cache"), use_cache=False)
     command = command_of("regress_gate", elsewhere, regress_gate.PRESETS)
-    name, *arguments = command.removeprefix("python -m experiments.").split()
+    name, *arguments = shlex.split(command.removeprefix("python -m experiments."))
     assert (name, arguments[:2]) == ("regress_gate", ["--preset", "smoke"])
     assert parse_config(regress_gate.PRESETS, None, arguments) == config
     assert command_of("regress_gate", regress_gate.PRESETS["default"], regress_gate.PRESETS) == "python -m experiments.regress_gate"
