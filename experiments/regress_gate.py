@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import numpy as np
 import pandas as pd
-from rich.table import Table
 
 from experiments.pipeline.calibration import CalibrationConfig, add_uncertainty, keep_calibration_stars, model_of
 from experiments.pipeline.config import SURVEYS, BootstrapOptions, DataConfig, StudyConfig, draw_keys
@@ -202,15 +201,10 @@ def provenance_of(results: Outcome, run_json: dict[str, Any]) -> dict[str, Any]:
 
 def print_table(results: Outcome) -> None:
     """The table at the end of a run."""
-    published = load_published()["overall"]
-    table = Table(title="log g of the covered test stars")
-    for column in ("method", "protocol", "R2", "MAE", "RMSE", "rho", "report R2"):
-        table.add_column(column, justify="left" if column in ("method", "protocol") else "right")
-    for row in results.overall.to_dict("records"):
-        report = published.get(row["method"]) if row["protocol"] != CROSS_FITTED else None
-        numbers = ("" if np.isnan(row[column]) else f"{row[column]:.4f}" for column in ("r2", "mae", "rmse", "rho"))
-        table.add_row(row["method"], row["protocol"], *numbers, f"{report['r2']:.4f}" if report else "")
-    console.print(table)
+    published, overall = load_published()["overall"], results.overall
+    report = overall["method"].map(lambda name: published.get(name, {}).get("r2")).where(overall["protocol"] != CROSS_FITTED)
+    shown = overall.assign(report_r2=report).to_string(index=False, float_format="%.4f", na_rep="")
+    console.print(f"log g of the covered test stars\n{shown}")
     for row in results.bootstrap.head(4).to_dict("records"):
         console.print(f"{row['comparison']:<42} {interval(row['estimate'], row['low'], row['high'])}")
 
