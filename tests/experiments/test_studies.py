@@ -121,6 +121,31 @@ def test_the_inequality_is_reported(run_study):
     assert (warm["training_loss"] <= warm["classification_gate_training_loss"]).all()
 
 
+def test_differences_of_pairs_are_those_of_the_variants(run_study):
+    """Which of two gates is subtracted from which, in all tables of differences that FINDINGS reads."""
+    leak, converge, joint = map(run_study, ("measure_leakage", "converge_gate", "train_jointly"))
+    r2 = pd.read_csv(leak / "variants.csv").set_index(["form", "protocol", "stars"])["r2"]
+    for row in pd.read_csv(leak / "differences.csv").to_dict("records"):
+        ours, theirs = (r2[row["form"], row[f"{of}protocol"], row[f"{of}stars"]] for of in ("", "baseline_"))
+        assert row["delta_r2"] == pytest.approx(ours - theirs, abs=2e-5)
+    trained = pd.read_csv(converge / "variants.csv").set_index(["form", "protocol", "optimiser", "start"])
+    for row in pd.read_csv(converge / "more_training.csv").to_dict("records"):
+        longer, adam = (trained.loc["MLP", row["protocol"], optimiser, "cold"] for optimiser in (row["optimiser"], "Adam"))
+        assert row["delta_r2"] == pytest.approx(longer["r2"] - adam["r2"], abs=2e-5)
+        assert row["delta_loss"] == pytest.approx(longer["validation_loss"] - adam["validation_loss"], abs=2e-5)
+    r2 = pd.read_csv(joint / "variants.csv").set_index("variant")["r2"]
+    for row in pd.read_csv(joint / "differences.csv").to_dict("records"):
+        assert row["delta_r2"] == pytest.approx(r2[row["method"]] - r2[row["baseline"]], abs=2e-5)
+
+
+def test_scales_differences_are_from_the_classification_gate_and_rho_is_a_share_of_the_oracles_gain(run_study):
+    for _, rows in pd.read_csv(run_study("scale") / "scale.csv").groupby(["n_train", "noise_level"]):
+        r2 = rows["r2"].set_axis(rows["method"])
+        np.testing.assert_allclose(rows["delta_r2"], r2 - r2["soft"], atol=2e-6)
+        np.testing.assert_allclose(rows["rho"], (r2 - r2["global"]) / (r2["oracle"] - r2["global"]), rtol=1e-4, atol=1e-5)
+        assert (rows["delta_r2_low"] <= rows["delta_r2_high"]).all()
+
+
 def test_coverage_table(folder, tmp_path):
     config = with_options(config_of("calibrate_bootstrap", folder), output_dir=tmp_path / "out")
     tables = calibrate_bootstrap.main(config).tables
