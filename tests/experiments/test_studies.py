@@ -138,6 +138,12 @@ def test_differences_of_pairs_are_those_of_the_variants(run_study):
         assert row["delta_r2"] == pytest.approx(r2[row["method"]] - r2[row["baseline"]], abs=2e-5)
 
 
+def test_a_difference_of_two_gates_is_that_of_their_means(run_study):
+    mean = pd.read_csv(run_study("replicate") / "intervals.csv").set_index("gate")["mean"]
+    for name, (ours, theirs) in replicate.DIFFERENCES.items():
+        assert mean[name] == pytest.approx(mean[ours] - mean[theirs], abs=1e-6)
+
+
 def test_scales_differences_are_from_the_classification_gate_and_rho_is_a_share_of_the_oracles_gain(run_study):
     for _, rows in pd.read_csv(run_study("scale") / "scale.csv").groupby(["n_train", "noise_level"]):
         r2 = rows["r2"].set_axis(rows["method"])
