@@ -31,7 +31,7 @@ from experiments.pipeline.config import SMALL, DataConfig, StudyConfig, draw_key
 from experiments.pipeline.gates import GateRun, fit_run
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
-from experiments.pipeline.surveys import Observation, observe_surveys
+from experiments.pipeline.surveys import Observation, observe_surveys, require_grid_pixels
 from experiments.report import figures
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
@@ -173,6 +173,7 @@ def sections_of(
 
 def compute(config: UncertaintyConfig, stages: Stages) -> Results:
     """Trains, calibrates, and judges the uncertainties."""
+    require_grid_pixels(config.data)
     config = dataclasses.replace(config, data=keep_calibration_stars(config.data, config.calibration, stages))
     prepared = prepare(config.data, stages, config.output.cache)
     with stages("MLP gate"):

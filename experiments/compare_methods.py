@@ -31,7 +31,7 @@ from experiments.pipeline.gates import GateRun, fit_run
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.rivals import rival_methods
 from experiments.pipeline.stars import Prepared
-from experiments.pipeline.surveys import Observation, observe_surveys
+from experiments.pipeline.surveys import Observation, observe_surveys, require_grid_pixels
 from experiments.report.claims import LIKELIHOOD, LOCAL, MIXTURE, NETWORK
 from experiments.report.markdown import interval, table_markdown
 from experiments.report.results import Results, Study
@@ -385,6 +385,7 @@ def table_of(config: CompareConfig, fitted: Mapping[str, Fitted], y: np.ndarray)
 
 def compute(config: CompareConfig, stages: Stages) -> Results:
     """Fits all methods."""
+    require_grid_pixels(config.data)
     prepared = prepare(config.data, stages, Cache(None))
     with stages("spectra"):
         train, test = map(read_covered, observe_surveys(config.data))
