@@ -250,7 +250,7 @@ def sections_of(config: CalibrateConfig, tables: dict[str, pd.DataFrame], truth:
     by_cell = coverage[coverage["stars"] != "all stars"]
     worst = by_cell.loc[by_cell.groupby(["set_size", "method", "level"], sort=False)["coverage"].idxmin()]
     percent = {"truth_below": ".1%", "truth_above": ".1%", "level": ".0%", "rms_error": ".2f", "worst_shortfall": ".1f"}
-    hardest = by_cell.iloc[int(by_cell["coverage"].argmin())]
+    hardest = by_cell.iloc[int((by_cell["coverage"] - by_cell["level"]).argmin())]
     width = by_cell.groupby(["set_size", "method", "level"], sort=False)["mean_width"].mean().rename("mean_width_by_cell")
     worst = worst.merge(width, on=["set_size", "method", "level"])
     rename = {"shown": "coverage"}
