@@ -21,12 +21,10 @@ from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
 from experiments.report.results import Results, Study
 from experiments.report.variants import compare_by, variants_results
-from experiments.runner.command_line import run_command
+from experiments.runner.command_line import group, require_at_least, require_fraction, run_command
 from experiments.runner.stages import Stages
 from moe_jax.core.arrays import AnyArray
-from moe_jax.gates.features import FEATURE_NAMES
-from moe_jax.gates.networks import MLPGate
-from moe_jax.gates.training import Hyper
+from moe_jax.gates import FEATURE_NAMES, GateConfig, Hyper, MLPGate
 
 CA_LINES = ("depth_8498", "EW_8498", "depth_8542", "EW_8542", "depth_8662", "EW_8662", "EW_CaT")
 SODIUM = ("depth_Na", "EW_Na")
@@ -39,7 +37,6 @@ FEATURE_GROUPS = {
     "Ca II only": CA_LINES,
     "EW_CaT only": ("EW_CaT",),
 }
-
 
 #: A variant: its name, what was changed, and to what.
 Variant = tuple[str, str, str]
@@ -68,6 +65,11 @@ class AblateConfig(GateStudyConfig):
     """Temperatures at which the weights of the trained baseline are used."""
     fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5)
     """Fractions of the covered training stars that the gate is trained on."""
+    gate: GateConfig = group(GateConfig(), prefix=True, without=("optimizer", "max_iterations"))
+
+    def __post_init__(self) -> None:
+        require_at_least(self, n_seeds=1)
+        require_fraction(self, "fractions")
 
 
 PRESETS = {"default": AblateConfig(), "smoke": AblateConfig(**QUICK, widths=(8,), fractions=(0.5,))}

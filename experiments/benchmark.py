@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from experiments.pipeline.config import OutputOptions
 from experiments.report.figures import BLACK, BLUE, GREY, Figure, new_figure
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
@@ -59,21 +60,6 @@ def fallen(table: pd.DataFrame, committed: Path) -> list[str]:
         f"{row['ratio']:.1f}x, was {row['ratio_before']:.1f}x"
         for row in both.to_dict("records")
     ]
-
-
-def summary(table: pd.DataFrame) -> str:
-    """The ratios as README shows them."""
-    rows = [
-        {
-            "row": row["row"],
-            "ours": f"{row['ours_s']:.3g} s",
-            "against": f"{row['peer']}, {row['peer_s']:.3g} s",
-            "times faster": f"{row['ratio']:.3g} ({row['ratio_low']:.3g} to {row['ratio_high']:.3g})",
-            "target": "" if pd.isna(row["target"]) else f"{row['target']:g}",
-        }
-        for row in table.to_dict("records")
-    ]
-    return table_markdown(pd.DataFrame(rows))
 
 
 def sections_of(table: pd.DataFrame) -> list[str]:
@@ -129,6 +115,8 @@ def compute_start(config: BenchmarkConfig, stages: Stages) -> Results:
 def main(config: BenchmarkConfig) -> Results:
     """Times all rows and writes the results; of the quick ones only where a folder is given."""
     if config.quick:
+        if dataclasses.replace(config, quick=False, output=OutputOptions()) != PRESETS["default"]:
+            raise InputError("--quick was given with options that it sets itself, expected --preset quick with these")
         config = dataclasses.replace(PRESETS["quick"], output=config.output)
     if config.start:
         output = dataclasses.replace(config.output, output_dir=config.output.output_dir or Path("results/first_minute"))

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.pipeline.lte_nodes import node_spectra
-from experiments.runner.command_line import PresetConfig, run_command
+from experiments.runner.command_line import PresetConfig, require_at_least, run_command
 from experiments.runner.stages import console
 from moe_jax.spectra.grid import GRID_FILE, compress_grid, reconstruct_nodes, save_grid
 from moe_jax.spectra.synthesis import Node, is_available
@@ -44,6 +44,9 @@ class BuildConfig(PresetConfig):
     """Folder of the finished nodes."""
     output: Path = GRID_FILE
     """File of the grid."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, n_components=1, jobs=1)
 
 
 PRESETS: dict[str, BuildConfig] = {

@@ -23,8 +23,8 @@ import pandas as pd
 from jax import lax
 
 from experiments.pipeline.config import SMALL, BootstrapOptions, ComparisonConfig, DataConfig, draw_keys
-from experiments.pipeline.gates import CONVERGED, training_stars
-from experiments.pipeline.methods import PROTOCOLS
+from experiments.pipeline.gates import CONVERGED_LINEAR, GateRun, fit_run
+from experiments.pipeline.methods import IN_SAMPLE
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
 from experiments.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, Figure, new_figure
@@ -37,12 +37,8 @@ from moe_jax.evaluate.bootstrap import group_sizes, resample_gain, squared_error
 from moe_jax.evaluate.intervals import METHODS, IntervalMethod, borrow_spread, confidence_interval, simultaneous_interval
 from moe_jax.experts.cells import CELL_NAMES, N_CELLS, assign_cells
 from moe_jax.experts.fit import predict_experts
-from moe_jax.gates.features import compute_features
-from moe_jax.gates.networks import Gate, LinearGate, MLPGate
-from moe_jax.gates.routing import route_soft
-from moe_jax.gates.training import GateConfig, fit_gate
-from moe_jax.spectra.simulate import simulate_survey
-from moe_jax.spectra.survey import add_noise
+from moe_jax.gates import GateConfig, LinearGate, MLPGate, compute_features, route_soft
+from moe_jax.spectra import add_noise, simulate_survey
 
 LEVELS = (0.90, 0.95, 0.99)
 #: Of the symmetric intervals, the stars whose spread each cell borrows.
@@ -65,14 +61,16 @@ class CalibrateConfig(ComparisonConfig):
     """Test sets of each size from each half of the population."""
     gate: GateConfig = group(GateConfig(), prefix=True)
     mlp: MLPGate = group(MLPGate())
-    data: DataConfig = group(DataConfig(), without=("noise", "train_file", "test_file", "columns"))
+    data: DataConfig = group(
+        DataConfig(),
+        without=("n_test", "test_sampling", "test_seed", "noise", "train_file", "test_file", "columns", "coverage"),
+    )
     bootstrap: BootstrapOptions = group(BootstrapOptions(), without=("confidence_level", "interval_method"))
 
     def __post_init__(self) -> None:
-        require_at_least(self, n_population=100)
-        for name in ("set_sizes", "n_sets"):
-            if len(values := getattr(self, name)) != len(self.n_sets) or min(values, default=0) < 2:
-                raise InputError(f"{name} is {values}, expected numbers of at least 2, as many set_sizes as n_sets")
+        require_at_least(self, n_population=100, set_sizes=2, n_sets=2)
+        if len(self.set_sizes) != len(self.n_sets):
+            raise InputError(f"set_sizes is {self.set_sizes} and n_sets {self.n_sets}, expected as many of one as of the other")
 
 
 PRESETS = {
@@ -108,18 +106,9 @@ PAIRS = ("MLP, cross-fitted", "linear, converged", "linear, in-sample 20 %")
 def simulate_population(config: CalibrateConfig, prepared: Prepared, stages: Stages) -> Population:
     """Trains the gates, and has them predict the population, chunk by chunk."""
     keys = draw_keys(config.data.seed)
-    logistic = prepared.classifier.params
-    fits = []
+    runs = (GateRun(config.mlp, config.gate), CONVERGED_LINEAR, GateRun(LinearGate(), config.gate, IN_SAMPLE, 0.2))
     with stages("gates"):
-        settings: tuple[tuple[Gate, GateConfig, str, float], ...] = (
-            (config.mlp, config.gate, PROTOCOLS[1], 1.0),
-            (LinearGate(), CONVERGED, PROTOCOLS[1], 1.0),
-            (LinearGate(), config.gate, PROTOCOLS[0], 0.2),
-        )
-        for i, (gate, gate_config, protocol, fraction) in enumerate(settings):
-            stars = training_stars(config.data, prepared, protocol, fraction)
-            data, key = (stars.features, stars.predictions, stars.log_g), jax.random.fold_in(keys.gates, i)
-            fits.append((gate, fit_gate(key, gate, *data, gate_config, logistic=logistic).params))
+        fits = [fit_run(jax.random.fold_in(keys.gates, i), config.data, prepared, run) for i, run in enumerate(runs)]
     chunks = []
     sizes = [min(_CHUNK, config.n_population - i) for i in range(0, config.n_population, _CHUNK)]
     for i, size in enumerate(stages.each("population", sizes)):
@@ -128,9 +117,10 @@ def simulate_population(config: CalibrateConfig, prepared: Prepared, stages: Sta
         flux = add_noise(key_noise, jnp.asarray(survey.flux), jnp.asarray(survey.error), config.data.noise_level)
         features = compute_features(prepared.model, flux, survey.wave)
         yhat = predict_experts(prepared.experts, flux)
-        baseline = route_soft(LinearGate().apply(logistic, features), yhat)
+        baseline = route_soft(LinearGate().apply(prepared.classifier.params, features), yhat)
         y = jnp.asarray(survey.labels.log_g)
-        gains = [squared_error_gain(y, route_soft(gate.apply(params, features), yhat), baseline) for gate, params in fits]
+        mixed = [route_soft(run.gate.apply(fit.params, features), yhat) for run, fit in zip(runs, fits, strict=True)]
+        gains = [squared_error_gain(y, prediction, baseline) for prediction in mixed]
         cell = np.asarray(assign_cells(survey.labels.T_eff, survey.labels.M_H))
         covered = np.flatnonzero(cell >= 0)
         chunks.append(Population(np.asarray(y)[covered], cell[covered], np.stack(gains)[:, covered]))
@@ -260,7 +250,7 @@ def sections_of(config: CalibrateConfig, tables: dict[str, pd.DataFrame], truth:
     by_cell = coverage[coverage["stars"] != "all stars"]
     worst = by_cell.loc[by_cell.groupby(["set_size", "method", "level"], sort=False)["coverage"].idxmin()]
     percent = {"truth_below": ".1%", "truth_above": ".1%", "level": ".0%", "rms_error": ".2f", "worst_shortfall": ".1f"}
-    hardest = by_cell.iloc[int(by_cell["coverage"].argmin())]
+    hardest = by_cell.iloc[int((by_cell["coverage"] - by_cell["level"]).argmin())]
     width = by_cell.groupby(["set_size", "method", "level"], sort=False)["mean_width"].mean().rename("mean_width_by_cell")
     worst = worst.merge(width, on=["set_size", "method", "level"])
     rename = {"shown": "coverage"}

@@ -28,26 +28,24 @@ from experiments.pipeline.calibration import (
     predict_labelled,
 )
 from experiments.pipeline.config import SMALL, DataConfig, StudyConfig, draw_keys
+from experiments.pipeline.gates import GateRun, fit_run
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
-from experiments.pipeline.surveys import Observation, observe_surveys
+from experiments.pipeline.surveys import Observation, observe_surveys, require_grid_pixels
 from experiments.report import figures
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
-from experiments.runner.command_line import group, run_command
+from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.apply.conformal import coverage_table
 from moe_jax.apply.model import Model
 from moe_jax.apply.uncertainty import PredictiveVariance, approximate_leverage, ridge_leverage
 from moe_jax.core.arrays import InputError
 from moe_jax.experts.cells import CELL_NAMES
-from moe_jax.gates.networks import LinearGate, MLPGate
-from moe_jax.gates.routing import route_oracle, route_soft
-from moe_jax.gates.training import GateConfig, fit_gate
+from moe_jax.gates import GateConfig, LinearGate, MLPGate, route_oracle, route_soft
+from moe_jax.spectra import Labels, load_grid
 from moe_jax.spectra.broadening import broaden_grid
 from moe_jax.spectra.fisher import fisher_information, log_g_floor
-from moe_jax.spectra.grid import load_grid
-from moe_jax.spectra.survey import Labels
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,10 @@ class UncertaintyConfig(StudyConfig):
     mlp: MLPGate = group(MLPGate())
     data: DataConfig = group(DataConfig())
     calibration: CalibrationConfig = group(CalibrationConfig(), prefix=True)
+
+    def __post_init__(self) -> None:
+        require_at_least(self, n_floor=1)
+        self.data.experts.require_nine_experts()
 
 
 PRESETS = {
@@ -171,11 +173,12 @@ def sections_of(
 
 def compute(config: UncertaintyConfig, stages: Stages) -> Results:
     """Trains, calibrates, and judges the uncertainties."""
+    require_grid_pixels(config.data)
     config = dataclasses.replace(config, data=keep_calibration_stars(config.data, config.calibration, stages))
     prepared = prepare(config.data, stages, config.output.cache)
     with stages("MLP gate"):
-        stars, key = prepared.gate_stars(), draw_keys(config.data.seed).gates
-        fit = jax.block_until_ready(fit_gate(key, config.mlp, stars.features, stars.predictions, stars.log_g, config.gate))
+        key, run = draw_keys(config.data.seed).gates, GateRun(config.mlp, config.gate)
+        fit = jax.block_until_ready(fit_run(key, config.data, prepared, run))
     mixture = model_of(prepared, config.mlp, fit.params, config.data.resolution)
     model, notes = add_uncertainty(config.data, config.calibration, prepared, mixture, stages)
     assert model.uncertainty is not None

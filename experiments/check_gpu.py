@@ -25,17 +25,14 @@ import pandas as pd
 from experiments.pipeline.config import OutputOptions, StudyConfig
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
-from experiments.runner.command_line import group, run_command
+from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages, console
 from experiments.timing.rows import gate_data, run_python, seconds_of
 from moe_jax.core.arrays import InputError, matmul
 from moe_jax.evaluate.bootstrap import bootstrap_delta_r2
-from moe_jax.experts.fit import fit_global
-from moe_jax.experts.ridge import predict_ridge
-from moe_jax.gates.networks import MLPGate
-from moe_jax.gates.training import GateConfig, fit_gate
-from moe_jax.spectra.simulate import simulate_survey
-from moe_jax.spectra.survey import add_noise
+from moe_jax.experts import fit_global, predict_ridge
+from moe_jax.gates import GateConfig, MLPGate, fit_gate
+from moe_jax.spectra import add_noise, simulate_survey
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,9 @@ class CheckConfig(StudyConfig):
     any_device: bool = False
     """Run the checks even where JAX finds only a CPU."""
     output: OutputOptions = group(OutputOptions(), without=("cache_dir", "use_cache"))
+
+    def __post_init__(self) -> None:
+        require_at_least(self, n_stars=10, n_matmul=1, n_gates=1)
 
 
 PRESETS = {

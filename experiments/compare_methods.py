@@ -26,11 +26,12 @@ import numpy as np
 import pandas as pd
 import scipy
 
-from experiments.pipeline.config import SMALL, ComparisonConfig, OutputOptions, draw_keys
+from experiments.pipeline.config import SMALL, ComparisonConfig, DataConfig, OutputOptions, draw_keys
+from experiments.pipeline.gates import GateRun, fit_run
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.rivals import rival_methods
 from experiments.pipeline.stars import Prepared
-from experiments.pipeline.surveys import Observation, observe_surveys
+from experiments.pipeline.surveys import Observation, observe_surveys, require_grid_pixels
 from experiments.report.claims import LIKELIHOOD, LOCAL, MIXTURE, NETWORK
 from experiments.report.markdown import interval, table_markdown
 from experiments.report.results import Results, Study
@@ -39,22 +40,19 @@ from experiments.report.variants import compare_by, variants_results
 from experiments.runner.cache import Cache
 from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages
-from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.core.arrays import AnyArray
 from moe_jax.core.pca import fit_pca
-from moe_jax.experts.fit import predict_experts
-from moe_jax.experts.local import error_template, fit_local, median_error, predict_local
-from moe_jax.experts.ridge import Ridge, fit_weighted_ridge, predict_ridge
+from moe_jax.experts import Ridge, fit_local, fit_weighted_ridge, median_error, predict_experts, predict_local, predict_ridge
+from moe_jax.experts.local import error_template
 from moe_jax.gates.controls import fit_mlp_regressor, predict_mlp_regressor
 from moe_jax.gates.features import compute_features
 from moe_jax.gates.networks import LinearGate, MLPGate
 from moe_jax.gates.routing import route_soft
 from moe_jax.gates.training import GateConfig, fit_gate
 from moe_jax.mixture import fit_moe, predict_moe
+from moe_jax.spectra import Labels, cramer_rao, fit_labels, load_grid
 from moe_jax.spectra.broadening import broaden_grid
-from moe_jax.spectra.fisher import LABEL_UNITS, cramer_rao
-from moe_jax.spectra.grid import load_grid
-from moe_jax.spectra.label_fit import fit_labels
-from moe_jax.spectra.survey import Labels
+from moe_jax.spectra.fisher import LABEL_UNITS
 
 
 @dataclass(frozen=True)
@@ -74,13 +72,12 @@ class CompareConfig(ComparisonConfig):
     n_floor: int = 1_000
     """Test stars of the Cramer-Rao floor."""
     network: GateConfig = group(GateConfig(epochs=300, patience=20), prefix=True)
+    data: DataConfig = group(DataConfig(), without=("chunk_stars",))
     output: OutputOptions = group(OutputOptions(), without=("cache_dir", "use_cache"))
 
     def __post_init__(self) -> None:
-        for name in ("n_components", "n_cells"):
-            if min(getattr(self, name), default=0) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected one or more positive numbers")
-        require_at_least(self, n_gate_components=1, n_landmarks=1, degree=1, n_floor=1)
+        require_at_least(self, n_components=1, n_cells=1, n_gate_components=1, n_landmarks=1, degree=1, n_floor=1)
+        self.data.experts.require_nine_experts()
 
 
 PRESETS = {
@@ -241,12 +238,11 @@ def pixel_methods(config: CompareConfig, train: Spectra) -> dict[str, Callable[[
         return lambda stars: predict_ridge(ridge, stars.flux)
 
     def local(n_cells: int) -> Predict:
-        mixture = fit_local(
-            train.flux, train.error, labels, y, n_cells=min(n_cells, len(y) // 4), degree=config.degree, seed=config.data.seed
-        )
+        mixture = fit_local(train.flux, train.error, labels, y, n_cells=n_cells, degree=config.degree, seed=config.data.seed)
         return lambda stars: predict_local(mixture, stars.flux, median_error(stars.error)).y
 
-    names = {n: f"{n:,} local linear experts" for n in config.n_cells[:-1]} | {config.n_cells[-1]: LOCAL}
+    sizes = [min(n_cells, len(y) // 4) for n_cells in config.n_cells]
+    names = {n: f"{n:,} local linear experts" for n in sizes[:-1]} | {sizes[-1]: LOCAL}
     return {
         "partial least squares": partial(choose, [10, 20, 30, 45, 60], pls, train),
         **{name: partial(local, n) for n, name in names.items()},
@@ -269,9 +265,8 @@ def prepared_methods(config: CompareConfig, prepared: Prepared, stages: Stages) 
     before = seconds["experts, cross-validated"] + seconds["features"]
 
     def mlp_gate() -> Predict:
-        stars, key = prepared.gate_stars(), draw_keys(config.data.seed).gates
-        params = fit_gate(key, MLPGate(), stars.features, stars.predictions, stars.log_g).params
-        return mix_experts(prepared, MLPGate(), params, features)
+        fit = fit_run(draw_keys(config.data.seed).gates, config.data, prepared, GateRun(MLPGate()))
+        return mix_experts(prepared, MLPGate(), fit.params, features)
 
     one_ridge: dict[str, tuple[Callable[[], Predict], float]] = {
         "one ridge for all stars": (
@@ -390,6 +385,7 @@ def table_of(config: CompareConfig, fitted: Mapping[str, Fitted], y: np.ndarray)
 
 def compute(config: CompareConfig, stages: Stages) -> Results:
     """Fits all methods."""
+    require_grid_pixels(config.data)
     prepared = prepare(config.data, stages, Cache(None))
     with stages("spectra"):
         train, test = map(read_covered, observe_surveys(config.data))
@@ -422,19 +418,12 @@ def compute(config: CompareConfig, stages: Stages) -> Results:
     shown = pd.concat([_shown(table[main_rows]), pd.DataFrame([floor])]).fillna("")
     why = _shown(table[~main_rows | table["variant"].isin([MIXTURE, LOCAL])])
     missing = "" if importlib.util.find_spec("lightgbm") else " LightGBM is not installed, so its row is left out."
-    results = variants_results(
-        "Every method on the same spectra",
-        config.bootstrap,
-        table[main_rows].drop(columns=[c for c in table.columns if c.endswith("_from_local")]),
-        setup=f"{len(train.flux):,} covered training stars, {len(y):,} covered test stars, noise level "
-        f"{config.data.noise_level:g}. Choices are made on a fifth of the training stars. Seconds to fit include choices and "
-        "compilation, but not the "
-        f"{stages.seconds['components']:.0f} s of the components; stars per second are predicted from spectra.",
-        against=MIXTURE,
-    )
     percent = f"{100 * config.bootstrap.confidence_level:g} %"
     sections = [
-        results.sections[0],
+        f"{len(train.flux):,} covered training stars, {len(y):,} covered test stars, noise level "
+        f"{config.data.noise_level:g}. Choices are made on a fifth of the training stars. Seconds to fit include choices and "
+        f"compilation, but not the {stages.seconds['components']:.0f} s of the components; stars per second are predicted from "
+        "spectra.",
         table_markdown(shown),
         f"Differences of R2 with {percent} intervals (paired {config.bootstrap.interval_method} bootstrap over the test stars). "
         "Weighted components: of stars weighted by 1 / error^2, in units of the error of the pixel. "
@@ -447,9 +436,9 @@ def compute(config: CompareConfig, stages: Stages) -> Results:
         "the number of local linear experts. (d) A convex combination cannot leave the range of its experts. (e) Line features "
         "starve the gate. Each row changes the mixture in that only, and all but (c) keep the nine cells.",
     ]
-    return dataclasses.replace(
-        results, sections=sections, tables={"methods": table, "floor": pd.DataFrame([floor]), "pairs": pairs}
-    )
+    results = variants_results("Every method on the same spectra", config.bootstrap, table[main_rows], setup="", against=MIXTURE)
+    tables = {"methods": table, "floor": pd.DataFrame([floor]), "pairs": pairs}
+    return dataclasses.replace(results, sections=sections, tables=tables)
 
 
 def _shown(table: pd.DataFrame) -> pd.DataFrame:

@@ -28,14 +28,12 @@ from experiments.pipeline.config import OutputOptions, StudyConfig, draw_keys
 from experiments.pipeline.spoilings import LIGHT, Exposure, shift
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
-from experiments.runner.command_line import group, require_at_least, run_command
+from experiments.runner.command_line import group, require_at_least, require_positive, require_seed, run_command
 from experiments.runner.stages import Stages
 from experiments.timing.rvs_peer import NODES, SPLINES, chi2_of, fit_star, write_library
+from moe_jax.spectra import add_noise, fit_labels, simulate_survey
 from moe_jax.spectra.fisher import LABEL_UNITS
-from moe_jax.spectra.label_fit import fit_labels
 from moe_jax.spectra.pixels import WAVE
-from moe_jax.spectra.simulate import simulate_survey
-from moe_jax.spectra.survey import add_noise
 
 OURS = "fit_labels"
 PEERS = {"rvspecfit, linear between nodes": NODES, "rvspecfit, the grid's splines": SPLINES}
@@ -63,10 +61,11 @@ class RvsConfig(StudyConfig):
 
     def __post_init__(self) -> None:
         require_at_least(self, n_stars=1)
+        require_positive(self, "noise_levels")
+        require_seed(self, "seed")
 
 
 PRESETS = {"default": RvsConfig(), "smoke": RvsConfig(preset="smoke", n_stars=4, noise_levels=(0.2,))}
-
 
 Method = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """From flux and error (N, P) to labels and velocity, their five standard deviations, and 1 where all is well: (N, 11)."""

@@ -18,7 +18,7 @@ import numpy as np
 from experiments.pipeline.config import BootstrapOptions, OutputOptions, StudyConfig
 from experiments.report.results import Results, Study
 from experiments.report.variants import variants_results
-from experiments.runner.command_line import group, require_at_least, run_command
+from experiments.runner.command_line import group, require_at_least, require_seed, run_command
 from experiments.runner.stages import Stages
 from moe_jax.evaluate.variants import compare_variants
 from moe_jax.mixture import ALPHAS
@@ -41,6 +41,7 @@ class TabularConfig(StudyConfig):
 
     def __post_init__(self) -> None:
         require_at_least(self, n_repeats=1, n_folds=2, n_experts=1)
+        require_seed(self, "seed")
 
 
 PRESETS = {"default": TabularConfig(), "smoke": TabularConfig(preset="smoke", n_repeats=1, n_folds=5)}

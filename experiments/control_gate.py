@@ -22,12 +22,9 @@ from experiments.pipeline.stars import Prepared, Stars
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
 from experiments.report.variants import compare_by, variants_results
-from experiments.runner.command_line import group, run_command
+from experiments.runner.command_line import group, require_at_least, require_positive, run_command
 from experiments.runner.stages import Stages
-from moe_jax.experts.alphas import select_alpha
-from moe_jax.experts.cells import CELL_NAMES
-from moe_jax.experts.cross_validation import cross_validate_ridge
-from moe_jax.experts.ridge import fit_ridge, predict_ridge
+from moe_jax.experts import CELL_NAMES, cross_validate_ridge, fit_ridge, predict_ridge, select_alpha
 from moe_jax.gates.controls import fit_mlp_regressor, fit_temperature, predict_mlp_regressor, simplex_weights
 from moe_jax.gates.networks import LinearGate, MLPGate
 from moe_jax.gates.routing import route_soft, sharpen
@@ -47,6 +44,11 @@ class ControlConfig(ComparisonConfig):
     stack_alphas: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
     """Ridge penalties of the stacked ridges to choose from."""
     mlp: MLPGate = group(MLPGate())
+
+    def __post_init__(self) -> None:
+        require_at_least(self, n_seeds=1)
+        require_positive(self, "stack_alphas")
+        self.data.experts.require_nine_experts()
 
 
 PRESETS = {

@@ -24,12 +24,11 @@ from experiments.pipeline.prepare import prepare
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
 from experiments.report.variants import compare_by, seed_interval, variants_results
-from experiments.runner.command_line import run_command
+from experiments.runner.command_line import group, require_at_least, require_fraction, run_command
 from experiments.runner.stages import Stages
 from moe_jax.core.arrays import AnyArray
 from moe_jax.evaluate.variance import mean_over_seeds
-from moe_jax.gates.networks import Gate, LinearGate
-from moe_jax.gates.training import GateConfig, mixture_loss
+from moe_jax.gates import Gate, GateConfig, LinearGate, mixture_loss
 
 #: Adam with ten times the epochs.
 LONGER = "Adam, longer"
@@ -46,6 +45,11 @@ class ConvergeConfig(GateStudyConfig):
     """Iterations of L-BFGS without a better loss on held-out stars, after which the MLP's training stops."""
     max_iterations: int = 2_000
     """Iterations of L-BFGS."""
+    gate: GateConfig = group(GateConfig(), prefix=True, without=("optimizer", "init", "max_iterations"))
+
+    def __post_init__(self) -> None:
+        require_at_least(self, n_seeds=1, patience=1, max_iterations=1)
+        require_fraction(self, "in_sample_fraction")
 
 
 PRESETS = {"default": ConvergeConfig(), "smoke": ConvergeConfig(**QUICK, in_sample_fraction=1.0, max_iterations=50)}
@@ -98,9 +102,8 @@ def compute(config: ConvergeConfig, stages: Stages) -> Results:
     """Trains all gates."""
     prepared = prepare(config.data, stages, config.output.cache)
     runs = runs_of(config)
-    sweeps: dict[tuple[str, str, str, str], Sweep] = {}
-    for kind, run in stages.each("gates", runs.items()):
-        sweeps[kind] = run_gates(config.data, prepared, run, config.output.cache)
+    trained = stages.each("gates", runs.items())
+    sweeps = {kind: run_gates(config.data, prepared, run, config.output.cache) for kind, run in trained}
     test = prepared.test.covered()
     predictions = {", ".join(kind): sweep.predictions for kind, sweep in sweeps.items()}
     with stages("bootstrap"):
@@ -114,7 +117,7 @@ def compute(config: ConvergeConfig, stages: Stages) -> Results:
         data = (stars.features, stars.predictions, stars.log_g)
         classify_loss[protocol] = float(mixture_loss(LinearGate(), prepared.classifier.params, *data))
     table["training_loss"] = [np.mean(sweep.loss) for sweep in sweeps.values()]
-    table["classification_gate_training_loss"] = [classify_loss[run.protocol] for run in runs.values()]
+    table["classification_gate_training_loss"] = table["protocol"].map(classify_loss)
     table["validation_loss"] = [np.mean(sweep.validation_loss) for sweep in sweeps.values()]
     table["best_epoch"] = [float(np.median(sweep.best_epoch)) for sweep in sweeps.values()]
     table["gradient_norm"] = [np.max(sweep.gradient_norm) for sweep in sweeps.values()]
@@ -165,12 +168,11 @@ def optima(table: pd.DataFrame) -> str:
         texts.append(f"{protocol}: {', '.join(each)}")
     return (
         "The squared error of a softmax mixture is not convex. From different starts, L-BFGS ends at different points where no "
-        f"derivative is left ({'; '.join(texts)}). The gate that is reported is the first, of the lowest training loss."
+        f"derivative is left ({'; '.join(texts)}). The other commands use the gate of the warm start."
     )
 
 
 main = Study("converge_gate", PRESETS, compute)
-
 
 if __name__ == "__main__":
     run_command(main, PRESETS, __doc__)

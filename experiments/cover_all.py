@@ -22,7 +22,7 @@ from experiments.pipeline.stars import Prepared, Stars
 from experiments.report.markdown import load_published, table_markdown
 from experiments.report.results import Results, Study
 from experiments.report.variants import compare_by, variants_results
-from experiments.runner.command_line import group, run_command
+from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages
 from moe_jax.evaluate.metrics import r2_score
 from moe_jax.experts.cells import N_CELLS
@@ -36,6 +36,7 @@ class CoverConfig(GateStudyConfig):
     data: DataConfig = group(DataConfig(), without=("coverage",))
 
     def __post_init__(self) -> None:
+        require_at_least(self, n_seeds=1)
         self.data.experts.require_global_ridge()
 
 
@@ -116,7 +117,6 @@ def compute(config: CoverConfig, stages: Stages) -> Results:
 
 
 main = Study("cover_all", PRESETS, compute)
-
 
 if __name__ == "__main__":
     run_command(main, PRESETS, __doc__)

@@ -38,9 +38,8 @@ from moe_jax.evaluate.bootstrap import bootstrap_gain, resample_gain, squared_er
 from moe_jax.evaluate.intervals import Resampled, simultaneous_interval
 from moe_jax.evaluate.variance import mean_over_seeds, required_stars
 from moe_jax.experts.cells import CELL_NAMES, N_CELLS
-from moe_jax.gates.networks import LinearGate, MLPGate
-from moe_jax.gates.routing import route_hard, route_soft
-from moe_jax.gates.training import GateConfig, entropy, fit_gates
+from moe_jax.gates import GateConfig, LinearGate, MLPGate, fit_gates, route_hard, route_soft
+from moe_jax.gates.training import entropy
 
 #: Part of the covered training stars that the MLP gates of each protocol see: the report's, and all.
 FRACTIONS = {IN_SAMPLE: 0.2, CROSS_FITTED: 1.0}
@@ -61,6 +60,7 @@ class FindingsConfig(ComparisonConfig):
 
     def __post_init__(self) -> None:
         require_at_least(self, n_seeds=1, n_weight_seeds=2)
+        self.data.experts.require_nine_experts()
 
 
 PRESETS = {"default": FindingsConfig()}
@@ -199,7 +199,8 @@ def write_findings(config: FindingsConfig, evidence: Evidence, command: str) -> 
         "## Two claims of our own",
         table_markdown(ours.rename(columns={"claim of the report": "claim"})),
         "## What we find beside them",
-        "Intervals are over test stars.",
+        "Intervals are over test stars. Those of joint training are also over gate seeds, those of the variance are over "
+        "repetitions.",
         "\n".join(f"- {text}" for text in others),
         "## Hot metal-poor stars, cell by cell",
         "![Delta R2 by cell](findings/cells.png)",

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.pipeline.lte_nodes import node_spectra
-from experiments.runner.command_line import run_command
+from experiments.runner.command_line import require_at_least, run_command
 from experiments.runner.stages import console
 from moe_jax.core.files import atomic_folder
 from moe_jax.gates.features import LINE_WINDOWS
@@ -52,6 +52,9 @@ class InterpolationConfig:
     """Folder of the computed spectra."""
     output_dir: Path = Path("results/interpolation")
     """Folder of the table."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, jobs=1)
 
 
 def main(config: InterpolationConfig) -> pd.DataFrame:

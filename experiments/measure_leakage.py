@@ -8,10 +8,12 @@ Results go to results/measure_leakage/PRESET.
 
 from __future__ import annotations
 
+import dataclasses
+
 import pandas as pd
 
 from experiments.pipeline.config import QUICK, GateStudyConfig
-from experiments.pipeline.gates import CONVERGED, GateRun, mix_by_class, run_gates
+from experiments.pipeline.gates import CONVERGED_LINEAR, GateRun, mix_by_class, run_gates
 from experiments.pipeline.methods import CROSS_FITTED, IN_SAMPLE, PROTOCOLS
 from experiments.pipeline.prepare import prepare
 from experiments.report.markdown import interval, table_markdown
@@ -19,8 +21,6 @@ from experiments.report.results import Results, Study
 from experiments.report.variants import compare_by, variants_results
 from experiments.runner.command_line import run_command
 from experiments.runner.stages import Stages
-from moe_jax.gates.networks import Gate, LinearGate
-from moe_jax.gates.training import GateConfig
 
 PRESETS = {"default": GateStudyConfig(), "smoke": GateStudyConfig(**QUICK)}
 FRACTIONS = {"20 %": 0.2, "all": 1.0}
@@ -36,20 +36,15 @@ COMPARED = (
 def compute(config: GateStudyConfig, stages: Stages) -> Results:
     """Trains all gates."""
     prepared = prepare(config.data, stages, config.output.cache)
-    kinds: dict[str, tuple[Gate, GateConfig]] = {
-        "MLP": (config.mlp, config.gate),
-        "linear, converged": (LinearGate(), CONVERGED),
-    }
+    kinds = {"MLP": GateRun(config.mlp, config.gate, n_seeds=config.n_seeds), "linear, converged": CONVERGED_LINEAR}
     runs = {
-        (kind, protocol, part): GateRun(gate, training, protocol, fraction, 1 if training == CONVERGED else config.n_seeds)
-        for kind, (gate, training) in kinds.items()
+        (kind, protocol, part): dataclasses.replace(run, protocol=protocol, fraction=fraction)
+        for kind, run in kinds.items()
         for protocol in PROTOCOLS
         for part, fraction in FRACTIONS.items()
     }
-    predictions = {}
-    for key, run in stages.each("gates", runs.items()):
-        predictions[key] = run_gates(config.data, prepared, run, config.output.cache).predictions
-    test = prepared.test.covered()
+    trained, test = stages.each("gates", runs.items()), prepared.test.covered()
+    predictions = {key: run_gates(config.data, prepared, run, config.output.cache).predictions for key, run in trained}
     named = {f"{kind}: {protocol} {part}": value for (kind, protocol, part), value in predictions.items()}
     table = compare_by(config, test.log_g, named, mix_by_class(prepared, test))
     table[["form", "protocol", "stars"]] = [(kind.split(",")[0], protocol, part) for kind, protocol, part in runs]

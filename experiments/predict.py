@@ -56,10 +56,9 @@ import tyro
 
 from experiments.runner.command_line import require_at_least, run_command
 from experiments.runner.stages import Stages, console
+from moe_jax.apply import Model, load_model
 from moe_jax.apply.application import SAME_WAVE, Application, apply_model, needs_scaling, prepare_application
 from moe_jax.apply.catalogue import open_catalogue, require_suffix
-from moe_jax.apply.model import Model
-from moe_jax.apply.model_file import load_model
 from moe_jax.apply.robust import fit_robustly
 from moe_jax.core.arrays import InputError
 from moe_jax.spectra.pixels import WAVE
@@ -98,7 +97,7 @@ class PredictConfig:
         require_at_least(self, chunk_stars=1)
         if not self.spectra:
             raise InputError("spectra: found no file, expected at least one")
-        if self.plots and not all(part.strip().isdigit() for part in self.plots.removesuffix(",").split(",")):
+        if self.plots and not all(part.strip().isdecimal() for part in self.plots.removesuffix(",").split(",")):
             raise InputError(f"plots: found {self.plots!r}, expected a number of stars, or their numbers, as in 3,17 or 3,")
 
     def drawn(self, start: int, stop: int) -> list[int]:
@@ -155,7 +154,7 @@ def _draw(config: PredictConfig, application: Application, spectra: MaskedSpectr
     wanted = config.drawn(first, first + len(table))
     if not wanted:
         return
-    from experiments.report.figures import plot_fit  # takes a moment, and most runs draw nothing
+    from experiments.report.figures import plot_fit, save_figure  # takes a moment, and most runs draw nothing
 
     folder = config.output.with_name(f"{config.output.stem}_plots")
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +165,7 @@ def _draw(config: PredictConfig, application: Application, spectra: MaskedSpectr
             answer = table.iloc[row]
             title = f"{name}, star {star}: log g {answer['log_g']:.2f} +- {answer['uncertainty']:.2f}  {answer['flags']}"
             figure = plot_fit(WAVE, fit.flux[i], fit.flux_error[i], fit.model[i], fit.used[i], title)
-            figure.savefig(folder / f"{name}_{star}.png", dpi=100)
+            save_figure(figure, folder / f"{name}_{star}.png", pdf=False, dpi=100)
     console.print(f"{folder}: {int(fit.fitted.sum())} figures of {name}")
 
 

@@ -21,22 +21,12 @@ from typing import Any
 import jax
 import numpy as np
 import pandas as pd
-from rich.table import Table
 
 from experiments.pipeline.calibration import CalibrationConfig, add_uncertainty, keep_calibration_stars, model_of
 from experiments.pipeline.config import SURVEYS, BootstrapOptions, DataConfig, StudyConfig, draw_keys
-from experiments.pipeline.gates import training_stars
+from experiments.pipeline.gates import GateRun, fit_run
 from experiments.pipeline.local import LocalConfig, add_local
-from experiments.pipeline.methods import (
-    CLASSIFY,
-    CROSS_FITTED,
-    FALLBACK,
-    GLOBAL,
-    HARD,
-    ORACLE,
-    REGRESSION_GATES,
-    Method,
-)
+from experiments.pipeline.methods import CLASSIFY, CROSS_FITTED, FALLBACK, GLOBAL, HARD, ORACLE, REGRESSION_GATES, Method
 from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
 from experiments.report import figures
@@ -44,14 +34,11 @@ from experiments.report.local import judge_local
 from experiments.report.markdown import interval, load_published, report_sections, warnings
 from experiments.report.results import Results, Study
 from experiments.report.tables import Outcome, bin_table, bootstrap_table, compare, overall_table
-from experiments.runner.command_line import Cluster, group, run_command
+from experiments.runner.command_line import Cluster, group, require_fraction, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.apply.model_file import save_model
 from moe_jax.core.arrays import InputError
-from moe_jax.gates.networks import Gate, LinearGate, MLPGate
-from moe_jax.gates.optimize import GateFit
-from moe_jax.gates.routing import route_fallback, route_hard, route_oracle, route_soft
-from moe_jax.gates.training import GateConfig, fit_gate
+from moe_jax.gates import Gate, GateConfig, GateFit, LinearGate, MLPGate, route_fallback, route_hard, route_oracle, route_soft
 
 
 @dataclass(frozen=True)
@@ -71,8 +58,8 @@ class RegressGateConfig(StudyConfig):
     def __post_init__(self) -> None:
         if self.cluster.join and not self.data.chunk_stars:
             raise InputError("--cluster.join was given without --chunk-stars: processes take turns at chunks, expected both")
-        if not 0 < self.in_sample_fraction <= 1:
-            raise InputError(f"in_sample_fraction is {self.in_sample_fraction}, expected a number above 0, at most 1")
+        require_fraction(self, "in_sample_fraction")
+        self.data.experts.require_nine_experts()
 
 
 PRESETS = {
@@ -84,13 +71,11 @@ PRESETS = {
 
 def fit_regression_gates(config: RegressGateConfig, prepared: Prepared) -> dict[Method, GateFit]:
     """The MLP and the linear regression gate by both protocols."""
-    key, gates, logistic = draw_keys(config.data.seed).gates, regression_gates(config), prepared.classifier.params
-    fits = {}
+    key, gates, fits = draw_keys(config.data.seed).gates, regression_gates(config), {}
     for i, method in enumerate(REGRESSION_GATES):
         fraction = 1.0 if method.protocol == CROSS_FITTED else config.in_sample_fraction
-        stars = training_stars(config.data, prepared, method.protocol, fraction)
-        data = (stars.features, stars.predictions, stars.log_g)
-        fits[method] = fit_gate(jax.random.fold_in(key, i), gates[method.name], *data, config.gate, logistic=logistic)
+        of_method = GateRun(gates[method.name], config.gate, method.protocol, fraction)
+        fits[method] = fit_run(jax.random.fold_in(key, i), config.data, prepared, of_method)
     return jax.block_until_ready(fits)
 
 
@@ -197,7 +182,7 @@ def sections_of(config: RegressGateConfig, results: Outcome) -> list[str]:
     setup = (
         f"Data: {data}. Covered stars: {prepared.n_covered:,} to train, {len(results.test.log_g):,} to test. "
         f"{options.described_noise}, seed {options.seed}. {config.bootstrap.n_resamples:,} resamples of the test stars, "
-        f"{config.bootstrap.confidence_level:.0%} {config.bootstrap.interval_method} intervals. Alpha by cross-validation: "
+        f"{100 * config.bootstrap.confidence_level:g}% {config.bootstrap.interval_method} intervals. Alpha by cross-validation: "
         f"{alphas} (cells), {of_global}. Classification gate: C {prepared.classifier.C:g}, "
         f"accuracy {prepared.classifier.accuracy:.4f} (cross-validated), {test_accuracy(results):.4f} (test)."
     )
@@ -216,15 +201,10 @@ def provenance_of(results: Outcome, run_json: dict[str, Any]) -> dict[str, Any]:
 
 def print_table(results: Outcome) -> None:
     """The table at the end of a run."""
-    published = load_published()["overall"]
-    table = Table(title="log g of the covered test stars")
-    for column in ("method", "protocol", "R2", "MAE", "RMSE", "rho", "report R2"):
-        table.add_column(column, justify="left" if column in ("method", "protocol") else "right")
-    for row in results.overall.to_dict("records"):
-        report = published.get(row["method"]) if row["protocol"] != CROSS_FITTED else None
-        numbers = ("" if np.isnan(row[column]) else f"{row[column]:.4f}" for column in ("r2", "mae", "rmse", "rho"))
-        table.add_row(row["method"], row["protocol"], *numbers, f"{report['r2']:.4f}" if report else "")
-    console.print(table)
+    published, overall = load_published()["overall"], results.overall
+    report = overall["method"].map(lambda name: published.get(name, {}).get("r2")).where(overall["protocol"] != CROSS_FITTED)
+    shown = overall.assign(report_r2=report).to_string(index=False, float_format="%.4f", na_rep="")
+    console.print(f"log g of the covered test stars\n{shown}")
     for row in results.bootstrap.head(4).to_dict("records"):
         console.print(f"{row['comparison']:<42} {interval(row['estimate'], row['low'], row['high'])}")
 

@@ -25,8 +25,7 @@ from experiments.report.results import Results, Study
 from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages
 from moe_jax.evaluate.variance import SOURCES, VarianceComponents, variance_components
-from moe_jax.gates.networks import LinearGate
-from moe_jax.gates.training import GateConfig
+from moe_jax.gates import GateConfig, LinearGate
 
 #: Cross-validation chose this penalty for all nine cells, here and in the report. No difference depends on the global ridge.
 EXPERTS = ExpertOptions(alphas=(1.0,), global_alphas=())
@@ -65,7 +64,6 @@ PRESETS = {
         gate=GateConfig(epochs=5),
     ),
 }
-
 
 #: The converged linear gate on the stars that the MLP is trained on: of the same fifth, the same part is held out.
 CONVERGED_ON_SAME = dataclasses.replace(CONVERGED, validation_fraction=0.2, patience=100)

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.pipeline import gates, prepare
 from experiments.pipeline.config import BootstrapOptions, DataConfig, ExpertOptions, GateStudyConfig, draw_keys
 from experiments.pipeline.gates import CONVERGED, CONVERGED_LINEAR, Changes, GateRun, Sweep, gate_keys, run_gates, train_gates
 from experiments.pipeline.prepare import prepare_each
@@ -25,15 +24,11 @@ from experiments.pipeline.stars import Prepared
 from experiments.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, Figure, new_figure
 from experiments.report.markdown import interval, load_published, table_markdown
 from experiments.report.results import Results, Study
-from experiments.runner.command_line import group, run_command
+from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages, console
-from moe_jax.core.arrays import InputError
-from moe_jax.evaluate.bootstrap import paired_bootstrap
-from moe_jax.evaluate.metrics import r2_score
+from moe_jax.evaluate import paired_bootstrap, r2_score
 from moe_jax.experts.cross_validation import CrossValidatedRidge
-from moe_jax.gates.networks import LinearGate
-from moe_jax.gates.routing import route_hard, route_oracle, route_soft
-from moe_jax.gates.training import GateConfig, Hyper, mixture_loss
+from moe_jax.gates import GateConfig, Hyper, LinearGate, mixture_loss, route_hard, route_oracle, route_soft
 
 #: Factors of the linear gate's squared weights in its loss, to choose from on held-out stars.
 PENALTIES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3)
@@ -64,6 +59,7 @@ class ScaleConfig(GateStudyConfig):
     """Factors on the errors of training and test spectra."""
     n_seeds: int = 2
     """MLP gates."""
+    gate: GateConfig = group(GateConfig(), prefix=True, without=("optimizer", "max_iterations"))
     data: DataConfig = group(
         DataConfig(experts=ExpertOptions((0.01, 0.1, 1.0, 10.0, 100.0), (1.0, 10.0, 100.0, 1000.0))),
         without=("n_train", "noise_level", "noise", "train_file", "test_file", "columns"),
@@ -71,9 +67,7 @@ class ScaleConfig(GateStudyConfig):
     bootstrap: BootstrapOptions = group(BootstrapOptions(), without=("interval_method",))
 
     def __post_init__(self) -> None:
-        for name in ("n_trains", "noise_levels"):
-            if not getattr(self, name):
-                raise InputError(f"{name} is empty, expected at least one")
+        require_at_least(self, n_seeds=1, n_trains=1, noise_levels=0)
         self.data.experts.require_global_ridge()
 
 
@@ -116,8 +110,7 @@ def score(config: ScaleConfig, data: DataConfig, prepared: Prepared) -> list[dic
     mlp = run_gates(data, prepared, GateRun(config.mlp, config.gate, n_seeds=config.n_seeds), cache)
     linear = run_gates(data, prepared, CONVERGED_LINEAR, cache)
     settings = {"data": dataclasses.asdict(data), "penalties": PENALTIES, "training": dataclasses.asdict(HELD_OUT)}
-    files = [prepare.__file__, gates.__file__]
-    restrained, _ = cache.load_or_compute("restrained", settings, files, Sweep, lambda: restrain_linear(data, prepared))
+    restrained, _ = cache.load_or_compute("restrained", settings, [__file__], Sweep, lambda: restrain_linear(data, prepared))
     test, stars = prepared.test.covered(), prepared.gate_stars()
     logistic = prepared.classifier.params
     weights = LinearGate().apply(logistic, test.features)

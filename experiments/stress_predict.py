@@ -24,11 +24,11 @@ from experiments.pipeline.spoilings import LATER, SPOILINGS, Exposure, Spoiling,
 from experiments.report.figures import BLUE, ORANGE, Figure, new_figure
 from experiments.report.markdown import table_markdown
 from experiments.report.results import Results, Study
-from experiments.runner.command_line import group, require_at_least, run_command
+from experiments.runner.command_line import group, require_at_least, require_positive, require_seed, run_command
 from experiments.runner.stages import Stages, console
+from moe_jax.apply import Model, load_model
 from moe_jax.apply.application import Application, apply_model, needs_scaling, prepare_application
 from moe_jax.apply.conformal import LEVELS
-from moe_jax.apply.model_file import load_model
 from moe_jax.apply.robust import LIMITS, QUANTILES, SCALES, fit_robustly
 from moe_jax.core.arrays import InputError
 from moe_jax.experts.cells import assign_cells
@@ -59,10 +59,12 @@ class StressConfig(StudyConfig):
     """File of observed spectra."""
     real_labels: Path | None = None
     """CSV file with their log_g, row by row."""
-    output: OutputOptions = group(OutputOptions(), without=("cache_dir",))
+    output: OutputOptions = group(OutputOptions(), without=("cache_dir", "use_cache"))
 
     def __post_init__(self) -> None:
         require_at_least(self, n_stars=10)
+        require_positive(self, "noise_level")
+        require_seed(self, "seed")
         if (self.real_stars is None) != (self.real_labels is None):
             raise InputError("one of real_stars and real_labels was given, expected both or none")
 
@@ -109,6 +111,21 @@ def judge(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(handled=np.where(held | (table["flagged"] >= ENOUGH_FLAGGED), "yes", "no"))
 
 
+def read_real_stars(config: StressConfig, model: Model) -> tuple[Application, MaskedSpectra, pd.DataFrame] | None:
+    """The model ready for the observed spectra, these spectra, and their labels; None where no file was given.
+
+    Raises:
+        InputError: unless there is a log g for each spectrum.
+    """
+    if config.real_stars is None or config.real_labels is None:
+        return None
+    file, labels = TelescopeFile(config.real_stars), pd.read_csv(config.real_labels)
+    if "log_g" not in labels or len(labels) != file.n_stars:
+        found = f"{len(labels)} rows of {', '.join(labels.columns)}"
+        raise InputError(f"{config.real_labels}: found {found}, expected the log_g of {file.n_stars} stars")
+    return prepare_application(model, file.wave, str(config.real_stars)), file.read(0, file.n_stars), labels
+
+
 def calibrate_fit(config: StressConfig) -> pd.DataFrame:
     """What the constants of ``moe_jax.apply.robust`` are taken from, with other stars than those of the cases.
 
@@ -130,7 +147,7 @@ def calibrate_fit(config: StressConfig) -> pd.DataFrame:
 def compute(config: StressConfig, stages: Stages) -> Results:
     """Spoils, predicts and judges, case by case."""
     model = load_model(config.model)
-    application = prepare_application(model, model.wave)
+    application, real_stars = prepare_application(model, model.wave), read_real_stars(config, model)
     with stages("stars"):
         exposure, log_g = draw_exposure(config)
     rows = []
@@ -146,7 +163,7 @@ def compute(config: StressConfig, stages: Stages) -> Results:
     summary = f"{n_handled} of {len(table) - 1} cases are handled"
     shape = {"flagged": ".1%", "rms": ".3f", "coverage": ".2f"}
     sections = [
-        f"{config.n_stars:,} covered stars, noise level {config.noise_level:g}, seed {config.seed}; {summary}.",
+        f"{len(log_g):,} covered stars, noise level {config.noise_level:g}, seed {config.seed}; {summary}.",
         table_markdown(table, shape),
         f"*flagged*: stars with a flag; *rms* of log g and *coverage* of the 68 % intervals: of the stars without one. *handled*: "
         f"{ENOUGH_FLAGGED:.0%} flagged, or rms at most {MOST_RMS:g} of the first row and coverage {COVERAGES[0]} to "
@@ -157,10 +174,9 @@ def compute(config: StressConfig, stages: Stages) -> Results:
         "*found*: with other simulated stars, disturbed as ordinary spectra are (`experiments.pipeline.spoilings.disturb`) or, for "
         "chi2, untouched; *used*: by `moe_jax.apply.robust`.",
     ]
-    if config.real_stars is not None and config.real_labels is not None:
-        file = TelescopeFile(config.real_stars)
-        labels = pd.read_csv(config.real_labels)
-        found = predict(prepare_application(model, file.wave, str(config.real_stars)), file.read(0, file.n_stars))
+    if real_stars is not None:
+        application, spectra, labels = real_stars
+        found = predict(application, spectra)
         tables["real_stars"] = pd.concat([labels.add_prefix("literature_"), found], axis=1)
         real = score("real stars", found, labels["log_g"].to_numpy())
         sections.insert(3, f"Real stars: {real['flagged']:.0%} flagged, rms {real['rms']:.2f}, coverage {real['coverage']:.2f}.")

@@ -29,16 +29,12 @@ from experiments.report.claims import JOINT_QUESTIONS
 from experiments.report.markdown import interval, table_markdown
 from experiments.report.results import Results, Study
 from experiments.report.variants import compare_by, seed_interval, variants_results
-from experiments.runner.command_line import group, require_at_least, run_command
+from experiments.runner.command_line import group, require_at_least, require_positive, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import AnyArray, matmul
-from moe_jax.experts.fit import assign_folds
-from moe_jax.experts.joint import fit_mixture_experts
-from moe_jax.experts.ridge import Ridge, predict_ridge
-from moe_jax.gates.networks import MLPGate
-from moe_jax.gates.optimize import Adam, GateFit, Params, Rows, minimize
-from moe_jax.gates.routing import route_soft
-from moe_jax.gates.training import GateConfig, fit_gate
+from moe_jax.experts import Ridge, assign_folds, fit_mixture_experts, predict_ridge
+from moe_jax.gates import GateConfig, GateFit, MLPGate, fit_gate, route_soft
+from moe_jax.gates.optimize import Adam, Params, Rows, minimize
 
 FROZEN, ONE_ROUND, ALL_ROUNDS, GRADIENT, LEAKY = (
     "frozen experts, MLP gate",
@@ -67,7 +63,8 @@ class JointConfig(GateStudyConfig):
     data: DataConfig = group(DataConfig(n_train=8_000))
 
     def __post_init__(self) -> None:
-        require_at_least(self, n_seeds=2, n_rounds=1)
+        require_at_least(self, n_seeds=2, n_rounds=1, gradient_epochs=1)
+        require_positive(self, "joint_alphas", "gradient_rates")
 
 
 PRESETS = {

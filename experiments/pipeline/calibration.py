@@ -33,9 +33,8 @@ from moe_jax.apply.uncertainty import (
 from moe_jax.core.arrays import InputError
 from moe_jax.core.pca import fit_pca
 from moe_jax.experts.cells import CELL_NAMES
-from moe_jax.gates.networks import Gate
+from moe_jax.gates import Gate, route_soft
 from moe_jax.gates.optimize import Params
-from moe_jax.gates.routing import route_soft
 from moe_jax.spectra.simulate import SimulatedSpectra
 from moe_jax.spectra.survey import Spectra
 from moe_jax.spectra.survey_file import SurveyFile

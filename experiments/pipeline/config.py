@@ -10,14 +10,13 @@ import jax
 import numpy as np
 
 from experiments.runner.cache import DEFAULT_FOLDER, Cache
-from experiments.runner.command_line import PresetConfig, group, require_at_least
+from experiments.runner.command_line import PresetConfig, group, require, require_at_least, require_positive, require_seed
 from moe_jax.core.arrays import InputError
 from moe_jax.evaluate.bootstrap import DEFAULT_METHOD
 from moe_jax.evaluate.intervals import IntervalMethod
 from moe_jax.experts.cells import N_CELLS
+from moe_jax.gates import GateConfig, MLPGate
 from moe_jax.gates.classifier import C_GRID
-from moe_jax.gates.networks import MLPGate
-from moe_jax.gates.training import GateConfig
 from moe_jax.spectra.broadening import require_resolution
 from moe_jax.spectra.grid import GRID_RESOLUTION
 from moe_jax.spectra.simulate import LabelSampling
@@ -45,15 +44,17 @@ class ExpertOptions:
 
     def __post_init__(self) -> None:
         require_at_least(self, n_folds=2, extend_decades=0)
-        for name, empty in (("alphas", False), ("global_alphas", True), ("C_grid", False)):
-            values = getattr(self, name)
-            if not (empty or values) or not all(0 < value < np.inf for value in values):
-                raise InputError(f"{name} is {values}, expected positive numbers")
+        require_positive(self, "alphas", "C_grid", *["global_alphas"] * bool(self.global_alphas))
 
     def require_global_ridge(self) -> None:
         """Raises an ``InputError`` where no penalty is given for the global ridge: for studies that compare it."""
         if not self.global_alphas:
             raise InputError("global_alphas is empty, expected at least one penalty: this command compares the global ridge")
+
+    def require_nine_experts(self) -> None:
+        """Raises an ``InputError`` where a tenth expert is asked for: for studies whose tables have a row for each cell."""
+        if self.coverage == "tenth_expert":
+            raise InputError("coverage is 'tenth_expert', expected 'cells' or 'edge_clamp': this command has tables of nine cells")
 
 
 @dataclass(frozen=True)
@@ -96,18 +97,16 @@ class DataConfig:
         for name, file in (("n_train", self.train_file), ("n_test", self.test_file)):
             if (number := getattr(self, name)) < (file is None):
                 raise InputError(f"{name} is {number}, expected at least 1 without a file, and at least 0 (all stars) with one")
-        require_at_least(self, noise_draw=0, chunk_stars=0)
-        for name, largest in (("seed", 2**32 - 1), ("test_seed", 2**32 - 1), ("noise_draw", 2**31 - 1)):  # those of scikit-learn
-            if not 0 <= (getattr(self, name) or 0) <= largest:
-                raise InputError(f"{name} is {getattr(self, name)}, expected 0 to {largest}")
+        require_at_least(self, chunk_stars=0)
+        require_seed(self, "seed", "test_seed")
+        require(self, f"0 to {2**31 - 1}", lambda number: 0 <= number < 2**31, "noise_draw")
         if self.train_file is None:
             require_resolution(self.resolution)
         elif not 0 < self.resolution < np.inf:
             raise InputError(f"resolution is {self.resolution}, expected a positive number")
         if any(pair.count("=") != 1 for pair in self.columns.split(",") if pair):
             raise InputError(f"columns is {self.columns!r}, expected LABEL=COLUMN,LABEL=COLUMN")
-        if not 0 <= self.noise_level < np.inf:
-            raise InputError(f"noise_level is {self.noise_level}, expected a finite number, at least 0")
+        require(self, "a finite number, at least 0", lambda number: 0 <= number < np.inf, "noise_level")
         if self.noise == "observed" and self.train_file is None:
             raise InputError("noise is 'observed' without a train_file, expected 'simulated' for stars that are simulated")
 
@@ -174,8 +173,7 @@ class BootstrapOptions:
 
     def __post_init__(self) -> None:
         require_at_least(self, n_resamples=1)
-        if not 0 < self.confidence_level < 1:
-            raise InputError(f"confidence_level is {self.confidence_level}, expected a number between 0 and 1")
+        require(self, "a number between 0 and 1", lambda number: 0 < number < 1, "confidence_level")
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -223,6 +221,9 @@ class GateStudyConfig(ComparisonConfig):
     """Gates of each kind."""
     gate: GateConfig = group(GateConfig(), prefix=True)
     mlp: MLPGate = group(MLPGate())
+
+    def __post_init__(self) -> None:
+        require_at_least(self, n_seeds=1)
 
 
 #: What the smoke presets of these have in common.

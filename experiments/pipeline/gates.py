@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PRNGKeyArray
 
 from experiments.pipeline import prepare
 from experiments.pipeline.config import DataConfig, draw_keys
@@ -18,10 +19,9 @@ from experiments.pipeline.stars import Prepared, Stars
 from experiments.runner.cache import Cache
 from moe_jax.core.arrays import AnyArray
 from moe_jax.core.parallel import devices_for, map_devices, on_all
-from moe_jax.gates.networks import Gate, LinearGate
+from moe_jax.gates import Gate, GateConfig, GateFit, Hyper, LinearGate, fit_gate, mixture_loss, route_soft, sharpen
 from moe_jax.gates.optimize import Params
-from moe_jax.gates.routing import route_soft, sharpen
-from moe_jax.gates.training import GateConfig, Hyper, fit_gate, mixture_loss, require_informative
+from moe_jax.gates.training import require_informative
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,13 @@ def training_stars(config: DataConfig, prepared: Prepared, protocol: str, fracti
     n = max(round(fraction * prepared.n_covered), 2)
     stars = prepared.gate_stars() if protocol == PROTOCOLS[1] else prepared.train.covered()
     return stars if n == prepared.n_covered else stars.select(drawn[:n])
+
+
+def fit_run(key: PRNGKeyArray, config: DataConfig, prepared: Prepared, run: GateRun) -> GateFit:
+    """One gate of a run."""
+    stars = training_stars(config, prepared, run.protocol, run.fraction)
+    data = (stars.features, stars.predictions, stars.log_g)
+    return fit_gate(key, run.gate, *data, run.training, logistic=prepared.classifier.params)
 
 
 def run_gates(config: DataConfig, prepared: Prepared, run: GateRun, cache: Cache) -> Sweep:

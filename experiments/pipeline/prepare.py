@@ -18,9 +18,7 @@ from experiments.runner.cache import Cache
 from experiments.runner.stages import Stages
 from moe_jax.core.arrays import AnyArray
 from moe_jax.core.pca import fit_pca
-from moe_jax.experts.cross_validation import CrossValidatedRidge
-from moe_jax.experts.fit import assign_folds, fit_experts, fit_global, predict_experts
-from moe_jax.experts.ridge import Ridge, predict_ridge
+from moe_jax.experts import CrossValidatedRidge, Ridge, assign_folds, fit_experts, fit_global, predict_experts, predict_ridge
 from moe_jax.gates.features import N_COMPONENTS, raw_features
 from moe_jax.spectra.survey import Survey
 

@@ -16,11 +16,9 @@ from jaxtyping import Float, PRNGKeyArray
 from moe_jax.core.arrays import AnyArray
 from moe_jax.experts.cells import N_CELLS
 from moe_jax.experts.ridge import Ridge, predict_ridge
+from moe_jax.gates import GateConfig, MLPGate, route_soft
 from moe_jax.gates.controls import fit_regressor
-from moe_jax.gates.networks import MLPGate
 from moe_jax.gates.optimize import Params, Rows
-from moe_jax.gates.routing import route_soft
-from moe_jax.gates.training import GateConfig
 
 _BLOCK = 256  # pixels that are fitted at a time
 _ROUNDS = 5  # of the scatter: it has then settled to a few per cent

@@ -10,10 +10,8 @@ from experiments.pipeline.config import DataConfig
 from experiments.runner.stages import Stages
 from moe_jax.core.arrays import AnyArray, InputError, mean_and_scale, scale_columns, take_rows
 from moe_jax.core.pca import PCA
-from moe_jax.experts.cross_validation import CrossValidatedRidge
-from moe_jax.experts.fit import cross_fitted_predictions
-from moe_jax.gates.classifier import ClassifierFit, fit_classifier
-from moe_jax.gates.features import FeatureModel
+from moe_jax.experts import CrossValidatedRidge, cross_fitted_predictions
+from moe_jax.gates import ClassifierFit, FeatureModel, fit_classifier
 from moe_jax.gates.training import require_informative
 
 

@@ -25,9 +25,7 @@ from experiments.runner.stages import Stages
 from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.core.pca import PCA, fit_pca_scatter
 from moe_jax.core.trees import load_tree, save_tree
-from moe_jax.experts.cross_validation import CrossValidatedRidge
-from moe_jax.experts.fit import assign_folds
-from moe_jax.experts.ridge import Ridge, predict_ridge
+from moe_jax.experts import CrossValidatedRidge, Ridge, assign_folds, predict_ridge
 from moe_jax.experts.streaming import STARS, Blocks, add_block, collect, device_mesh, empty_sums, fit_sums, sum_processes
 from moe_jax.experts.sums import Sums, moments
 from moe_jax.gates.features import N_COMPONENTS, N_FEATURES, raw_features

@@ -17,6 +17,7 @@ from experiments.pipeline.config import DataConfig, draw_keys
 from moe_jax.core.arrays import AnyArray, InputError, by_numpy, map_blocks, require_cell_sizes, to_device
 from moe_jax.experts.cells import N_CELLS, assign_cells, nearest_cells
 from moe_jax.gates.features import line_pixels
+from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.simulate import SimulatedSpectra
 from moe_jax.spectra.survey import Labels, Spectra, Survey, add_star_noise, star_keys
 from moe_jax.spectra.survey_file import WAVE_FIELD, SurveyFile
@@ -55,6 +56,13 @@ def open_surveys(config: DataConfig, wave: AnyArray | None = None) -> tuple[Spec
             f"expected those of {config.train_file}: {len(train.wave)} from {train.wave[0]:g} to {train.wave[-1]:g}"
         )
     return train, test
+
+
+def require_grid_pixels(config: DataConfig) -> None:
+    """Raises an ``InputError`` where the pixels are not those of the model grid: for studies that set the grid beside the stars."""
+    wave = open_surveys(config)[1].wave
+    if len(wave) != len(WAVE) or not np.allclose(wave, WAVE, rtol=0, atol=1e-3):
+        raise InputError(f"{config.test_file}: {WAVE_FIELD}: found {len(wave)} pixels, expected the {len(WAVE)} of the model grid")
 
 
 def load_surveys(config: DataConfig) -> tuple[Survey, Survey]:

@@ -336,7 +336,7 @@ def about_gates(
     title = "Mixing is not the best use of the experts" if stacked["low"] > 0 else "A simpler use of the experts"
     together, further, gradients, leak = (row_of(joint, question=question) for question in JOINT_QUESTIONS)
     adds = {HOLDS: "helps", FAILS: "harms", UNKNOWN: "shows no difference"}[judge(further["low"], further["high"])]
-    treatments = cover[cover["standard_error"] > 0]
+    treatments, untreated = cover[cover["standard_error"] > 0], row_of(cover, standard_error=0.0)["variant"]
     best, widths = treatments.nlargest(1, "r2").iloc[0].to_dict(), ablate[ablate["changed"] == "hidden units"]
     no_pca, width = row_of(ablate, changed="features", value="no PCA"), widths.nlargest(1, "r2").iloc[0].to_dict()
     return [
@@ -353,7 +353,7 @@ def about_gates(
         f"first by {shown(further)}, gradients after it by {shown(gradients)}. Experts without a fold that are given the weights "
         f"of a gate which saw it differ from those without that leak by {shown(leak)}. {link('train_jointly')}",
         f"**All stars.** Best on covered and other stars together: {best['variant']}, R2 {best['r2']:.4f} "
-        f"({corrected(best, len(treatments))}, against no special treatment). {link('cover_all')}",
+        f"({corrected(best, len(treatments))}, against {untreated}). {link('cover_all')}",
         f"**One change at a time.** Without the principal components: {shown(no_pca)}. The best width is {width['variant']}: "
         f"{corrected(width, len(widths))}, against 64. {link('ablate_gate')}",
     ]

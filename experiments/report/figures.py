@@ -76,13 +76,14 @@ def _errors(estimate: AnyArray, low: AnyArray, high: AnyArray) -> np.ndarray:
     return lengths
 
 
-def save_figure(figure: Figure, path: Path | str) -> None:
-    """Writes a figure as PNG, writes it beside that as PDF (vectors, for papers), and closes it."""
+def save_figure(figure: Figure, path: Path | str, *, pdf: bool = True, **options: Any) -> None:
+    """Writes a figure as PNG, writes it beside that as PDF (vectors, for papers) if asked for, and closes it."""
     plt = _pyplot()
     with plt.style.context(STYLE):
-        figure.savefig(path)
+        figure.savefig(path, **options)
         figure.set_layout_engine("none")  # keeps the layout of the first file
-        figure.savefig(Path(path).with_suffix(".pdf"), metadata={"CreationDate": None})
+        if pdf:
+            figure.savefig(Path(path).with_suffix(".pdf"), metadata={"CreationDate": None})
     plt.close(figure)
 
 

@@ -11,8 +11,7 @@ from experiments.pipeline.local import NOT_CALIBRATED
 from experiments.report.markdown import interval, table_markdown
 from moe_jax.apply.conformal import LEVELS
 from moe_jax.core.arrays import AnyArray
-from moe_jax.evaluate.bootstrap import bootstrap_delta_r2
-from moe_jax.evaluate.metrics import r2_score
+from moe_jax.evaluate import bootstrap_delta_r2, r2_score
 
 
 def judge_local(

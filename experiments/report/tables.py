@@ -15,8 +15,7 @@ from experiments.pipeline.config import BootstrapOptions
 from experiments.pipeline.methods import CLASSIFY, GLOBAL, ORACLE, PAIRS, REGRESSION_GATES, Method, Pair, Predictions
 from experiments.pipeline.stars import Prepared, Stars
 from moe_jax.core.arrays import AnyArray
-from moe_jax.evaluate.bootstrap import Bootstrap, bootstrap_delta_r2
-from moe_jax.evaluate.metrics import mae, r2_by_group, r2_score, retention, rmse
+from moe_jax.evaluate import Bootstrap, bootstrap_delta_r2, mae, r2_by_group, r2_score, retention, rmse
 from moe_jax.experts.cells import CELL_NAMES, N_CELLS
 from moe_jax.gates.optimize import GateFit
 

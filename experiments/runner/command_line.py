@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import math
+import operator
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,11 +54,34 @@ def group(default: Group, *, prefix: bool = False, without: tuple[str, ...] = ()
     return field
 
 
-def require_at_least(config: object, **least: int) -> None:
-    """Raises an ``InputError`` where a number of a configuration is too small."""
+def require(config: object, expected: str, holds: Callable[[Any], bool], *names: str) -> None:
+    """Raises an ``InputError`` unless the named options are as expected: each a number, None, or a tuple of one or more numbers."""
+    for name in names:
+        value = getattr(config, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not numbers or not all(number is None or holds(number) for number in numbers):
+            raise InputError(f"{name} is {value}, expected {expected}")
+
+
+def require_at_least(config: object, **least: float) -> None:
+    """Raises an ``InputError`` where a number is too small, or of several numbers one is or none is given."""
     for name, smallest in least.items():
-        if getattr(config, name) < smallest:
-            raise InputError(f"{name} is {getattr(config, name)}, expected at least {smallest}")
+        require(config, f"at least {smallest}", functools.partial(operator.le, smallest), name)
+
+
+def require_positive(config: object, *names: str) -> None:
+    """Raises an ``InputError`` unless all numbers are positive and finite."""
+    require(config, "positive numbers", lambda number: 0 < number < math.inf, *names)
+
+
+def require_fraction(config: object, *names: str) -> None:
+    """Raises an ``InputError`` unless all numbers are parts of a whole."""
+    require(config, "a number above 0, at most 1", lambda number: 0 < number <= 1, *names)
+
+
+def require_seed(config: object, *names: str) -> None:
+    """Raises an ``InputError`` unless all numbers can be seeds of JAX, NumPy and scikit-learn."""
+    require(config, f"0 to {2**32 - 1}", lambda number: 0 <= number < 2**32, *names)
 
 
 def parse_config(presets: Mapping[str, Config], description: str | None, arguments: Sequence[str]) -> Config:
@@ -123,7 +150,7 @@ def _shown_options(presets: Mapping[str, Config], default: Config) -> Constructo
 
 def as_typed(value: Any) -> str:
     """A value as one types it."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return " ".join(shlex.quote(str(part)) for part in (value if isinstance(value, tuple) else (value,)))
 
 
 @dataclass(frozen=True)

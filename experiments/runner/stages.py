@@ -12,7 +12,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
 
 SECONDS_BETWEEN_NOTES = 5.0
 Item = TypeVar("Item")
@@ -53,7 +53,13 @@ class Stages:
         A terminal shows one bar. Elsewhere a line is printed every few seconds.
         """
         start, before, last = time.perf_counter(), done, 0.0
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+        )
         with Progress(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal) as progress:
             task = progress.add_task(name, total=total, completed=done)
 

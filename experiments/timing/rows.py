@@ -30,10 +30,8 @@ from moe_jax.core.arrays import InputError, matmul
 from moe_jax.evaluate.bootstrap import bootstrap_delta_r2
 from moe_jax.experts.cells import N_CELLS, assign_cells
 from moe_jax.experts.fit import assign_folds, fit_experts, fit_global
-from moe_jax.gates.networks import MLPGate
-from moe_jax.gates.training import GateConfig, fit_gate, fit_gates
-from moe_jax.spectra.simulate import simulate_survey
-from moe_jax.spectra.survey import add_noise
+from moe_jax.gates import GateConfig, MLPGate, fit_gate, fit_gates
+from moe_jax.spectra import add_noise, simulate_survey
 
 N_GATE_STARS = 5_300
 N_TEST_STARS = 816

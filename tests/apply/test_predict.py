@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from astropy.io import fits
 from astropy.table import Table
+from matplotlib import pyplot
 
 from experiments.pipeline.spoilings import Exposure, shift, slope
 from experiments.predict import PredictConfig, main
@@ -392,6 +393,7 @@ def test_figures_of_the_stars_that_are_asked_for(trained, tmp_path):
         predict(trained, trained.parent / "observed.h5", tmp_path / name, plots=plots, chunk_stars=150)
         folder = tmp_path / f"{name[0]}_plots"
         assert sorted(path.name for path in folder.iterdir()) == [f"observed_{star}.png" for star in expected]
+    assert not pyplot.get_fignums()
     with pytest.raises(InputError, match="plots: found 'two', expected a number of stars, or their numbers"):
         PredictConfig(trained / "model", (tmp_path / "in.h5",), tmp_path / "out.csv", plots="two")
 

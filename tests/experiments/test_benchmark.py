@@ -92,6 +92,12 @@ def test_bad_config(change, message):
         benchmark_rows.BenchmarkConfig(**change)
 
 
+def test_quick_sets_its_own_options():
+    config = benchmark_rows.BenchmarkConfig(quick=True, start=True)
+    with pytest.raises(InputError, match="--quick was given with options that it sets itself"):
+        benchmark.main(config)
+
+
 @pytest.mark.parametrize("presets", [benchmark.PRESETS, check_gpu.PRESETS])
 def test_presets(presets):
     for name, config in presets.items():

@@ -1,3 +1,4 @@
+import ast
 import dataclasses
 import re
 import shutil
@@ -96,6 +97,18 @@ def test_the_code_of_a_stage_is_read_from_its_imports():
             assert f"moe_jax/{needed}" in names, (stage, needed)
         assert "experiments/pipeline/surveys.py" in names, stage
         assert "experiments/report/figures.py" not in names or not stage.startswith("pipeline"), stage
+
+
+def test_every_cached_stage_depends_on_the_module_that_computes_it():
+    calls = [
+        node
+        for path in ROOT.glob("experiments/**/*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("cache.load_or_compute", "cache.path")
+    ]
+    assert len(calls) >= 7
+    for call in calls:
+        assert "__file__" in [ast.unparse(file) for file in call.args[2].elts], ast.unparse(call)
 
 
 def test_a_change_to_assign_folds_misses_the_cache_everywhere(tmp_path, monkeypatch):

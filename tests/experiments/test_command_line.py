@@ -1,12 +1,26 @@
 """Options in groups: what a command offers, what --help says of it, and the command line that run.json holds."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import pytest
 from small_run import with_options
 
-from experiments import calibrate_bootstrap, compare_tabular, cover_all, findings, predict, regress_gate, replicate, scale
+from experiments import (
+    ablate_gate,
+    calibrate_bootstrap,
+    compare_methods,
+    compare_tabular,
+    converge_gate,
+    cover_all,
+    findings,
+    predict,
+    regress_gate,
+    replicate,
+    scale,
+    stress_predict,
+)
 from experiments.report.results import tree_of
 from experiments.runner.command_line import parse_config
 from experiments.runner.provenance import command_of
@@ -34,6 +48,13 @@ def help_of(module, capsys, *arguments):
         (findings, "--confidence-level"),
         (cover_all, "--coverage"),
         (compare_tabular, "--cache-dir"),
+        (stress_predict, "--use-cache"),
+        (compare_methods, "--chunk-stars"),
+        (calibrate_bootstrap, "--n-test"),
+        (converge_gate, "--gate.optimizer"),
+        (converge_gate, "--gate.init"),
+        (scale, "--gate.optimizer"),
+        (ablate_gate, "--gate.optimizer"),
     ],
 )
 def test_an_option_that_would_be_ignored_is_refused(module, option, capsys):
@@ -60,13 +81,13 @@ def test_help_keeps_lines_and_shows_groups_and_presets(capsys):
 
 def test_the_command_makes_the_configuration_again():
     changes = {
-        **{"n_train": 5, "alphas": (1.0, 2.0), "n_folds": 3, "test_seed": 4, "train_file": Path("a.h5"), "hidden": 7},
+        **{"n_train": 5, "alphas": (1.0, 2.0), "n_folds": 3, "test_seed": 4, "train_file": Path("my stars.h5"), "hidden": 7},
         **{"n_resamples": 10, "in_sample_fraction": 0.5, "gate": dataclasses.replace(regress_gate.PRESETS["smoke"].gate, epochs=9)},
     }
     config = with_options(regress_gate.PRESETS["smoke"], **changes)
     elsewhere = with_options(config, output_dir=Path("out"), cache_dir=Path("cache"), use_cache=False)
     command = command_of("regress_gate", elsewhere, regress_gate.PRESETS)
-    name, *arguments = command.removeprefix("python -m experiments.").split()
+    name, *arguments = shlex.split(command.removeprefix("python -m experiments."))
     assert (name, arguments[:2]) == ("regress_gate", ["--preset", "smoke"])
     assert parse_config(regress_gate.PRESETS, None, arguments) == config
     assert command_of("regress_gate", regress_gate.PRESETS["default"], regress_gate.PRESETS) == "python -m experiments.regress_gate"
@@ -86,6 +107,11 @@ def test_written_files_are_a_tree(tmp_path):
         console.print(tree_of(tmp_path))
     lines = captured.get().splitlines()
     assert sorted(line[4:].strip() for line in lines[-3:]) == ["a.csv, b.csv", "model/: model.json", "report.md"]
+
+
+def test_names_in_brackets_are_shown_as_they_are(capsys):
+    Stages().note("data[night]/[/x].h5: 3 stars")
+    assert capsys.readouterr().out == "data[night]/[/x].h5: 3 stars\n"
 
 
 def test_long_stages_say_what_is_left(monkeypatch, capsys):

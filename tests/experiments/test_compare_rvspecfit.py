@@ -12,7 +12,7 @@ from small_run import with_options
 from experiments import compare_rvspecfit
 from experiments.runner.command_line import parse_config
 from experiments.timing import rvs_peer
-from moe_jax import simulate_survey
+from moe_jax import InputError, simulate_survey
 from moe_jax.spectra.grid import load_grid
 from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.simulate import unscaled_flux
@@ -70,3 +70,9 @@ def test_rvspecfit_finds_bright_stars(tmp_path):
         assert (np.abs(fit[:5] - expected) < [50, 0.1, 0.05, 0.05, 0.5]).all()
         assert rvs_peer.chi2_of(fit[:5], star, 5, config) < 0.2 * len(star[0])  # no noise was drawn
         assert rvs_peer.chi2_of(np.add(expected, [0, 0.5, 0, 0, 0]), star, 5, config) > 2 * len(star[0])
+
+
+@pytest.mark.parametrize(("change", "message"), [({"noise_levels": ()}, "noise_levels is"), ({"seed": -1}, "seed is -1")])
+def test_bad_config(change, message):
+    with pytest.raises(InputError, match=message):
+        with_options(compare_rvspecfit.PRESETS["smoke"], **change)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+from small_run import SMALL, with_options
 
 from experiments import calibrate_bootstrap, compare_methods, converge_gate, findings, replicate
 from experiments.pipeline.methods import CROSS_FITTED, IN_SAMPLE, PROTOCOLS
@@ -410,7 +411,7 @@ def test_the_whole_page(results):
         "it by -0.3000 [-0.4000, -0.2000]. Experts without a fold that are given the weights of a gate which saw it differ from "
         "those without that leak by +0.4000",
         "together: a, R2 0.9000",
-        "corrected for 1 choices",
+        "corrected for 1 choices, against b)",
         "test stars 50% [0%, 90%], survey 20% [0%, 90%], noise draw 0% [0%, 90%], gate seed 10% [0%, 90%]; the rest are",
         "At 816 stars the report's percentile intervals hold the truth 93.1% of the time, the basic intervals 95.1%. By cell, the "
         "bca intervals do best; at worst (Cool Solar, MLP) they hold it 80.0% of the time. The safest are called 'wide': "
@@ -421,6 +422,24 @@ def test_the_whole_page(results):
     # Components below 0 count as 0: (1.96 + 0.84)^2 x 832 x 0.7e-4 / 0.02^2.
     assert "takes 1,143 stars by the spread of our test sets" in text
     assert "nan" not in text
+
+
+@pytest.mark.slow
+def test_the_command_gathers_its_own_evidence(results, trained):
+    """On the stars of the small run, whose tables have the same classification gate, soft and hard."""
+    few = {"data": SMALL.data, "n_seeds": 2, "n_weight_seeds": 2, "n_resamples": 40, "results_dir": results}
+    findings.main(with_options(findings.PRESETS["default"], **few, cache_dir=trained.parent / "cache"))
+    hard = json.loads((results / "findings" / "run.json").read_text())["soft_minus_hard"]
+    r2 = pd.read_csv(trained / "overall.csv").set_index("method")["r2"]
+    assert hard["estimate"] == pytest.approx(r2["classify"] - r2["hard"], abs=1e-5)
+    assert f"{hard['estimate']:+.4f} [{hard['low']:+.4f}, {hard['high']:+.4f}]" in (results / "FINDINGS.md").read_text()
+    cells, rivals, weights = (pd.read_csv(results / "findings" / f"{name}.csv") for name in ("cells", "rivals", "weights"))
+    assert (cells.groupby("protocol")["n_test"].sum() == hard["n_test"]).all()
+    for protocol in PROTOCOLS:
+        gain = cells[cells["protocol"] == protocol].set_index("cell")["delta_r2"]
+        lead = rivals[rivals["protocol"] == protocol].set_index("cell")["lead"]
+        np.testing.assert_allclose(lead, gain["Hot Metal-poor"] - gain[lead.index], atol=1e-5)
+    assert weights["n_seeds"].tolist() == [2] * 4
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Spoiled spectra are what their names say, and the verdicts follow the rule."""
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,6 +8,7 @@ from small_run import with_options
 
 from experiments import stress_predict
 from experiments.pipeline.spoilings import LATER, LIGHT, SPOILINGS, WAVE, Exposure, blur, shift
+from moe_jax import InputError, save_survey, simulate_survey
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,15 @@ def test_scores_are_of_stars_without_a_flag():
     table = pd.DataFrame({"flags": ["", "", "bad"], "log_g": [1.0, 2.0, 9.0], "uncertainty": [0.2, 0.2, 0.2]})
     row = stress_predict.score("case", table, np.array([1.1, 2.3, 0.0]))
     assert row == {"case": "case", "flagged": pytest.approx(1 / 3), "rms": pytest.approx(np.sqrt(0.05)), "coverage": 0.5}
+
+
+def test_each_real_star_needs_a_label(tmp_path):
+    survey = simulate_survey(jax.random.key(0), 2)
+    save_survey(tmp_path / "stars.h5", survey)
+    (tmp_path / "labels.csv").write_text("log_g\n4.5\n")
+    files = {"real_stars": tmp_path / "stars.h5", "real_labels": tmp_path / "labels.csv"}
+    with pytest.raises(InputError, match="labels.csv: found 1 rows of log_g, expected the log_g of 2 stars"):
+        stress_predict.read_real_stars(with_options(stress_predict.PRESETS["smoke"], **files), None)
 
 
 @pytest.mark.slow

@@ -121,6 +121,37 @@ def test_the_inequality_is_reported(run_study):
     assert (warm["training_loss"] <= warm["classification_gate_training_loss"]).all()
 
 
+def test_differences_of_pairs_are_those_of_the_variants(run_study):
+    """Which of two gates is subtracted from which, in all tables of differences that FINDINGS reads."""
+    leak, converge, joint = map(run_study, ("measure_leakage", "converge_gate", "train_jointly"))
+    r2 = pd.read_csv(leak / "variants.csv").set_index(["form", "protocol", "stars"])["r2"]
+    for row in pd.read_csv(leak / "differences.csv").to_dict("records"):
+        ours, theirs = (r2[row["form"], row[f"{of}protocol"], row[f"{of}stars"]] for of in ("", "baseline_"))
+        assert row["delta_r2"] == pytest.approx(ours - theirs, abs=2e-5)
+    trained = pd.read_csv(converge / "variants.csv").set_index(["form", "protocol", "optimiser", "start"])
+    for row in pd.read_csv(converge / "more_training.csv").to_dict("records"):
+        longer, adam = (trained.loc["MLP", row["protocol"], optimiser, "cold"] for optimiser in (row["optimiser"], "Adam"))
+        assert row["delta_r2"] == pytest.approx(longer["r2"] - adam["r2"], abs=2e-5)
+        assert row["delta_loss"] == pytest.approx(longer["validation_loss"] - adam["validation_loss"], abs=2e-5)
+    r2 = pd.read_csv(joint / "variants.csv").set_index("variant")["r2"]
+    for row in pd.read_csv(joint / "differences.csv").to_dict("records"):
+        assert row["delta_r2"] == pytest.approx(r2[row["method"]] - r2[row["baseline"]], abs=2e-5)
+
+
+def test_a_difference_of_two_gates_is_that_of_their_means(run_study):
+    mean = pd.read_csv(run_study("replicate") / "intervals.csv").set_index("gate")["mean"]
+    for name, (ours, theirs) in replicate.DIFFERENCES.items():
+        assert mean[name] == pytest.approx(mean[ours] - mean[theirs], abs=1e-6)
+
+
+def test_scales_differences_are_from_the_classification_gate_and_rho_is_a_share_of_the_oracles_gain(run_study):
+    for _, rows in pd.read_csv(run_study("scale") / "scale.csv").groupby(["n_train", "noise_level"]):
+        r2 = rows["r2"].set_axis(rows["method"])
+        np.testing.assert_allclose(rows["delta_r2"], r2 - r2["soft"], atol=2e-6)
+        np.testing.assert_allclose(rows["rho"], (r2 - r2["global"]) / (r2["oracle"] - r2["global"]), rtol=1e-4, atol=1e-5)
+        assert (rows["delta_r2_low"] <= rows["delta_r2_high"]).all()
+
+
 def test_coverage_table(folder, tmp_path):
     config = with_options(config_of("calibrate_bootstrap", folder), output_dir=tmp_path / "out")
     tables = calibrate_bootstrap.main(config).tables
@@ -202,7 +233,37 @@ def test_the_replication_is_as_large_as_it_says():
     ("make", "message"),
     [
         (lambda: replicate.ReplicateConfig(n_seeds=1), "n_seeds is 1, expected at least 2"),
-        (lambda: scale.ScaleConfig(n_trains=()), "n_trains is empty"),
+        (lambda: scale.ScaleConfig(n_trains=()), r"n_trains is \(\), expected at least 1"),
+        (
+            lambda: with_options(scale.PRESETS["default"], noise_levels=(0.2, -1.0)),
+            r"noise_levels is \(0.2, -1.0\), expected at least 0",
+        ),
+        (lambda: with_options(measure_leakage.PRESETS["smoke"], n_seeds=0), "n_seeds is 0, expected at least 1"),
+        (lambda: with_options(control_gate.PRESETS["smoke"], n_seeds=0), "n_seeds is 0"),
+        (
+            lambda: with_options(control_gate.PRESETS["smoke"], stack_alphas=(1.0, 0.0)),
+            "stack_alphas is .*, expected positive numbers",
+        ),
+        (
+            lambda: with_options(control_gate.PRESETS["smoke"], coverage="tenth_expert"),
+            "coverage is 'tenth_expert', expected 'cells' or",
+        ),
+        (
+            lambda: with_options(converge_gate.PRESETS["smoke"], in_sample_fraction=0.0),
+            "in_sample_fraction is 0.0, expected a number",
+        ),
+        (
+            lambda: with_options(ablate_gate.PRESETS["smoke"], fractions=(0.5, 2.0)),
+            r"fractions is \(0.5, 2.0\), expected a number above",
+        ),
+        (lambda: with_options(cover_all.PRESETS["smoke"], n_seeds=0), "n_seeds is 0"),
+        (lambda: with_options(train_jointly.PRESETS["smoke"], joint_alphas=()), r"joint_alphas is \(\), expected positive"),
+        (lambda: with_options(calibrate_uncertainty.PRESETS["smoke"], n_floor=0), "n_floor is 0"),
+        (lambda: with_options(compare_tabular.PRESETS["smoke"], seed=-1), "seed is -1, expected 0 to 4294967295"),
+        (
+            lambda: calibrate_bootstrap.CalibrateConfig(n_sets=(5,)),
+            r"set_sizes is \(816, 8000\) and n_sets \(5,\), expected as many",
+        ),
         (lambda: with_options(findings.PRESETS["default"], n_weight_seeds=1), "n_weight_seeds is 1, expected at least 2"),
         (lambda: calibrate_bootstrap.CalibrateConfig(set_sizes=(1,)), r"set_sizes is \(1,\)"),
         (lambda: compare_methods.CompareConfig(n_cells=()), r"n_cells is \(\)"),

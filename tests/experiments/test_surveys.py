@@ -11,7 +11,7 @@ from experiments.pipeline import calibration
 from experiments.pipeline.calibration import CalibrationConfig, keep_calibration_stars, observe_calibration_stars
 from experiments.pipeline.config import DataConfig, draw_keys
 from experiments.pipeline.stars import Stars, finish
-from experiments.pipeline.surveys import open_surveys
+from experiments.pipeline.surveys import open_surveys, require_grid_pixels
 from experiments.runner.command_line import parse_config
 from experiments.runner.stages import Stages
 from moe_jax import InputError, Survey, save_survey, simulate_survey
@@ -69,6 +69,12 @@ def test_all_stars_of_a_file_are_used_unless_a_number_is_given(files, preset):
     assert n_stars("--n-train", "9000") == (120, 50)
     simulated = parse_config(regress_gate.PRESETS, None, ["--preset", preset])
     assert simulated == regress_gate.PRESETS[preset]
+
+
+def test_a_study_that_uses_the_grid_needs_its_pixels(files):
+    require_grid_pixels(DataConfig(n_train=3, n_test=2))
+    with pytest.raises(InputError, match=r"test\.h5: spectrumdataset/wave: found 512 pixels, expected the 4096 of the model grid"):
+        require_grid_pixels(parse_config(regress_gate.PRESETS, None, files).data)
 
 
 def test_a_simulated_survey_needs_a_number():

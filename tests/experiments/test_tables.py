@@ -4,12 +4,24 @@ import pandas as pd
 import pytest
 from sklearn.metrics import r2_score
 
+from experiments.pipeline.calibration import MAG_NAMES
+from experiments.pipeline.config import BootstrapOptions
 from experiments.pipeline.methods import CLASSIFY, FALLBACK, GLOBAL, METHODS, ORACLE, PAIRS, REGRESSION_GATES, Method, Pair
 from experiments.report.figures import floor_plot
 from experiments.report.markdown import load_published, verdict_markdown
-from experiments.report.tables import bin_table, bootstrap_table, compare, overall_table, published_verdict, verdict
+from experiments.report.tables import (
+    bin_table,
+    bootstrap_table,
+    compare,
+    magnitude_bins,
+    overall_table,
+    pair_table,
+    published_verdict,
+    verdict,
+)
 from moe_jax import bootstrap_delta_r2
 from moe_jax.evaluate.variants import compare_variants
+from moe_jax.experts.cells import CELL_NAMES
 
 
 @pytest.fixture
@@ -128,3 +140,25 @@ def test_variants_of_several_seeds(rng):
     one = bootstrap_delta_r2(jax.random.key(0), y, variants["b"][0], baseline[0], n_resamples=50, method="percentile")
     same = compare_variants(jax.random.key(0), y, {"b": variants["b"]}, baseline[:1], n_resamples=50, method="percentile")
     np.testing.assert_allclose([same["low"][0], same["high"][0]], [one.overall.low, one.overall.high], atol=1e-5)
+
+
+def test_magnitudes_have_bins_and_those_beyond_join_the_ends():
+    bins = magnitude_bins(np.array([20.0, 20.5, 20.99, 21.0, 22.0, 22.5, 23.0]))
+    assert bins.tolist() == [0, 0, 0, 1, 3, 3, 3]
+    assert MAG_NAMES == ("20.5 to 21", "21 to 21.5", "21.5 to 22", "22 to 22.5")
+
+
+@pytest.mark.slow
+def test_differences_are_those_of_the_groups(rng):
+    y, cell, mag = rng.normal(size=900), np.arange(900) % len(CELL_NAMES), rng.uniform(20.5, 22.5, size=900)
+    predictions = {"a": y + 0.1 * rng.normal(size=900), "b": y + 0.5 * rng.normal(size=900)}
+    table = pair_table(jax.random.key(0), BootstrapOptions(n_resamples=200), y, predictions, [("a", "b")], cell, mag)
+    assert len(table) == 1 + len(CELL_NAMES) + len(MAG_NAMES)
+    chosen = {("all", "all"): np.ones(900, bool), ("cell", CELL_NAMES[2]): cell == 2}
+    chosen["magnitude", MAG_NAMES[1]] = (mag >= 21) & (mag < 21.5)
+    for (by, stars), rows in chosen.items():
+        (row,) = table[(table["by"] == by) & (table["stars"] == stars)].to_dict("records")
+        peer = r2_score(y[rows], predictions["a"][rows]) - r2_score(y[rows], predictions["b"][rows])
+        np.testing.assert_allclose(row["delta_r2"], peer, rtol=1e-3)
+        assert row["low"] < row["delta_r2"] < row["high"]
+        assert row["n_test"] == rows.sum()
