@@ -142,15 +142,11 @@ def fit_labels(
 def _without_unknown(fit: LabelFit, flux: np.ndarray, error: np.ndarray, good: np.ndarray) -> LabelFit:
     """The fits, with NaN for stars of which nothing is known."""
     light = good & np.isfinite(flux) & np.isfinite(error) & (error > 0) & (flux != 0)
-    known = (light.sum(axis=1) >= _LEAST_PIXELS) & np.isfinite(fit.chi2) & np.isfinite(fit.labels).all(axis=1)
-
-    def keep(leaf: np.ndarray) -> np.ndarray:
-        rows = known.reshape(-1, *[1] * (leaf.ndim - 1))
-        return leaf & rows if leaf.dtype == bool else np.where(rows, leaf, np.nan).astype(leaf.dtype)
-
-    converged = fit.converged & (np.abs(fit.velocity) <= 1.1 * MAX_VELOCITY)
-    numbers = {name: keep(np.asarray(leaf)) for name, leaf in fit._asdict().items() if np.asarray(leaf).dtype.kind in "bf"}
-    return fit._replace(**numbers | {"converged": converged & known})
+    unknown = (light.sum(axis=1) < _LEAST_PIXELS) | ~np.isfinite(fit.chi2) | ~np.isfinite(fit.labels).all(axis=1)
+    for leaf in fit:
+        if leaf.dtype.kind in "bf":
+            leaf[unknown] = False if leaf.dtype == bool else np.nan
+    return fit._replace(converged=fit.converged & (np.abs(fit.velocity) <= 1.1 * MAX_VELOCITY))
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "free", "n_continuum", "devices"))
