@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-from moe_jax.core.arrays import AnyArray, InputError, mean_and_scale, require_same_length, scale_columns, take_rows
+from moe_jax.core.arrays import AnyArray, InputError, mean_and_scale, scale_columns, take_rows
 from moe_jax.core.convert import convert_arguments
 from moe_jax.experts.alphas import require_positive
 from moe_jax.experts.fit import assign_folds, cross_fitted_predictions, fit_experts
@@ -82,11 +82,7 @@ def fit_moe(
             positive, or data that teach the gate nothing (see ``require_informative``).
     """
     features = x if features is None else features
-    require_same_length(x=x, y=y, cell=cell)
-    require_same_length(features=features, y=y)
     require_positive(np.asarray(alphas))
-    if n_folds < 2:
-        raise InputError(f"n_folds is {n_folds}, expected at least 2")
     gate, config = gate or MLPGate(), config or GateConfig()
     key_folds, key_gate = jax.random.split(key)
     x, y, features, cell = jnp.asarray(x), jnp.asarray(y), jnp.asarray(features), np.asarray(cell)
@@ -121,9 +117,6 @@ def predict_moe(
     for name, array, expected in (("x", x, n_columns), ("features", features, n_features)):
         if array.shape[1] != expected:
             raise InputError(f"{name} has shape {array.shape}, expected (N, {expected}) as in the fit")
-    require_same_length(x=x)
-    if len(features) != len(x):
-        raise InputError(f"features has shape {features.shape}, expected ({len(x)}, {n_features}) like the rows of x {x.shape}")
     weights = mixture.gate.apply(
         mixture.gate_params, scale_columns(jnp.asarray(features), mixture.feature_mean, mixture.feature_scale)
     )

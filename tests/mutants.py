@@ -119,6 +119,7 @@ MUTATIONS = [
     ("experiments/report/claims.py", 'leads["high"].min()', 'leads["high"].max()'),
     ("experiments/report/claims.py", 'judge(-row["mean_high"], -row["mean_low"])', 'judge(row["mean_low"], row["mean_high"])'),
     ("experiments/report/claims.py", "low > -MARGIN and high < MARGIN", "high < MARGIN"),
+    ("moe_jax/core/convert.py", "strict=False)) | sizes\n", "strict=False))\n"),
     ("moe_jax/core/convert.py", "if name in finite and not isinstance(array, jax.core.Tracer) and not", "if False and not"),
 ]  # fmt: skip
 

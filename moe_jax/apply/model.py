@@ -113,13 +113,8 @@ def predict_model(
         InputError: for another number of pixels, no stars, an array of NumPy with negative errors, or for ``good`` and a model
             without uncertainties.
     """
-    if flux.ndim != 2 or flux.shape[1] != len(model.wave) or not len(flux):
+    if flux.shape[1] != len(model.wave):
         raise InputError(f"flux has shape {flux.shape}, expected (N, {len(model.wave)}) for the wavelengths of the model")
-    for name, array in (("error", error), ("good", good)):
-        if array is not None and array.shape != flux.shape:
-            raise InputError(f"{name} has shape {array.shape}, expected {flux.shape} like flux")
-    if scale_error is not None and scale_error.shape != flux.shape[:1]:
-        raise InputError(f"scale_error has shape {scale_error.shape}, expected {flux.shape[:1]} like the rows of flux")
     if isinstance(error, np.ndarray) and (error < 0).any():
         raise InputError(f"error holds {error.min():g}, expected no negative errors: mask such pixels by good")
     if good is not None:

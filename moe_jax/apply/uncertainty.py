@@ -31,7 +31,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_length
+from moe_jax.core.arrays import AnyArray, InputError, matmul
 from moe_jax.core.cholesky import shifted_cholesky
 from moe_jax.core.convert import convert_arguments
 from moe_jax.experts.alphas import require_positive
@@ -90,7 +90,6 @@ def ridge_leverage(x_train: Float[AnyArray, "N P"], alpha: ArrayLike, x: Float[A
     Raises:
         InputError: shapes that disagree, or an alpha that is not positive.
     """
-    require_same_length(x_train=x_train)
     require_positive(alpha)
     return _ridge_leverage(jnp.asarray(x_train), jnp.asarray(alpha, jnp.asarray(x_train).dtype), jnp.asarray(x))
 
@@ -257,6 +256,7 @@ def predictive_variance(
     )
 
 
+@convert_arguments("variance", "residual")
 def fit_part_scales(variance: Float[AnyArray, "N 4"], residual: Float[AnyArray, " N"]) -> Float[np.ndarray, " 4"]:
     """Factors (>= 0) of the parts of the variance, by maximum likelihood of normal errors; that of the noise is 1.
 
@@ -270,7 +270,6 @@ def fit_part_scales(variance: Float[AnyArray, "N 4"], residual: Float[AnyArray, 
         InputError: shapes that disagree, parts that are negative, or numbers that are not finite.
     """
     variance, residual = np.asarray(variance, np.float64), np.asarray(residual, np.float64)
-    require_same_length(variance=variance, residual=residual)
     if not (np.isfinite(variance).all() and np.isfinite(residual).all() and (variance >= 0).all()):
         raise InputError("variance or residual hold numbers that are negative or not finite, expected variances and finite errors")
     parts, noise, squared = variance[:, :-1], variance[:, -1], residual**2

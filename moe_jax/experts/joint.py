@@ -17,7 +17,7 @@ import jax.scipy.linalg as jsl
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_length
+from moe_jax.core.arrays import AnyArray, matmul
 from moe_jax.core.cholesky import shifted_cholesky
 from moe_jax.core.convert import convert_arguments
 from moe_jax.experts.alphas import require_positive
@@ -51,11 +51,6 @@ def fit_mixture_experts(
     Raises:
         InputError: shapes that disagree, or an alpha that is not positive.
     """
-    require_same_length(x=x, y=y)
-    if len(weights) != len(y):
-        raise InputError(f"weights have shape {weights.shape}, expected (N, K) with the {len(y)} rows of x")
-    if kernel is not None and kernel.shape != (len(y), len(y)):
-        raise InputError(f"kernel has shape {kernel.shape}, expected (N, N) with the {len(y)} rows of x")
     require_positive(alpha)
     x = jnp.asarray(x)
     y, weights, alpha = (jnp.asarray(array, x.dtype) for array in (y, weights, alpha))

@@ -30,7 +30,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float, Int
 
-from moe_jax.core.arrays import AnyArray, InputError, by_numpy, map_blocks, matmul, require_same_length, require_whole, to_device
+from moe_jax.core.arrays import AnyArray, InputError, by_numpy, map_blocks, matmul, require_whole, to_device
 from moe_jax.core.cholesky import shifted_cholesky
 from moe_jax.core.convert import convert_arguments
 
@@ -210,9 +210,8 @@ def predict_local(mixture: LocalMixture, flux: Float[AnyArray, "N P"], noise: Fl
     Raises:
         InputError: shapes that disagree.
     """
-    n_pixels = len(mixture.model.mean)
-    if flux.shape[1] != n_pixels or noise.shape != flux.shape[:1]:
-        raise InputError(f"flux and noise have shapes {flux.shape} and {noise.shape}, expected (N, {n_pixels}) and (N,)")
+    if flux.shape[1] != len(mixture.model.mean):
+        raise InputError(f"flux has shape {flux.shape}, expected (N, {len(mixture.model.mean)}) as in the fit")
     return predict_local_experts(mixture.experts, project_flux(mixture.model, flux), noise)
 
 
@@ -248,10 +247,7 @@ def fit_local(
     """
     from sklearn.cluster import KMeans
 
-    n = require_same_length(flux=flux, y=y)
-    if error.shape != flux.shape or len(labels) != n:
-        raise InputError(f"error and labels have shapes {error.shape} and {labels.shape}, expected {flux.shape} and ({n}, L)")
-    n_components = tuple(np.ravel(n_components).tolist())
+    n, n_components = len(y), tuple(np.ravel(n_components).tolist())
     for name, number in (("n_cells", n_cells), ("degree", degree), *(("n_components", number) for number in n_components)):
         require_whole(name, number, 1)
     require_whole("seed", seed, 0)

@@ -121,6 +121,11 @@ def test_factors_of_the_parts(rng):
         fit_part_scales(parts, residual[:, None])
 
 
+def test_stars_of_other_pixels():
+    with pytest.raises(InputError, match=r"x has shape \(1, 3\), expected \(M, 2\) beside x_train \(3, 2\)"):
+        ridge_leverage(np.ones((3, 2)), 1.0, np.ones((1, 3)))
+
+
 @pytest.mark.parametrize("alpha", [0.0, -1.0, np.nan])
 def test_a_penalty_that_is_none(alpha):
     with pytest.raises(InputError, match="expected positive numbers"):

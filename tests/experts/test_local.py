@@ -131,7 +131,7 @@ def test_without_noise_predictions_are_the_limit_of_a_small_one(survey):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"error": np.ones((30, 3), np.float32)}, r"error and labels have shapes \(30, 3\)"),
+        ({"error": np.ones((30, 3), np.float32)}, r"error has shape \(30, 3\), expected \(30, 4\)"),
         ({"error": np.zeros((30, 4), np.float32)}, "error holds 0, expected positive numbers"),
         ({"n_cells": 16}, "found 30 stars for 16 cells"),
     ],

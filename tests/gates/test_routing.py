@@ -23,7 +23,7 @@ def test_soft_equals_hard_for_one_hot_weights(rng):
 
 
 def test_shapes():
-    with pytest.raises(InputError, match="weights have shape"):
+    with pytest.raises(InputError, match="expert_predictions has shape"):
         route_soft(WEIGHTS, YHAT[:, :2])
     with pytest.raises(InputError, match="global_prediction has shape"):
         route_fallback(WEIGHTS, YHAT, np.zeros((3, 1)))
