@@ -55,10 +55,11 @@ def sharpen(weights: Float[AnyArray, "N K"], temperature: ArrayLike) -> Float[An
 @convert_arguments()
 @by_numpy
 def route_oracle(cell: Int[AnyArray, " N"], expert_predictions: Float[AnyArray, "N K"]) -> Float[AnyArray, " N"]:
-    """The prediction of the true cell's expert; NaN for a star that no cell covers (cell -1)."""
+    """The prediction of the true cell's expert; NaN for a star that no cell covers (cell -1), or whose cell has no expert."""
     xp = namespace(cell, expert_predictions)
-    own = select_expert(expert_predictions, xp.maximum(cell, 0))
-    return xp.where(cell >= 0, own, xp.full_like(own, xp.nan))
+    has_expert = (cell >= 0) & (cell < expert_predictions.shape[1])
+    own = select_expert(expert_predictions, xp.where(has_expert, cell, 0))
+    return xp.where(has_expert, own, xp.full_like(own, xp.nan))
 
 
 @by_numpy
