@@ -151,9 +151,9 @@ def take_rows(arrays: tuple[AnyArray, ...], rows: AnyArray) -> tuple[AnyArray, .
 @by_numpy
 def mean_and_scale(raw: Float[AnyArray, "N F"]) -> tuple[Float[AnyArray, " F"], Float[AnyArray, " F"]]:
     """Mean and standard deviation of each column; 1 for that of a constant one."""
-    xp = namespace(raw)
-    scale = raw.std(axis=0)
-    return raw.mean(axis=0), xp.where(scale > 0, scale, xp.ones_like(scale))
+    xp, scale = namespace(raw), raw.std(axis=0)
+    varies = (scale > 0) & (raw.max(axis=0) > raw.min(axis=0))  # the scale of a constant may be the rounding of its mean
+    return raw.mean(axis=0), xp.where(varies, scale, xp.ones_like(scale))
 
 
 @by_numpy

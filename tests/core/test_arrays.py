@@ -1,8 +1,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from sklearn.preprocessing import StandardScaler
 
-from moe_jax.core.arrays import by_numpy, map_blocks, namespace
+from moe_jax.core.arrays import by_numpy, map_blocks, mean_and_scale, namespace, scale_columns
 
 
 def test_numpy_runs_what_is_concrete_and_xla_compiles_the_rest(dtype):
@@ -19,6 +20,18 @@ def test_numpy_runs_what_is_concrete_and_xla_compiles_the_rest(dtype):
         assert result.dtype == dtype
         np.testing.assert_array_equal(result, 2 * x + 1)
     assert seen == [np, np, jnp]
+
+
+def test_standardisation_is_scikit_learns(dtype, rng):
+    """Also of constants, whose mean is rounded."""
+    x = np.column_stack([np.full(1_000, value) for value in (0.1, 1 / 3, 3.3, 0.0)] + [rng.normal(5, 3, 1_000)]).astype(dtype)
+    theirs = StandardScaler().fit(x.astype(float))
+    for columns in (x, jnp.asarray(x)):
+        mean, scale = mean_and_scale(columns)
+        np.testing.assert_array_equal(scale[:4], 1)
+        np.testing.assert_allclose(scale, theirs.scale_, rtol=1e-5)
+        np.testing.assert_allclose(mean, theirs.mean_, rtol=2e-5)
+    np.testing.assert_allclose(scale_columns(x, mean, scale)[:, :4], 0, atol=1e-4)
 
 
 def test_blocks_share_a_program_and_give_the_whole(rng):
