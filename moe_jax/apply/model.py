@@ -22,7 +22,7 @@ from moe_jax.gates.networks import Gate, LinearGate
 from moe_jax.gates.optimize import Params
 from moe_jax.gates.routing import route_soft
 from moe_jax.spectra.grid import GRID_RESOLUTION
-from moe_jax.spectra.resample import fill_masked
+from moe_jax.spectra.resample import fill_masked, good_medians
 
 
 class Uncertainty(NamedTuple):
@@ -132,14 +132,17 @@ def predict_model(
 
 
 def _noise_level(model: Model, flux: AnyArray, error: AnyArray | None, good: AnyArray | None) -> AnyArray:
-    """(N,) median error of each star's good pixels; that of the training stars where errors are not known."""
+    """(N,) ``median_error`` of each star, or that of its good pixels; that of the training stars where errors are not known."""
     if error is None:
         variance = np.ones(flux.shape[1]) if model.uncertainty is None else model.uncertainty.noise_variance
         return jnp.broadcast_to(median_error(jnp.sqrt(variance)[None, :]), flux.shape[:1])
-    if good is None or np.asarray(good).all():
-        return median_error(error)
-    known = np.ma.masked_array(np.asarray(error), ~np.asarray(good))  # a star without good pixels has no answer anyway
-    return np.ma.filled(np.ma.median(known, axis=1), 1.0).astype(known.dtype)
+    level = median_error(error)
+    if good is None:
+        return level
+    level, error, good = np.array(level), np.asarray(error), np.asarray(good)
+    masked = ~good.all(axis=1)
+    level[masked] = good_medians(error[masked], good[masked])
+    return level
 
 
 @functools.partial(jax.jit, static_argnames="gate")

@@ -30,7 +30,7 @@ from moe_jax.spectra.grid import GRID_RESOLUTION
 from moe_jax.spectra.label_fit import LabelFit, fit_labels
 from moe_jax.spectra.label_model import default_model
 from moe_jax.spectra.pixels import WAVE
-from moe_jax.spectra.resample import MaskedSpectra, overlaps, resample
+from moe_jax.spectra.resample import MaskedSpectra, good_medians, overlaps, resample
 from moe_jax.spectra.simulate import LABEL_LATTICE
 
 POOR_FIT, EMISSION_LINES, VELOCITY_UNCERTAIN, NOT_A_STAR = "poor_fit", "emission_lines", "velocity_uncertain", "not_a_star"
@@ -108,13 +108,13 @@ def fit_robustly(
     width = broadening_width(resolution, GRID_RESOLUTION)
     same = not width and len(wave) == len(WAVE) and np.allclose(wave, WAVE, rtol=0, atol=1e-3)
     overlap = scipy.sparse.identity(len(WAVE), format="csr") if same else overlaps(wave, WAVE, width)
-    median = np.array([np.median(flux[good]) if good.any() else np.nan for flux, good in zip(*spectra[::2], strict=True)])
+    median = good_medians(spectra.flux, spectra.good)
     fitted = median > 0
     scale = np.where(fitted, 2 * median, 1.0)[:, None]
     error = np.where(np.isnan(spectra.error), 0.005, spectra.error / scale)
     scaled = MaskedSpectra(spectra.flux / scale, np.where(spectra.good, error, 0.0), spectra.good)
     flux, error, good = scaled if same else resample(*scaled, overlap, WAVE)
-    stated = 2 * np.array([np.median(own[used]) if used.any() else np.nan for own, used in zip(error, good, strict=True)])
+    stated = 2 * good_medians(error, good)
     fitted &= (good.mean(axis=1) >= _LEAST_GOOD) & (stated > _STATED[0]) & (stated < _STATED[1])
     flux, error = (np.where(fitted[:, None] & good, array, fill).astype(np.float32) for array, fill in ((flux, 0.5), (error, 1.0)))
     fit = LabelFit(*map(np.array, fit_labels(flux, error, good, n_continuum=n_continuum)))
@@ -160,7 +160,7 @@ def fit_robustly(
         n_emission=n_emission,
         blend_gain=known(fit.blend_gain / np.maximum(widening, 1e-30)),
         outside=known(outside_cells(labels, np.sqrt(variance))),
-        at_edge=np.any(fit.at_edge, axis=1, keepdims=False).reshape(len(flux)),
+        at_edge=fit.at_edge.any(axis=1),
         fitted=fitted,
         flux=flux,
         flux_error=error,
