@@ -462,7 +462,7 @@ def weights_for_other_experts(folder, valid):
     moe_jax.route_soft(np.ones((3, 2)), np.ones((3, 4)))
 
 
-@malformed("n_stars is 0, expected at least 1")
+@malformed("n_stars is 0, expected a whole number, at least 1")
 def a_survey_of_no_stars(folder, valid):
     moe_jax.simulate_survey(jax.random.key(0), 0)
 

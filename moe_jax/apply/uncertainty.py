@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jax.scipy.linalg as jsl
 import numpy as np
 import scipy
 from jax import lax
@@ -32,7 +31,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from moe_jax.core.arrays import AnyArray, InputError, matmul
-from moe_jax.core.cholesky import shifted_cholesky
+from moe_jax.core.cholesky import cholesky_solver
 from moe_jax.core.convert import convert_arguments
 from moe_jax.experts.alphas import require_positive
 from moe_jax.experts.ridge import center, is_dual, kernel
@@ -100,12 +99,12 @@ def _ridge_leverage(x_train: jax.Array, alpha: jax.Array, x: jax.Array) -> jax.A
     data = center(x_train, jnp.zeros(n, x_train.dtype), jnp.ones(n, x_train.dtype))
     new = x - data.x_mean[None, :]
     matrix, jitter = kernel(data)
-    factor = shifted_cholesky(matrix, alpha + jitter)
+    solve = cholesky_solver(matrix, alpha, jitter)
     if is_dual(data.x):
-        a = jsl.cho_solve((factor, True), matmul(data.x, new.T))
+        a = solve(matmul(data.x, new.T))
         remainder = new - matmul(a.T, data.x)
         return 1.0 / n + jnp.sum(remainder**2, axis=1) / alpha + jnp.sum(a**2, axis=0)
-    return 1.0 / n + jnp.sum(new.T * jsl.cho_solve((factor, True), new.T), axis=0)
+    return 1.0 / n + jnp.sum(new.T * solve(new.T), axis=0)
 
 
 @functools.partial(jax.jit, static_argnames="n_experts")

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import jax.scipy.linalg as jsl
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from moe_jax.core.arrays import AnyArray, matmul
-from moe_jax.core.cholesky import shifted_cholesky
+from moe_jax.core.cholesky import cholesky_solver
 from moe_jax.core.convert import convert_arguments
 from moe_jax.experts.alphas import require_positive
 from moe_jax.experts.ridge import Ridge
@@ -62,8 +61,8 @@ def _fit_mixture_experts(x: jax.Array, y: jax.Array, weights: jax.Array, alpha: 
     mean = jnp.mean(x, axis=0) if kernel is None else jnp.zeros(x.shape[1], x.dtype)
     centred = x - mean[None, :]
     kernel = matmul(centred, centred.T) if kernel is None else kernel
-    factor = shifted_cholesky(matmul(weights, weights.T) * kernel, alpha)
-    solved = jsl.cho_solve((factor, True), jnp.concatenate([weights, y[:, None]], axis=1))
+    solve = cholesky_solver(matmul(weights, weights.T) * kernel, alpha)
+    solved = solve(jnp.concatenate([weights, y[:, None]], axis=1))
     # The intercept of an expert without weight is not determined; least squares takes the smallest.
     intercept = jnp.linalg.lstsq(matmul(weights.T, solved[:, :-1]), matmul(weights.T, solved[:, -1:]))[0][:, 0]
     a = solved[:, -1] - matmul(solved[:, :-1], intercept[:, None])[:, 0]

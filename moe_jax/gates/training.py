@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PRNGKeyArray
 
-from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.core.arrays import AnyArray, InputError, require_whole
 from moe_jax.core.convert import convert_arguments
 from moe_jax.core.parallel import devices_for, map_devices, on_all
 from moe_jax.gates.networks import Gate, require_simplex
@@ -50,8 +50,7 @@ class GateConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patience", "max_iterations"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+            require_whole(name, getattr(self, name), 1)
         for name in ("learning_rate", "gradient_tolerance"):
             if not 0 < getattr(self, name) < np.inf:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float, PRNGKeyArray
 
-from moe_jax.core.arrays import AnyArray, InputError, map_blocks, to_device
+from moe_jax.core.arrays import AnyArray, InputError, map_blocks, require_whole, to_device
 from moe_jax.core.convert import convert_arguments
 from moe_jax.spectra.broadening import broaden_grid
 from moe_jax.spectra.grid import GRID_RESOLUTION, SpectralGrid, interpolate_grid, load_grid, map_pixels
@@ -176,8 +176,7 @@ class SimulatedSpectra:
         resolution: float = GRID_RESOLUTION,
         wave: Float[AnyArray, " P"] | None = None,
     ) -> None:
-        if n_stars < 1:
-            raise InputError(f"n_stars is {n_stars}, expected at least 1")
+        require_whole("n_stars", n_stars, 1)
         if label_sampling not in ("lattice", "uniform"):
             raise InputError(f"label_sampling is {label_sampling!r}, expected 'lattice' or 'uniform'")
         grid = broaden_grid(load_grid() if grid is None else grid, resolution)

@@ -92,6 +92,7 @@ def test_x64(mixture, x64):
     [
         ({"epochs": 0}, "epochs is 0"),
         ({"batch_size": -1}, "batch_size is -1"),
+        ({"batch_size": 2.5}, "batch_size is 2.5, expected a whole number"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
     ],
