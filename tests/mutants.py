@@ -58,7 +58,7 @@ MUTATIONS = [
     ("moe_jax/experts/streaming.py", "fit.intercept + y_offset - shift", "fit.intercept + y_offset"),
     ("moe_jax/experts/streaming.py", "errors.sum(axis=0) / by_fold.n.sum()", "errors.sum(axis=0)"),
     ("moe_jax/experts/sums.py", "sums.xx - n * xp.outer(x_mean, x_mean)", "sums.xx"),
-    ("moe_jax/experts/sums.py", "jax.tree.map(operator.sub, total, part), *rows)", "total, *rows)"),
+    ("moe_jax/experts/sums.py", "evaluate(part, jax.tree.map(operator.sub, total, part))", "evaluate(part, total)"),
     ("moe_jax/experts/joint.py", "matmul(weights, weights.T) * kernel", "kernel"),
     ("moe_jax/experts/joint.py", "* kernel, alpha)", "* kernel, 2 * alpha)"),
     ("moe_jax/experts/joint.py", "intercept - matmul(coef, mean[:, None])[:, 0]", "intercept"),

@@ -21,7 +21,7 @@ from moe_jax.core.pca import fit_pca
 from moe_jax.experts.cross_validation import CrossValidatedRidge
 from moe_jax.experts.fit import assign_folds, fit_experts, fit_global, predict_experts
 from moe_jax.experts.ridge import Ridge, predict_ridge
-from moe_jax.gates.features import N_COMPONENTS, raw_features
+from moe_jax.gates.features import N_COMPONENTS, line_pixels, raw_features
 from moe_jax.spectra.survey import Survey
 
 
@@ -99,7 +99,8 @@ def fit_in_memory(
         jax.block_until_ready(global_ridge)
     with stages("features"):
         pca = fit_pca(keys.pca, x, N_COMPONENTS)
-        features = jax.block_until_ready([raw_features(part, wave, pca) for part in flux])
+        pixels = line_pixels(wave)
+        features = jax.block_until_ready([raw_features(part, pixels, pca) for part in flux])
     with stages("expert predictions"):
         train, test = jax.block_until_ready(
             [

@@ -93,15 +93,12 @@ class RobustFit(NamedTuple):
         }
 
 
-def fit_robustly(
-    spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], n_continuum: int = N_CONTINUUM, resolution: float = GRID_RESOLUTION
-) -> RobustFit:
+def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], resolution: float = GRID_RESOLUTION) -> RobustFit:
     """Fits the model grid to spectra as a telescope gives them.
 
     Args:
         spectra: on any scale; where errors are not known, they are taken as a hundredth of the median flux.
         wave: their wavelengths, vacuum Angstrom.
-        n_continuum: number of terms of the continuum.
         resolution: of the spectra. Sharper ones than the grid's are degraded to its resolution; how blurred the others are is
             fitted.
     """
@@ -117,14 +114,14 @@ def fit_robustly(
     stated = 2 * good_medians(error, good)
     fitted &= (good.mean(axis=1) >= _LEAST_GOOD) & (stated > _STATED[0]) & (stated < _STATED[1])
     flux, error = (np.where(fitted[:, None] & good, array, fill).astype(np.float32) for array, fill in ((flux, 0.5), (error, 1.0)))
-    fit = LabelFit(*map(np.array, fit_labels(flux, error, good, n_continuum=n_continuum)))
+    fit = LabelFit(*map(np.array, fit_labels(flux, error, good, n_continuum=N_CONTINUUM)))
     n_masked = fit.n_masked
     with np.errstate(all="ignore"):
         constant = np.abs(fit.rare[:, 0]) > _CERTAIN * fit.rare_error[:, 0] * np.sqrt(np.maximum(fit.chi2, 1.0))
     again = np.flatnonzero(fitted & ((n_masked > _MANY_MASKED) | constant))
     if len(again):
         kept = good[again] & ~grow(good[again] & ~fit.good[again])
-        refit = fit_labels(flux[again], error[again], kept, n_continuum=n_continuum, additive=constant[again])
+        refit = fit_labels(flux[again], error[again], kept, n_continuum=N_CONTINUUM, additive=constant[again])
         for old, new in zip(fit, refit, strict=True):
             old[again] = new
         n_masked = (good & ~fit.good).sum(axis=1)
@@ -227,8 +224,7 @@ def add_prior(
 def grow(out: Bool[np.ndarray, "N P"]) -> Bool[np.ndarray, "N P"]:
     """Masked pixels with the surroundings of those that lie in a row: the wings of a line, the edges of a band."""
     features = scipy.ndimage.binary_opening(out, np.ones((1, _RUN), bool))
-    grown: np.ndarray = out | scipy.ndimage.binary_dilation(features, np.ones((1, 2 * _GROWTH + 1), bool))
-    return grown
+    return np.logical_or(out, scipy.ndimage.binary_dilation(features, np.ones((1, 2 * _GROWTH + 1), bool)))
 
 
 def scale_chi2(residual: Float[np.ndarray, "N P"], good: Bool[AnyArray, "N P"]) -> Float[np.ndarray, "N 2"]:

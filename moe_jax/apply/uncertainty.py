@@ -68,10 +68,10 @@ class PredictiveVariance(NamedTuple):
     spread: Float[jax.Array, " N"]
     noise: Float[jax.Array, " N"]
 
-    def total(self, scales: Float[AnyArray, " 4"] | None = None) -> Float[jax.Array, " N"]:
-        """Sum of the parts, each times its factor (default 1)."""
+    def total(self, scales: Float[AnyArray, " 4"]) -> Float[jax.Array, " N"]:
+        """Sum of the parts, each times its factor."""
         parts = jnp.stack(list(self), axis=1)
-        return jnp.sum(parts if scales is None else parts * jnp.asarray(scales, parts.dtype)[None, :], axis=1)
+        return jnp.sum(parts * jnp.asarray(scales, parts.dtype)[None, :], axis=1)
 
 
 @convert_arguments(finite=("x_train",))

@@ -42,26 +42,20 @@ def _r2_score(y: jax.Array, prediction: jax.Array) -> jax.Array:
     return jnp.where(defined, 1.0 - jnp.sum((y - prediction) ** 2) / jnp.where(defined, total, 1.0), jnp.nan)
 
 
+_mae = jax.jit(lambda y, prediction: jnp.mean(jnp.abs(y - prediction)))
+_rmse = jax.jit(lambda y, prediction: jnp.sqrt(jnp.mean((y - prediction) ** 2)))
+
+
 @convert_arguments()
 def mae(y: Float[AnyArray, " N"], prediction: Float[AnyArray, " N"]) -> Float[jax.Array, ""]:
     """Mean absolute error, in the unit of y."""
     return _mae(*without_offset(y, prediction))
 
 
-@jax.jit
-def _mae(y: jax.Array, prediction: jax.Array) -> jax.Array:
-    return jnp.mean(jnp.abs(y - prediction))
-
-
 @convert_arguments()
 def rmse(y: Float[AnyArray, " N"], prediction: Float[AnyArray, " N"]) -> Float[jax.Array, ""]:
     """Root of the mean squared error, in the unit of y."""
     return _rmse(*without_offset(y, prediction))
-
-
-@jax.jit
-def _rmse(y: jax.Array, prediction: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.mean((y - prediction) ** 2))
 
 
 @convert_arguments()

@@ -111,7 +111,7 @@ def fit_flux_model(
     noise: Float[AnyArray, " N"],
     template: Float[AnyArray, " P"],
     n_components: int,
-    used: Float[AnyArray, " N"] | None = None,
+    used: Float[AnyArray, " N"],
 ) -> FluxModel:
     """Reduced-rank ridge regression of the flux on the terms, with weights 1 / noise^2 and pixels in units of their error.
 
@@ -120,7 +120,7 @@ def fit_flux_model(
     pixel in units of a star's noise level; ``used`` is 1 for the stars to fit, 0 for those to hold out.
     """
     terms, flux = jnp.asarray(terms), jnp.asarray(flux)
-    weight = (jnp.ones_like(noise) if used is None else jnp.asarray(used, flux.dtype)) / jnp.asarray(noise) ** 2
+    weight = jnp.asarray(used, flux.dtype) / jnp.asarray(noise) ** 2
     weight /= jnp.sum(weight)
     weighted = terms * weight[:, None]
     mean, term_mean = matmul(weight[None, :], flux)[0], jnp.sum(weighted, axis=0)
