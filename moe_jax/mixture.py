@@ -16,7 +16,6 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from moe_jax.core.arrays import AnyArray, InputError, mean_and_scale, scale_columns, take_rows
 from moe_jax.core.convert import convert_arguments
-from moe_jax.experts.alphas import require_positive
 from moe_jax.experts.fit import assign_folds, cross_fitted_predictions, fit_experts
 from moe_jax.experts.ridge import Ridge, predict_ridge
 from moe_jax.gates.networks import Gate, MLPGate
@@ -82,14 +81,13 @@ def fit_moe(
             positive, or data that teach the gate nothing (see ``require_informative``).
     """
     features = x if features is None else features
-    require_positive(np.asarray(alphas))
     gate, config = gate or MLPGate(), config or GateConfig()
     key_folds, key_gate = jax.random.split(key)
     x, y, features, cell = jnp.asarray(x), jnp.asarray(y), jnp.asarray(features), np.asarray(cell)
     if cell.max() < 0:
         raise InputError(f"cell is {cell.max()} for all {len(cell)} rows, expected 0 to K - 1 for some")
     folds = assign_folds(key_folds, cell, n_folds)
-    experts = fit_experts(x, y, cell, jnp.asarray(alphas, x.dtype), folds, n_experts=int(cell.max()) + 1)
+    experts = fit_experts(x, y, cell, np.asarray(alphas), folds, n_experts=int(cell.max()) + 1)
     rows = np.flatnonzero(cell >= 0)
     predictions = cross_fitted_predictions(predict_ridge(experts.ridge, x), experts.out_of_fold, cell)
     features, predictions, y = take_rows((features, predictions, y), rows)

@@ -136,11 +136,10 @@ def _noise_level(model: Model, flux: AnyArray, error: AnyArray | None, good: Any
     if error is None:
         variance = np.ones(flux.shape[1]) if model.uncertainty is None else model.uncertainty.noise_variance
         return jnp.broadcast_to(median_error(jnp.sqrt(variance)[None, :]), flux.shape[:1])
-    level = median_error(error)
     if good is None:
-        return level
-    level, error, good = np.array(level), np.asarray(error), np.asarray(good)
-    masked = ~good.all(axis=1)
+        return median_error(error)
+    error, good = np.asarray(error), np.asarray(good)
+    level, masked = np.array(median_error(error)), ~good.all(axis=1)
     level[masked] = good_medians(error[masked], good[masked])
     return level
 

@@ -37,13 +37,9 @@ def fit_feature_range(features: Float[AnyArray, "N F"], cell: Int[AnyArray, " N"
         InputError: shapes that disagree.
     """
     x, cell = np.asarray(features, np.float64), np.asarray(cell)
-    means, precisions = [], []
-    for k in range(n_cells):
-        mean = x[cell == k].mean(axis=0)
-        centred = x[cell == k] - mean
-        covariance = centred.T @ centred / len(centred) + SHRINKAGE * np.eye(x.shape[1])
-        means.append(mean)
-        precisions.append(np.linalg.inv(covariance))
+    means = [x[cell == k].mean(axis=0) for k in range(n_cells)]
+    offsets = [x[cell == k] - mean for k, mean in enumerate(means)]
+    precisions = [np.linalg.inv(offset.T @ offset / len(offset) + SHRINKAGE * np.eye(x.shape[1])) for offset in offsets]
     dtype = np.asarray(features).dtype
     unlimited = FeatureRange(np.array(means, dtype), np.array(precisions, dtype), np.ones((), dtype))
     limit = np.quantile(np.asarray(feature_distance(unlimited, features)), QUANTILE)

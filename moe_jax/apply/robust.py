@@ -157,7 +157,7 @@ def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], resolution
         n_emission=n_emission,
         blend_gain=known(fit.blend_gain / np.maximum(widening, 1e-30)),
         outside=known(outside_cells(labels, np.sqrt(variance))),
-        at_edge=fit.at_edge.any(axis=1),
+        at_edge=np.logical_or.reduce(fit.at_edge, axis=1),
         fitted=fitted,
         flux=flux,
         flux_error=error,
