@@ -83,20 +83,14 @@ def median_rows(x: Float[AnyArray, "N P"]) -> Float[jax.Array, " N"]:
     return 0.5 * (lower + jnp.where(repeated, lower, next_larger))
 
 
-def model_flux(
-    grid: SpectralGrid,
-    T_eff: Float[AnyArray, " N"],
-    log_g: Float[AnyArray, " N"],
-    M_H: Float[AnyArray, " N"],
-    a_M: Float[AnyArray, " N"],
-) -> Float[jax.Array, "N P"]:
-    """Noise-free spectra at any labels inside the grid: non-negative, each scaled to median 0.5."""
-    flux = unscaled_flux(grid, jnp.stack([T_eff, log_g, M_H, a_M], axis=1))
+def model_flux(grid: SpectralGrid, labels: Float[AnyArray, "N 4"]) -> Float[jax.Array, "N P"]:
+    """Noise-free spectra at any labels inside the grid, as in ``interpolate_grid``: non-negative, each scaled to median 0.5."""
+    flux = unscaled_flux(grid, labels)
     return flux * (MEDIAN_FLUX / median_rows(flux))[:, None]
 
 
 def unscaled_flux(grid: SpectralGrid, labels: Float[AnyArray, "N 4"]) -> Float[jax.Array, "N P"]:
-    """``model_flux`` up to a factor for each star; labels as in ``interpolate_grid``."""
+    """``model_flux`` up to a factor for each star."""
     spectra = interpolate_grid(grid, labels)
     return jnp.maximum(spectra.norm * jnp.exp(spectra.log_continuum), 0.0)
 
@@ -196,7 +190,7 @@ class SimulatedSpectra:
 
     def read(self, start: int, stop: int) -> tuple[Float[jax.Array, "n P"], Float[jax.Array, "n P"]]:
         """Clean flux and error of the stars ``start`` to ``stop - 1``."""
-        stars = {name: getattr(self.labels, name) for name in ("T_eff", "log_g", "M_H", "a_M", "mag")}
+        stars = {name: getattr(self.labels, name) for name in (*SpectralGrid._fields[:4], "mag")}
         spectra = functools.partial(_spectra, axes=self._axes, components=self._components, factors=self._factors)
         return map_blocks(spectra, stars, start, stop, _BATCH)
 
@@ -207,5 +201,5 @@ def _spectra(
 ) -> tuple[jax.Array, jax.Array]:
     """Flux and error of some stars."""
     grid = SpectralGrid(*map(np.array, axes), *components)
-    flux = model_flux(grid, *(labels[name] for name in ("T_eff", "log_g", "M_H", "a_M")))
+    flux = model_flux(grid, jnp.stack([labels[name] for name in SpectralGrid._fields[:4]], axis=1))
     return flux, flux_error(labels["mag"], flux, factors)
