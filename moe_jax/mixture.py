@@ -111,12 +111,10 @@ def predict_moe(
         InputError: another number of columns than in the fit.
     """
     features = x if features is None else features
-    n_columns, n_features = mixture.experts.coef.shape[1], len(mixture.feature_mean)
-    for name, array, expected in (("x", x, n_columns), ("features", features, n_features)):
-        if array.shape[1] != expected:
-            raise InputError(f"{name} has shape {array.shape}, expected (N, {expected}) as in the fit")
+    predictions = predict_ridge(mixture.experts, jnp.asarray(x))
+    if features.shape[1] != len(mixture.feature_mean):
+        raise InputError(f"features has shape {features.shape}, expected (N, {len(mixture.feature_mean)}) as in the fit")
     weights = mixture.gate.apply(
         mixture.gate_params, scale_columns(jnp.asarray(features), mixture.feature_mean, mixture.feature_scale)
     )
-    predictions = predict_ridge(mixture.experts, jnp.asarray(x))
     return MoEPrediction(route_soft(weights, predictions), weights, predictions)

@@ -72,5 +72,7 @@ def test_other_columns_than_in_the_fit(rng):
     mixture = fit_moe(jax.random.key(0), x, y, cell, config=GateConfig(epochs=1))
     with pytest.raises(InputError, match=r"x has shape \(80, 2\), expected \(N, 3\) as in the fit"):
         predict_moe(mixture, x[:, :2])
+    with pytest.raises(InputError, match=r"features has shape \(80, 2\), expected \(N, 3\) as in the fit"):
+        predict_moe(mixture, x, x[:, :2])
     with pytest.raises(InputError, match=r"features has shape \(79, 3\), expected \(80, F\) beside x"):
         predict_moe(mixture, x, jnp.asarray(x[:79]))

@@ -77,7 +77,7 @@ def prepare_application(
 
     Raises:
         InputError: for a model without uncertainties, wavelengths that cover less than half of the model's pixels or no
-            pixel of a line, or a resolution at which whatever gives the answer was not trained.
+            pixel of a line, or a resolution that is lower than any at which the answer was trained.
     """
     model = model if answer == "local" else model._replace(local=None)  # its local experts are not asked
     if model.uncertainty is None:

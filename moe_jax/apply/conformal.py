@@ -56,7 +56,7 @@ def calibrate(
         raise InputError(f"score holds {score[~(np.isfinite(score) & (score >= 0))][0]}, expected finite numbers >= 0")
     if group.min() < 0 or group.max() >= n_groups:
         raise InputError(f"group holds {group.min()} to {group.max()}, expected 0 to {n_groups - 1}")
-    if not all(0 < level < 1 for level in levels):
+    if not levels or not all(0 < level < 1 for level in levels):
         raise InputError(f"levels are {levels}, expected numbers above 0 and below 1")
     if _rank(n_stars, max(levels)) > n_stars:
         raise InputError(f"score holds {n_stars} stars, expected at least {int(np.ceil(max(levels) / (1 - max(levels))))}")

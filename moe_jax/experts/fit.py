@@ -114,6 +114,7 @@ def fit_experts(
         InputError: shapes that disagree, alphas that are not positive, or a cell with fewer stars than twice the number of folds.
     """
     require_positive(alphas)
+    require_whole("n_experts", n_experts, 1)
     cell, folds = np.asarray(cell), np.asarray(folds)
     require_cell_sizes("cell", cell, n_experts, 2 * len(np.unique(folds)))
     x, y, alphas = to_host(x, y, alphas)

@@ -126,8 +126,13 @@ def predict_ridge(ridge: Ridge, x: Float[AnyArray, "N P"]) -> Float[AnyArray, "N
 
     A prediction depends on its own row alone, so nothing is centred: rounding is that of x @ coef. Where columns lie far from 0
     against their spread, bring them near 0 before the fit.
+
+    Raises:
+        InputError: another number of columns than in the fit.
     """
     *stack, p = ridge.coef.shape
+    if x.shape[1] != p:
+        raise InputError(f"x has shape {x.shape}, expected (N, {p}) as in the fit")
     return matmul(x, ridge.coef.reshape(-1, p).T).reshape(len(x), *stack) + ridge.intercept[None]
 
 

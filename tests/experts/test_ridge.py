@@ -94,6 +94,11 @@ def test_bad_input(arguments, message):
             fit_weighted_ridge(x, y, np.ones(5), alpha, tangents=tangents[0])
 
 
+def test_other_columns_than_in_the_fit(rng):
+    with pytest.raises(InputError, match=r"x has shape \(5, 4\), expected \(N, 3\) as in the fit"):
+        predict_ridge(fit_ridge(rng.normal(size=(5, 3)), np.arange(5), 1.0), np.ones((5, 4)))
+
+
 def test_fit_vmaps(x64, rng):
     x, y = jnp.asarray(rng.normal(size=(20, 8))), jnp.asarray(rng.normal(size=(3, 20)))
     coefs = jax.vmap(lambda target: fit_ridge(x, target, 1.0).coef)(y)
