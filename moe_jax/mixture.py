@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-from moe_jax.core.arrays import AnyArray, InputError, mean_and_scale, require_same_length, scale_columns, take_rows
+from moe_jax.core.arrays import AnyArray, InputError, mean_and_scale, scale_columns, take_rows
 from moe_jax.core.convert import convert_arguments
-from moe_jax.experts.alphas import require_positive
 from moe_jax.experts.fit import assign_folds, cross_fitted_predictions, fit_experts
 from moe_jax.experts.ridge import Ridge, predict_ridge
 from moe_jax.gates.networks import Gate, MLPGate
@@ -82,18 +81,13 @@ def fit_moe(
             positive, or data that teach the gate nothing (see ``require_informative``).
     """
     features = x if features is None else features
-    require_same_length(x=x, y=y, cell=cell)
-    require_same_length(features=features, y=y)
-    require_positive(np.asarray(alphas))
-    if n_folds < 2:
-        raise InputError(f"n_folds is {n_folds}, expected at least 2")
     gate, config = gate or MLPGate(), config or GateConfig()
     key_folds, key_gate = jax.random.split(key)
     x, y, features, cell = jnp.asarray(x), jnp.asarray(y), jnp.asarray(features), np.asarray(cell)
     if cell.max() < 0:
         raise InputError(f"cell is {cell.max()} for all {len(cell)} rows, expected 0 to K - 1 for some")
     folds = assign_folds(key_folds, cell, n_folds)
-    experts = fit_experts(x, y, cell, jnp.asarray(alphas, x.dtype), folds, n_experts=int(cell.max()) + 1)
+    experts = fit_experts(x, y, cell, np.asarray(alphas), folds, n_experts=int(cell.max()) + 1)
     rows = np.flatnonzero(cell >= 0)
     predictions = cross_fitted_predictions(predict_ridge(experts.ridge, x), experts.out_of_fold, cell)
     features, predictions, y = take_rows((features, predictions, y), rows)
@@ -117,15 +111,10 @@ def predict_moe(
         InputError: another number of columns than in the fit.
     """
     features = x if features is None else features
-    n_columns, n_features = mixture.experts.coef.shape[1], len(mixture.feature_mean)
-    for name, array, expected in (("x", x, n_columns), ("features", features, n_features)):
-        if array.shape[1] != expected:
-            raise InputError(f"{name} has shape {array.shape}, expected (N, {expected}) as in the fit")
-    require_same_length(x=x)
-    if len(features) != len(x):
-        raise InputError(f"features has shape {features.shape}, expected ({len(x)}, {n_features}) like the rows of x {x.shape}")
+    predictions = predict_ridge(mixture.experts, jnp.asarray(x))
+    if features.shape[1] != len(mixture.feature_mean):
+        raise InputError(f"features has shape {features.shape}, expected (N, {len(mixture.feature_mean)}) as in the fit")
     weights = mixture.gate.apply(
         mixture.gate_params, scale_columns(jnp.asarray(features), mixture.feature_mean, mixture.feature_scale)
     )
-    predictions = predict_ridge(mixture.experts, jnp.asarray(x))
     return MoEPrediction(route_soft(weights, predictions), weights, predictions)

@@ -58,7 +58,7 @@ MUTATIONS = [
     ("moe_jax/experts/streaming.py", "fit.intercept + y_offset - shift", "fit.intercept + y_offset"),
     ("moe_jax/experts/streaming.py", "errors.sum(axis=0) / by_fold.n.sum()", "errors.sum(axis=0)"),
     ("moe_jax/experts/sums.py", "sums.xx - n * xp.outer(x_mean, x_mean)", "sums.xx"),
-    ("moe_jax/experts/sums.py", "jax.tree.map(operator.sub, total, part), *rows)", "total, *rows)"),
+    ("moe_jax/experts/sums.py", "evaluate(part, jax.tree.map(operator.sub, total, part))", "evaluate(part, total)"),
     ("moe_jax/experts/joint.py", "matmul(weights, weights.T) * kernel", "kernel"),
     ("moe_jax/experts/joint.py", "* kernel, alpha)", "* kernel, 2 * alpha)"),
     ("moe_jax/experts/joint.py", "intercept - matmul(coef, mean[:, None])[:, 0]", "intercept"),
@@ -119,6 +119,7 @@ MUTATIONS = [
     ("experiments/report/claims.py", 'leads["high"].min()', 'leads["high"].max()'),
     ("experiments/report/claims.py", 'judge(-row["mean_high"], -row["mean_low"])', 'judge(row["mean_low"], row["mean_high"])'),
     ("experiments/report/claims.py", "low > -MARGIN and high < MARGIN", "high < MARGIN"),
+    ("moe_jax/core/convert.py", "strict=False)) | sizes\n", "strict=False))\n"),
     ("moe_jax/core/convert.py", "if name in finite and not isinstance(array, jax.core.Tracer) and not", "if False and not"),
 ]  # fmt: skip
 

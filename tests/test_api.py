@@ -118,6 +118,8 @@ ELSEWHERE = {
     "add_noise", "median_error", "tangent_vectors",
 }  # fmt: skip
 
+NOT_OF_STARS = {"linear_params", "paired_bootstrap", "select_alpha", "variance_components"}
+
 
 def table(function):
     return pytest.mark.parametrize("case", CASES.values(), ids=CASES)(function)
@@ -228,6 +230,21 @@ def test_what_is_no_table_or_no_key():
         jax.jit(lambda groups: mj.bootstrap_gain(KEY, y, x[:, 0], groups=groups))(DATA["cell"])
     with pytest.raises(InputError, match="alphas? is"):
         mj.cross_validate_ridge(x, y, [], DATA["folds"])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in NOT_OF_STARS])
+def test_shapes(name):
+    """No stars, one star less, and a column in place of a vector: nothing is broadcast."""
+    case = CASES[name]
+    arrays = {name: DATA[name] for name in case.names}
+    of_stars = [name for name, array in arrays.items() if len(array) == N]
+    spoilt = [{name: arrays[name][:0] for name in of_stars}]
+    spoilt += [{name: arrays[name][..., None]} for name in of_stars]
+    if len(of_stars) > 1:
+        spoilt += [{name: arrays[name][1:]} for name in of_stars]
+    for change in spoilt:
+        with pytest.raises(InputError, match=r"has shape .*, expected"):
+            case.call(*(arrays | change).values())
 
 
 def test_half_precision_and_old_keys():

@@ -63,7 +63,7 @@ def test_small_clusters_are_merged():
         ({"n_experts": 2.5}, "n_experts is 2.5"),
         ({"gate": "tree"}, "gate is 'tree', expected 'mlp' or 'linear'"),
         ({"n_folds": 1}, "n_folds is 1, expected a whole number, at least 2"),
-        ({"epochs": 0}, "epochs is 0, expected at least 1"),
+        ({"epochs": 0}, "epochs is 0, expected a whole number, at least 1"),
         ({"alphas": (0.0,)}, "expected positive numbers"),
     ],
 )

@@ -442,7 +442,7 @@ def no_learning_rate(folder, valid):
     moe_jax.GateConfig(learning_rate=0)
 
 
-@malformed(r"y has shape \(7, 1\), expected \(7,\)")
+@malformed(r"y has shape \(7, 1\), expected \(7,\) beside x \(7, 2\)")
 def a_column_in_place_of_a_vector(folder, valid):
     moe_jax.fit_ridge(np.ones((7, 2)), np.ones((7, 1)), 1.0)
 
@@ -457,12 +457,12 @@ def one_fold(folder, valid):
     moe_jax.cross_validate_ridge(np.ones((7, 2)), np.ones(7), np.ones(1), np.zeros(7, int))
 
 
-@malformed("weights have shape")
+@malformed(r"expert_predictions has shape \(3, 4\), expected \(3, 2\) beside weights \(3, 2\)")
 def weights_for_other_experts(folder, valid):
     moe_jax.route_soft(np.ones((3, 2)), np.ones((3, 4)))
 
 
-@malformed("n_stars is 0, expected at least 1")
+@malformed("n_stars is 0, expected a whole number, at least 1")
 def a_survey_of_no_stars(folder, valid):
     moe_jax.simulate_survey(jax.random.key(0), 0)
 
@@ -472,7 +472,7 @@ def one_spectrum_for_a_model(folder, valid):
     moe_jax.predict_model(load_model(valid / "model"), np.ones(4096, "f4"))
 
 
-@malformed(r"error has shape \(2, 1\), expected \(2, 4096\) like flux")
+@malformed(r"error has shape \(2, 1\), expected \(2, 4096\) beside flux \(2, 4096\)")
 def errors_of_another_shape(folder, valid):
     moe_jax.predict_model(load_model(valid / "model"), np.ones((2, 4096), "f4"), np.ones((2, 1), "f4"))
 

@@ -52,11 +52,11 @@ def test_it_finds_what_one_ridge_cannot(rng):
     [
         ({"y": np.ones(5)}, r"y has shape \(5,\), expected \(40,\)"),
         ({"cell": np.zeros(39, int)}, r"cell has shape \(39,\)"),
-        ({"features": np.ones((39, 2))}, r"y has shape \(40,\), expected \(39,\)"),
+        ({"features": np.ones((39, 2))}, r"features has shape \(39, 2\), expected \(40, F\)"),
         ({"x": np.full((40, 3), np.nan)}, "x holds numbers that are not finite"),
         ({"y": np.full(40, np.inf)}, "y holds numbers that are not finite"),
         ({"alphas": (1.0, -1.0)}, "expected positive numbers"),
-        ({"n_folds": 1}, "n_folds is 1, expected at least 2"),
+        ({"n_folds": 1}, "n_folds is 1, expected a whole number, at least 2"),
         ({"cell": np.repeat([0, 1], [35, 5])}, "found 5 stars in cell 1, expected at least 10"),
     ],
 )
@@ -72,5 +72,7 @@ def test_other_columns_than_in_the_fit(rng):
     mixture = fit_moe(jax.random.key(0), x, y, cell, config=GateConfig(epochs=1))
     with pytest.raises(InputError, match=r"x has shape \(80, 2\), expected \(N, 3\) as in the fit"):
         predict_moe(mixture, x[:, :2])
-    with pytest.raises(InputError, match=r"features has shape \(79, 3\), expected \(80, 3\)"):
+    with pytest.raises(InputError, match=r"features has shape \(80, 2\), expected \(N, 3\) as in the fit"):
+        predict_moe(mixture, x, x[:, :2])
+    with pytest.raises(InputError, match=r"features has shape \(79, 3\), expected \(80, F\) beside x"):
         predict_moe(mixture, x, jnp.asarray(x[:79]))

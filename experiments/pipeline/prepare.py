@@ -19,7 +19,7 @@ from experiments.runner.stages import Stages
 from moe_jax.core.arrays import AnyArray
 from moe_jax.core.pca import fit_pca
 from moe_jax.experts import CrossValidatedRidge, Ridge, assign_folds, fit_experts, fit_global, predict_experts, predict_ridge
-from moe_jax.gates.features import N_COMPONENTS, raw_features
+from moe_jax.gates.features import N_COMPONENTS, line_pixels, raw_features
 from moe_jax.spectra.survey import Survey
 
 
@@ -97,7 +97,8 @@ def fit_in_memory(
         jax.block_until_ready(global_ridge)
     with stages("features"):
         pca = fit_pca(keys.pca, x, N_COMPONENTS)
-        features = jax.block_until_ready([raw_features(part, wave, pca) for part in flux])
+        pixels = line_pixels(wave)
+        features = jax.block_until_ready([raw_features(part, pixels, pca) for part in flux])
     with stages("expert predictions"):
         train, test = jax.block_until_ready(
             [

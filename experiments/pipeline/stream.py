@@ -28,7 +28,7 @@ from moe_jax.core.trees import load_tree, save_tree
 from moe_jax.experts import CrossValidatedRidge, Ridge, assign_folds, predict_ridge
 from moe_jax.experts.streaming import STARS, Blocks, add_block, collect, device_mesh, empty_sums, fit_sums, sum_processes
 from moe_jax.experts.sums import Sums, moments
-from moe_jax.gates.features import N_COMPONENTS, N_FEATURES, raw_features
+from moe_jax.gates.features import N_COMPONENTS, N_FEATURES, line_pixels, raw_features
 
 BLOCK_ROWS = 512
 
@@ -166,12 +166,12 @@ def apply_ridges(
     observation: Observation, fitted: StreamedFit, chunk_stars: int, cache: Cache, settings: dict[str, Any], stages: Stages
 ) -> Applied:
     """Raw features and all predictions of a survey's stars; each chunk's are cached under the settings."""
-    wave, ridges = np.asarray(observation.wave), fitted.ridges()
+    pixels, ridges = line_pixels(observation.wave), fitted.ridges()
     whole = Applied(*(np.zeros((observation.n_stars, n), np.float32) for n in (N_FEATURES, len(ridges.intercept))))
 
     def apply_to(start: int, stop: int) -> Applied:
         fluxes = (observation.flux(rows.start, rows.stop) for rows in slices(start, stop))
-        parts = [(raw_features(flux, wave, fitted.pca), predict_ridge(ridges, flux)) for flux in fluxes]
+        parts = [(raw_features(flux, pixels, fitted.pca), predict_ridge(ridges, flux)) for flux in fluxes]
         return Applied(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     chunks = chunks_of_process(observation.n_stars, chunk_stars)

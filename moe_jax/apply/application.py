@@ -28,7 +28,7 @@ from moe_jax.gates.features import LINE_WINDOWS, SIDEBAND
 from moe_jax.spectra.broadening import broadening_width
 from moe_jax.spectra.grid import GRID_RESOLUTION
 from moe_jax.spectra.label_model import BROADENING_NODES
-from moe_jax.spectra.resample import LEAST_OVERLAP, MaskedSpectra, overlaps, pixel_edges, resample
+from moe_jax.spectra.resample import LEAST_OVERLAP, MaskedSpectra, good_medians, overlaps, pixel_edges, resample
 
 UNLIKE_TRAINING, MANY_MASKED, NOT_PREDICTED = "unlike_training", "many_masked", "not_predicted"
 MANY = 0.1  # a star is flagged if a larger part of its pixels, or of those in one line window, is masked
@@ -77,7 +77,7 @@ def prepare_application(
 
     Raises:
         InputError: for a model without uncertainties, wavelengths that cover less than half of the model's pixels or no
-            pixel of a line, or a resolution at which whatever gives the answer was not trained.
+            pixel of a line, or a resolution that is lower than any at which the answer was trained.
     """
     model = model if answer == "local" else model._replace(local=None)  # its local experts are not asked
     if model.uncertainty is None:
@@ -122,7 +122,7 @@ def _require_resolution(model: Model, answer: Answer, source: str, resolution: f
 def needs_scaling(application: Application, spectra: MaskedSpectra) -> bool:
     """Whether spectra (a sample of those to predict) are on another scale than the training spectra."""
     target = float(application.uncertainty.flux_median)
-    medians = np.array([np.median(flux[good]) for flux, good in zip(spectra.flux, spectra.good, strict=True) if good.any()])
+    medians = good_medians(spectra.flux, spectra.good)[spectra.good.any(axis=1)]
     if not np.isfinite(target) or not len(medians):
         return False
     on_the_whole = abs(np.median(medians) / target - 1) < SAME_SCALE
@@ -151,15 +151,14 @@ def to_model(application: Application, spectra: MaskedSpectra) -> ModelSpectra:
     usable = good.mean(axis=1) >= 1 - TOO_MANY
     factor, factor_error = np.ones(len(flux), flux.dtype), None
     if application.scale and np.isfinite(target):
-        stars = list(zip(flux, error, good, usable, strict=True))
-        median = np.array([np.median(f[g]) if u else np.nan for f, _, g, u in stars])
+        median = good_medians(flux, good)
         usable &= median > 0
         safe_median = np.where(usable, median, 1.0)
-        if has_errors:  # relative error of the mean flux of each star
-            relative = np.array([np.median(e[g]) / np.sqrt(g.sum()) if u else np.nan for _, e, g, u in stars]) / safe_median
+        if has_errors:
+            relative = good_medians(error, good) / safe_median
         else:
-            training_error = np.sqrt(np.asarray(application.uncertainty.noise_variance))
-            relative = np.median(training_error) / target / np.sqrt(good.sum(axis=1).clip(1))
+            relative = np.median(np.sqrt(np.asarray(application.uncertainty.noise_variance))) / target
+        relative = relative / np.sqrt(good.sum(axis=1).clip(1))  # of the mean flux of each star
         factor = np.where(usable, target / safe_median, 1.0).astype(flux.dtype)
         factor_error = MEDIAN_ERROR * np.where(usable, relative, 0.0)
         flux, error = flux * factor[:, None], error * factor[:, None]

@@ -16,7 +16,7 @@ import scipy
 from jaxtyping import Float, Int
 from numpy.typing import DTypeLike
 
-from moe_jax.core.arrays import AnyArray, InputError, by_numpy, require_vectors
+from moe_jax.core.arrays import AnyArray, InputError, by_numpy
 from moe_jax.core.convert import convert_arguments
 
 LEVELS = (0.68, 0.90, 0.95)
@@ -51,13 +51,12 @@ def calibrate(
         InputError: shapes that disagree, scores that are not finite numbers >= 0, groups or levels out of range, or too few stars
             in all for the highest level.
     """
-    n_stars = require_vectors(score=score, group=group)
-    score, group = np.asarray(score, np.float64), np.asarray(group)
+    score, group, n_stars = np.asarray(score, np.float64), np.asarray(group), len(score)
     if not (np.isfinite(score) & (score >= 0)).all():
         raise InputError(f"score holds {score[~(np.isfinite(score) & (score >= 0))][0]}, expected finite numbers >= 0")
     if group.min() < 0 or group.max() >= n_groups:
         raise InputError(f"group holds {group.min()} to {group.max()}, expected 0 to {n_groups - 1}")
-    if not all(0 < level < 1 for level in levels):
+    if not levels or not all(0 < level < 1 for level in levels):
         raise InputError(f"levels are {levels}, expected numbers above 0 and below 1")
     if _rank(n_stars, max(levels)) > n_stars:
         raise InputError(f"score holds {n_stars} stars, expected at least {int(np.ceil(max(levels) / (1 - max(levels))))}")

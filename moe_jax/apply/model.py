@@ -23,7 +23,7 @@ from moe_jax.gates.networks import Gate, LinearGate, MLPGate
 from moe_jax.gates.optimize import Params
 from moe_jax.gates.routing import route_soft
 from moe_jax.spectra.grid import GRID_RESOLUTION
-from moe_jax.spectra.resample import fill_masked
+from moe_jax.spectra.resample import fill_masked, good_medians
 
 
 class Uncertainty(NamedTuple):
@@ -114,13 +114,8 @@ def predict_model(
         InputError: for another number of pixels, no stars, an array of NumPy with negative errors, or for ``good`` and a model
             without uncertainties.
     """
-    if flux.ndim != 2 or flux.shape[1] != len(model.wave) or not len(flux):
+    if flux.shape[1] != len(model.wave):
         raise InputError(f"flux has shape {flux.shape}, expected (N, {len(model.wave)}) for the wavelengths of the model")
-    for name, array in (("error", error), ("good", good)):
-        if array is not None and array.shape != flux.shape:
-            raise InputError(f"{name} has shape {array.shape}, expected {flux.shape} like flux")
-    if scale_error is not None and scale_error.shape != flux.shape[:1]:
-        raise InputError(f"scale_error has shape {scale_error.shape}, expected {flux.shape[:1]} like the rows of flux")
     if isinstance(error, np.ndarray) and (error < 0).any():
         raise InputError(f"error holds {error.min():g}, expected no negative errors: mask such pixels by good")
     if good is not None:
@@ -143,14 +138,16 @@ def predict_model(
 
 
 def _noise_level(model: Model, flux: AnyArray, error: AnyArray | None, good: AnyArray | None) -> AnyArray:
-    """(N,) median error of each star's good pixels; that of the training stars where errors are not known."""
+    """(N,) ``median_error`` of each star, or that of its good pixels; that of the training stars where errors are not known."""
     if error is None:
         variance = np.ones(flux.shape[1]) if model.uncertainty is None else model.uncertainty.noise_variance
         return jnp.broadcast_to(median_error(jnp.sqrt(variance)[None, :]), flux.shape[:1])
-    if good is None or np.asarray(good).all():
+    if good is None:
         return median_error(error)
-    known = np.ma.masked_array(np.asarray(error), ~np.asarray(good))  # a star without good pixels has no answer anyway
-    return np.ma.filled(np.ma.median(known, axis=1), 1.0).astype(known.dtype)
+    error, good = np.asarray(error), np.asarray(good)
+    level, masked = np.array(median_error(error)), ~good.all(axis=1)
+    level[masked] = good_medians(error[masked], good[masked])
+    return level
 
 
 @functools.partial(jax.jit, static_argnames="gate")

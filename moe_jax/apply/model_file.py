@@ -112,7 +112,7 @@ def load_model(folder: Path | str) -> Model:
 def _assemble(path: Path, gate: Gate, leaves: dict[str, np.ndarray], provenance: dict[str, Any], resolution: Any) -> Model:
     """The model of its arrays; raises an ``InputError`` where one has another shape or type, or is not finite."""
     sizes = _require_layers(path, gate, leaves)
-    # There are as many local experts as it pleases them.
+    # The local experts have a K of their own.
     wave, *trees = (build_tree(str(path), kind, leaves, name, {} if name == "local" else sizes) for name, kind in _KINDS.items())
     for name, array in leaves.items():
         if not name.startswith("global/") and name != "uncertainty/flux_median" and not np.isfinite(array).all():

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from moe_jax.core.arrays import AnyArray, require_same_length
+from moe_jax.core.arrays import AnyArray
+from moe_jax.core.convert import convert_arguments
 
 QUANTILE = 0.999  # part of the training stars within the limit
 SHRINKAGE = 1e-3  # added to the diagonal of the covariance, which is singular: EW_CaT is the sum of three features
@@ -23,6 +24,7 @@ class FeatureRange(NamedTuple):
     limit: Float[AnyArray, ""]  #: distance within which all but 0.1 % of the training stars lie
 
 
+@convert_arguments("features", "cell")
 def fit_feature_range(features: Float[AnyArray, "N F"], cell: Int[AnyArray, " N"], n_cells: int) -> FeatureRange:
     """Fits an ellipsoid to the training stars of each cell, and the limit to all of them.
 
@@ -34,15 +36,10 @@ def fit_feature_range(features: Float[AnyArray, "N F"], cell: Int[AnyArray, " N"
     Raises:
         InputError: shapes that disagree.
     """
-    require_same_length(features=features, cell=cell)
     x, cell = np.asarray(features, np.float64), np.asarray(cell)
-    means, precisions = [], []
-    for k in range(n_cells):
-        mean = x[cell == k].mean(axis=0)
-        centred = x[cell == k] - mean
-        covariance = centred.T @ centred / len(centred) + SHRINKAGE * np.eye(x.shape[1])
-        means.append(mean)
-        precisions.append(np.linalg.inv(covariance))
+    means = [x[cell == k].mean(axis=0) for k in range(n_cells)]
+    offsets = [x[cell == k] - mean for k, mean in enumerate(means)]
+    precisions = [np.linalg.inv(offset.T @ offset / len(offset) + SHRINKAGE * np.eye(x.shape[1])) for offset in offsets]
     dtype = np.asarray(features).dtype
     unlimited = FeatureRange(np.array(means, dtype), np.array(precisions, dtype), np.ones((), dtype))
     limit = np.quantile(np.asarray(feature_distance(unlimited, features)), QUANTILE)

@@ -30,7 +30,7 @@ from moe_jax.spectra.grid import GRID_RESOLUTION
 from moe_jax.spectra.label_fit import LabelFit, fit_labels
 from moe_jax.spectra.label_model import default_model
 from moe_jax.spectra.pixels import WAVE
-from moe_jax.spectra.resample import MaskedSpectra, overlaps, resample
+from moe_jax.spectra.resample import MaskedSpectra, good_medians, overlaps, resample
 from moe_jax.spectra.simulate import LABEL_LATTICE
 
 POOR_FIT, EMISSION_LINES, VELOCITY_UNCERTAIN, NOT_A_STAR = "poor_fit", "emission_lines", "velocity_uncertain", "not_a_star"
@@ -93,38 +93,35 @@ class RobustFit(NamedTuple):
         }
 
 
-def fit_robustly(
-    spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], n_continuum: int = N_CONTINUUM, resolution: float = GRID_RESOLUTION
-) -> RobustFit:
+def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], resolution: float = GRID_RESOLUTION) -> RobustFit:
     """Fits the model grid to spectra as a telescope gives them.
 
     Args:
         spectra: on any scale; where errors are not known, they are taken as a hundredth of the median flux.
         wave: their wavelengths, vacuum Angstrom.
-        n_continuum: number of terms of the continuum.
         resolution: of the spectra. Sharper ones than the grid's are degraded to its resolution; how blurred the others are is
             fitted.
     """
     width = broadening_width(resolution, GRID_RESOLUTION)
     same = not width and len(wave) == len(WAVE) and np.allclose(wave, WAVE, rtol=0, atol=1e-3)
     overlap = scipy.sparse.identity(len(WAVE), format="csr") if same else overlaps(wave, WAVE, width)
-    median = np.array([np.median(flux[good]) if good.any() else np.nan for flux, good in zip(*spectra[::2], strict=True)])
+    median = good_medians(spectra.flux, spectra.good)
     fitted = median > 0
     scale = np.where(fitted, 2 * median, 1.0)[:, None]
     error = np.where(np.isnan(spectra.error), 0.005, spectra.error / scale)
     scaled = MaskedSpectra(spectra.flux / scale, np.where(spectra.good, error, 0.0), spectra.good)
     flux, error, good = scaled if same else resample(*scaled, overlap, WAVE)
-    stated = 2 * np.array([np.median(own[used]) if used.any() else np.nan for own, used in zip(error, good, strict=True)])
+    stated = 2 * good_medians(error, good)
     fitted &= (good.mean(axis=1) >= _LEAST_GOOD) & (stated > _STATED[0]) & (stated < _STATED[1])
     flux, error = (np.where(fitted[:, None] & good, array, fill).astype(np.float32) for array, fill in ((flux, 0.5), (error, 1.0)))
-    fit = LabelFit(*map(np.array, fit_labels(flux, error, good, n_continuum=n_continuum)))
+    fit = LabelFit(*map(np.array, fit_labels(flux, error, good, n_continuum=N_CONTINUUM)))
     n_masked = fit.n_masked
     with np.errstate(all="ignore"):
         constant = np.abs(fit.rare[:, 0]) > _CERTAIN * fit.rare_error[:, 0] * np.sqrt(np.maximum(fit.chi2, 1.0))
     again = np.flatnonzero(fitted & ((n_masked > _MANY_MASKED) | constant))
     if len(again):
         kept = good[again] & ~grow(good[again] & ~fit.good[again])
-        refit = fit_labels(flux[again], error[again], kept, n_continuum=n_continuum, additive=constant[again])
+        refit = fit_labels(flux[again], error[again], kept, n_continuum=N_CONTINUUM, additive=constant[again])
         for old, new in zip(fit, refit, strict=True):
             old[again] = new
         n_masked = (good & ~fit.good).sum(axis=1)
@@ -160,7 +157,7 @@ def fit_robustly(
         n_emission=n_emission,
         blend_gain=known(fit.blend_gain / np.maximum(widening, 1e-30)),
         outside=known(outside_cells(labels, np.sqrt(variance))),
-        at_edge=np.any(fit.at_edge, axis=1, keepdims=False).reshape(len(flux)),
+        at_edge=np.logical_or.reduce(fit.at_edge, axis=1),
         fitted=fitted,
         flux=flux,
         flux_error=error,
@@ -227,8 +224,7 @@ def add_prior(
 def grow(out: Bool[np.ndarray, "N P"]) -> Bool[np.ndarray, "N P"]:
     """Masked pixels with the surroundings of those that lie in a row: the wings of a line, the edges of a band."""
     features = scipy.ndimage.binary_opening(out, np.ones((1, _RUN), bool))
-    grown: np.ndarray = out | scipy.ndimage.binary_dilation(features, np.ones((1, 2 * _GROWTH + 1), bool))
-    return grown
+    return np.logical_or(out, scipy.ndimage.binary_dilation(features, np.ones((1, 2 * _GROWTH + 1), bool)))
 
 
 def scale_chi2(residual: Float[np.ndarray, "N P"], good: Bool[AnyArray, "N P"]) -> Float[np.ndarray, "N 2"]:

@@ -24,15 +24,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jax.scipy.linalg as jsl
 import numpy as np
 import scipy
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_length
-from moe_jax.core.cholesky import shifted_cholesky
+from moe_jax.core.arrays import AnyArray, InputError, matmul
+from moe_jax.core.cholesky import cholesky_solver
 from moe_jax.core.convert import convert_arguments
 from moe_jax.experts.alphas import require_positive
 from moe_jax.experts.ridge import center, is_dual, kernel
@@ -69,10 +68,10 @@ class PredictiveVariance(NamedTuple):
     spread: Float[jax.Array, " N"]
     noise: Float[jax.Array, " N"]
 
-    def total(self, scales: Float[AnyArray, " 4"] | None = None) -> Float[jax.Array, " N"]:
-        """Sum of the parts, each times its factor (default 1)."""
+    def total(self, scales: Float[AnyArray, " 4"]) -> Float[jax.Array, " N"]:
+        """Sum of the parts, each times its factor."""
         parts = jnp.stack(list(self), axis=1)
-        return jnp.sum(parts if scales is None else parts * jnp.asarray(scales, parts.dtype)[None, :], axis=1)
+        return jnp.sum(parts * jnp.asarray(scales, parts.dtype)[None, :], axis=1)
 
 
 @convert_arguments(finite=("x_train",))
@@ -90,7 +89,6 @@ def ridge_leverage(x_train: Float[AnyArray, "N P"], alpha: ArrayLike, x: Float[A
     Raises:
         InputError: shapes that disagree, or an alpha that is not positive.
     """
-    require_same_length(x_train=x_train)
     require_positive(alpha)
     return _ridge_leverage(jnp.asarray(x_train), jnp.asarray(alpha, jnp.asarray(x_train).dtype), jnp.asarray(x))
 
@@ -101,12 +99,12 @@ def _ridge_leverage(x_train: jax.Array, alpha: jax.Array, x: jax.Array) -> jax.A
     data = center(x_train, jnp.zeros(n, x_train.dtype), jnp.ones(n, x_train.dtype))
     new = x - data.x_mean[None, :]
     matrix, jitter = kernel(data)
-    factor = shifted_cholesky(matrix, alpha + jitter)
+    solve = cholesky_solver(matrix, alpha, jitter)
     if is_dual(data.x):
-        a = jsl.cho_solve((factor, True), matmul(data.x, new.T))
+        a = solve(matmul(data.x, new.T))
         remainder = new - matmul(a.T, data.x)
         return 1.0 / n + jnp.sum(remainder**2, axis=1) / alpha + jnp.sum(a**2, axis=0)
-    return 1.0 / n + jnp.sum(new.T * jsl.cho_solve((factor, True), new.T), axis=0)
+    return 1.0 / n + jnp.sum(new.T * solve(new.T), axis=0)
 
 
 @functools.partial(jax.jit, static_argnames="n_experts")
@@ -257,6 +255,7 @@ def predictive_variance(
     )
 
 
+@convert_arguments("variance", "residual")
 def fit_part_scales(variance: Float[AnyArray, "N 4"], residual: Float[AnyArray, " N"]) -> Float[np.ndarray, " 4"]:
     """Factors (>= 0) of the parts of the variance, by maximum likelihood of normal errors; that of the noise is 1.
 
@@ -270,7 +269,6 @@ def fit_part_scales(variance: Float[AnyArray, "N 4"], residual: Float[AnyArray, 
         InputError: shapes that disagree, parts that are negative, or numbers that are not finite.
     """
     variance, residual = np.asarray(variance, np.float64), np.asarray(residual, np.float64)
-    require_same_length(variance=variance, residual=residual)
     if not (np.isfinite(variance).all() and np.isfinite(residual).all() and (variance >= 0).all()):
         raise InputError("variance or residual hold numbers that are negative or not finite, expected variances and finite errors")
     parts, noise, squared = variance[:, :-1], variance[:, -1], residual**2

@@ -24,30 +24,6 @@ class InputError(ValueError):
     """Input that cannot be used; its message is one sentence: file or array, field, what was found, what is expected."""
 
 
-def require_same_length(**arrays: AnyArray) -> int:
-    """N, the first dimension of all arrays: the first may be (N,) or (N, P), the others must be (N,).
-
-    Raises:
-        InputError: with the name of the array, for shapes that disagree, an (N, 1) among the (N,), or no stars at all.
-    """
-    (first, reference), *others = arrays.items()
-    n = reference.shape[0] if reference.ndim else 0
-    if n == 0:
-        raise InputError(f"{first} has shape {reference.shape}, expected at least one row")
-    for name, array in others:
-        if array.shape != (n,):
-            raise InputError(f"{name} has shape {array.shape}, expected ({n},) like the rows of {first} {reference.shape}")
-    return n
-
-
-def require_vectors(**arrays: AnyArray) -> int:
-    """Like ``require_same_length``, where the first array must be (N,) too: no silent (N, 1) against (N,)."""
-    name, array = next(iter(arrays.items()))
-    if array.ndim != 1:
-        raise InputError(f"{name} has shape {array.shape}, expected (N,)")
-    return require_same_length(**arrays)
-
-
 def require_whole(name: str, number: Any, least: int) -> None:
     """Raises an ``InputError`` unless a number is whole and large enough."""
     if not isinstance(number, int | np.integer) or number < least:
@@ -175,9 +151,9 @@ def take_rows(arrays: tuple[AnyArray, ...], rows: AnyArray) -> tuple[AnyArray, .
 @by_numpy
 def mean_and_scale(raw: Float[AnyArray, "N F"]) -> tuple[Float[AnyArray, " F"], Float[AnyArray, " F"]]:
     """Mean and standard deviation of each column; 1 for that of a constant one."""
-    xp = namespace(raw)
-    scale = raw.std(axis=0)
-    return raw.mean(axis=0), xp.where(scale > 0, scale, xp.ones_like(scale))
+    xp, scale = namespace(raw), raw.std(axis=0)
+    varies = (scale > 0) & (raw.max(axis=0) > raw.min(axis=0))  # the scale of a constant may be the rounding of its mean
+    return raw.mean(axis=0), xp.where(varies, scale, xp.ones_like(scale))
 
 
 @by_numpy

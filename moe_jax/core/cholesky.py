@@ -37,7 +37,7 @@ def inverse_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike, jitter: A
     return lax.linalg.triangular_solve(on_device, jnp.eye(len(matrix), dtype=matrix.dtype), left_side=True, lower=True)
 
 
-def cholesky_solver(matrix: Float[AnyArray, "M M"], shift: ArrayLike, jitter: ArrayLike) -> Callable[[Any], Any]:
+def cholesky_solver(matrix: Float[AnyArray, "M M"], shift: ArrayLike, jitter: ArrayLike | None = None) -> Callable[[Any], Any]:
     """The function that multiplies columns by (matrix + (shift + jitter) I)^-1; for the jitter see ``shifted_cholesky``."""
     if isinstance(matrix, np.ndarray):
         factor = _factorize(matrix, shift, jitter)

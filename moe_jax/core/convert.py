@@ -2,7 +2,8 @@
 
 Lists, pandas objects and integers become floating arrays where the annotation is ``Float[...]``, whole numbers become integers
 where it is ``Int[...]``, 0 and 1 become ``False`` and ``True`` where it is ``Bool[...]``, and keys of the old style become typed
-keys. Arrays that are right already are handed on as they are.
+keys. Arrays that are right already are handed on as they are. Then their shapes are checked: a dimension such as ``N`` has one
+size in all arguments of a function.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from moe_jax.core.arrays import InputError
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
-_ANNOTATION = re.compile(r"(Float|Int|Bool|Key)\[[\w.]+, '([^']*)'\]|PRNGKeyArray")
+_ANNOTATION = re.compile(r"(Float|Int|Bool|Key)\[|PRNGKeyArray")
 
 
 def convert_arguments(*concrete: str, finite: tuple[str, ...] = ()) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
-    """Decorator: converts the arguments whose annotations say arrays or keys.
+    """Decorator: converts the arguments whose annotations say arrays or keys, and checks that their shapes go together.
 
     Args:
         *concrete: arguments whose values set shapes or are checked, so that they must not be traced by ``jit`` or ``vmap``.
@@ -33,13 +34,15 @@ def convert_arguments(*concrete: str, finite: tuple[str, ...] = ()) -> Callable[
 
     Raises:
         InputError: by the decorated function, where an argument is None, text, ragged, masked, complex or no array at all, holds
-            fractions where whole numbers are expected, has not the dimensions of a table, is not finite, or is traced though it
-            must be concrete.
+            fractions where whole numbers are expected, has not the dimensions of its annotation, has no rows, is not finite, or
+            is traced though it must be concrete.
     """
 
     def decorate(function: Callable[P, Result]) -> Callable[P, Result]:
         signature = inspect.signature(function)
-        kinds = {name: _ANNOTATION.search(str(parameter.annotation)) for name, parameter in signature.parameters.items()}
+        annotations = {name: str(parameter.annotation) for name, parameter in signature.parameters.items()}
+        kinds = {name: _ANNOTATION.search(annotation) for name, annotation in annotations.items()}
+        dimensions = {name: _dimensions(annotation) for name, annotation in annotations.items()}
 
         @functools.wraps(function)
         def converted(*args: P.args, **kwargs: P.kwargs) -> Result:
@@ -47,12 +50,15 @@ def convert_arguments(*concrete: str, finite: tuple[str, ...] = ()) -> Callable[
             for name, value in given.arguments.items():
                 if name in concrete and any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
                     raise InputError(f"{name} is traced, expected concrete values: give it from outside jit, vmap or grad")
-                if value is None and kinds[name] is not None and "None" not in str(signature.parameters[name].annotation):
+                if value is None and kinds[name] is not None and "None" not in annotations[name]:
                     raise InputError(f"{name} is None, expected an array, or a key")
                 if (kind := kinds[name]) is not None and value is not None:
-                    given.arguments[name] = array = _convert(name, value, kind[1], kind[2])
-                    if name in finite and not isinstance(array, jax.core.Tracer) and not np.isfinite(np.asarray(array)).all():
-                        raise InputError(f"{name} holds numbers that are not finite, expected finite ones")
+                    given.arguments[name] = _convert(name, value, kind[1])
+            arrays = {name: array for name, array in given.arguments.items() if array is not None}
+            _require_shapes({name: (array, dimensions[name]) for name, array in arrays.items() if dimensions[name]})
+            for name, array in arrays.items():
+                if name in finite and not isinstance(array, jax.core.Tracer) and not np.isfinite(np.asarray(array)).all():
+                    raise InputError(f"{name} holds numbers that are not finite, expected finite ones")
             return function(*given.args, **given.kwargs)
 
         return converted
@@ -60,7 +66,28 @@ def convert_arguments(*concrete: str, finite: tuple[str, ...] = ()) -> Callable[
     return decorate
 
 
-def _convert(name: str, value: Any, kind: str | None, dimensions: str | None) -> Any:
+def _dimensions(annotation: str) -> list[str]:
+    """Names of an array's dimensions; none where they are not all named, or where something else than an array will do."""
+    named = re.fullmatch(r"\w+\[[\w.]+, '([\w ]+)'\]( \| None)?", annotation)
+    return named[1].split() if named else []
+
+
+def _require_shapes(arrays: dict[str, tuple[Any, list[str]]]) -> None:
+    """Raises an ``InputError`` unless arrays have the dimensions that are named, those of one name one size, and N at least 1."""
+    sizes: dict[str, int] = {}
+    shapes: dict[str, str] = {}  # the first array that has a dimension, with its shape
+    for name, (array, dimensions) in arrays.items():
+        found = dict(zip(dimensions, array.shape, strict=False)) | sizes
+        if array.ndim != len(dimensions) or array.shape != tuple(found[dimension] for dimension in dimensions):
+            expected = ", ".join(str(sizes.get(dimension, dimension)) for dimension in dimensions)
+            beside = next((f" beside {shapes[dimension]}" for dimension in dimensions if dimension in shapes), "")
+            raise InputError(f"{name} has shape {array.shape}, expected ({expected}{',' * (len(dimensions) == 1)}){beside}")
+        if dimensions[0] == "N" and not len(array):
+            raise InputError(f"{name} has shape {array.shape}, expected at least one row")
+        sizes, shapes = found, dict.fromkeys(dimensions, f"{name} {array.shape}") | shapes
+
+
+def _convert(name: str, value: Any, kind: str | None) -> Any:
     if kind is None or kind == "Key":
         return _key(name, value)
     if np.ma.is_masked(value):
@@ -82,9 +109,6 @@ def _convert(name: str, value: Any, kind: str | None, dimensions: str | None) ->
         if dtype.kind not in "iuf" or not np.isin(np.asarray(array), (0, 1)).all():
             raise InputError(f"{name} holds values of type {dtype}, expected True and False")
         array = array.astype(bool)
-    n_dimensions = len((dimensions or "").split())
-    if n_dimensions > 1 and "*" not in str(dimensions) and "..." not in str(dimensions) and array.ndim != n_dimensions:
-        raise InputError(f"{name} has shape {array.shape}, expected ({', '.join(str(dimensions).split())})")
     return array
 
 

@@ -24,8 +24,6 @@ from moe_jax.core.arrays import (
     by_numpy,
     jit_off_host,
     namespace,
-    require_same_length,
-    require_vectors,
     require_whole,
     to_host,
     without_offset,
@@ -65,14 +63,10 @@ class Difference(NamedTuple):
     high: Float[jax.Array, "*G"]  #: upper end of the interval
 
     @property
+    @by_numpy
     def n_undefined(self) -> Int[jax.Array, "*G"]:
         """Number of resamples without an R2."""
-        return _count_nan(self.samples)
-
-
-@by_numpy
-def _count_nan(samples: AnyArray) -> AnyArray:
-    return namespace(samples).isnan(samples).sum(axis=0)
+        return namespace(self.samples).isnan(self.samples).sum(axis=0)
 
 
 class Bootstrap(NamedTuple):
@@ -143,7 +137,7 @@ def paired_bootstrap(key: PRNGKeyArray, statistic: Callable[..., Any], arrays: t
     return jax.vmap(lambda rows: statistic(*(array[rows] for array in arrays)))(rows)
 
 
-@convert_arguments()
+@convert_arguments(finite=("y", "prediction", "baseline"))
 def bootstrap_delta_r2(
     key: PRNGKeyArray,
     y: Float[AnyArray, " N"],
@@ -166,8 +160,6 @@ def bootstrap_delta_r2(
     Raises:
         InputError: if shapes disagree, a value is not finite, or an option is out of range.
     """
-    require_vectors(y=y, prediction=prediction, baseline=baseline)
-    _require_finite(y=y, prediction=prediction, baseline=baseline)
     y, prediction, baseline = _on_host(*without_offset(y, prediction, baseline))
     unit = _unit(y)
     y, prediction, baseline = y * unit, prediction * unit, baseline * unit
@@ -195,7 +187,7 @@ def squared_error_gain(
     return (prediction - baseline) * ((y - baseline) + (y - prediction))  # small differences, also where y has a large offset
 
 
-@convert_arguments()
+@convert_arguments(finite=("y", "gain"))
 def bootstrap_gain(
     key: PRNGKeyArray,
     y: Float[AnyArray, " N"],
@@ -228,7 +220,6 @@ def bootstrap_gain(
     Raises:
         InputError: as ``bootstrap_delta_r2``.
     """
-    require_vectors(y=y, gain=gain)
     require_whole("n_resamples", n_resamples, 1)
     require_interval(method, confidence_level)
     if np.ndim(n_borrowed) or np.asarray(n_borrowed).dtype.kind not in "iuf" or not 0 <= n_borrowed < np.inf:
@@ -237,7 +228,6 @@ def bootstrap_gain(
         raise InputError(f"n_borrowed is {n_borrowed} with the method {method!r}, expected the method symmetric or studentized")
     if groups is None:
         groups, n_groups = jnp.zeros(len(y), jnp.int32), 0
-    require_same_length(y=y, groups=groups)
     if n_groups is None:
         if isinstance(groups, jax.core.Tracer):
             raise InputError("n_groups is None, expected a number where groups is traced")
@@ -245,7 +235,6 @@ def bootstrap_gain(
         if n_groups > len(y):
             raise InputError(f"groups holds {n_groups - 1}, expected numbers below {len(y)}, that of the stars, or n_groups")
     require_whole("n_groups", n_groups, 0)
-    _require_finite(y=y, gain=gain)
     y, gain = _on_host(*without_offset(y), gain)
     unit = _unit(y)
     y, gain, groups = map(jnp.asarray, (y * unit, gain * unit * unit, groups))
@@ -354,9 +343,3 @@ def _delta_and_error(sums: jax.Array, defined: jax.Array) -> tuple[jax.Array, ja
     cross = gd2 - 2.0 * m * gd + m**2 * g1  # sum of g (d - m)^2
     error = jnp.sqrt(jnp.maximum(g2 - 2.0 * delta * cross + delta**2 * fourth, 0.0)) / ss_total
     return jnp.where(defined, delta, jnp.nan), jnp.where(defined, error, jnp.nan)
-
-
-def _require_finite(**arrays: AnyArray) -> None:
-    for name, array in arrays.items():
-        if not isinstance(array, jax.core.Tracer) and not np.isfinite(np.asarray(array)).all():
-            raise InputError(f"{name} holds {int((~np.isfinite(np.asarray(array))).sum())} values that are not finite")

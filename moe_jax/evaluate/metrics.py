@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from moe_jax.core.arrays import AnyArray, require_vectors, without_offset
+from moe_jax.core.arrays import AnyArray, without_offset
 from moe_jax.core.convert import convert_arguments
 
 
@@ -31,7 +31,6 @@ def r2_score(y: Float[AnyArray, " N"], prediction: Float[AnyArray, " N"]) -> Flo
     Raises:
         InputError: if the shapes disagree.
     """
-    require_vectors(y=y, prediction=prediction)
     return _r2_score(*without_offset(y, prediction))
 
 
@@ -43,28 +42,20 @@ def _r2_score(y: jax.Array, prediction: jax.Array) -> jax.Array:
     return jnp.where(defined, 1.0 - jnp.sum((y - prediction) ** 2) / jnp.where(defined, total, 1.0), jnp.nan)
 
 
+_mae = jax.jit(lambda y, prediction: jnp.mean(jnp.abs(y - prediction)))
+_rmse = jax.jit(lambda y, prediction: jnp.sqrt(jnp.mean((y - prediction) ** 2)))
+
+
 @convert_arguments()
 def mae(y: Float[AnyArray, " N"], prediction: Float[AnyArray, " N"]) -> Float[jax.Array, ""]:
     """Mean absolute error, in the unit of y."""
-    require_vectors(y=y, prediction=prediction)
     return _mae(*without_offset(y, prediction))
-
-
-@jax.jit
-def _mae(y: jax.Array, prediction: jax.Array) -> jax.Array:
-    return jnp.mean(jnp.abs(y - prediction))
 
 
 @convert_arguments()
 def rmse(y: Float[AnyArray, " N"], prediction: Float[AnyArray, " N"]) -> Float[jax.Array, ""]:
     """Root of the mean squared error, in the unit of y."""
-    require_vectors(y=y, prediction=prediction)
     return _rmse(*without_offset(y, prediction))
-
-
-@jax.jit
-def _rmse(y: jax.Array, prediction: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.mean((y - prediction) ** 2))
 
 
 @convert_arguments()
@@ -72,7 +63,6 @@ def r2_by_group(
     y: Float[AnyArray, " N"], prediction: Float[AnyArray, " N"], groups: Int[AnyArray, " N"], n_groups: int
 ) -> GroupScores:
     """R2 within each group, relative to the group's own mean. Stars whose group is not 0 .. n_groups - 1 are left out."""
-    require_vectors(y=y, prediction=prediction, groups=groups)
     return _r2_by_group(*without_offset(y, prediction), groups, n_groups)
 
 

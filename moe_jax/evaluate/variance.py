@@ -54,7 +54,7 @@ class VarianceComponents(NamedTuple):
         return {name: (float(low), float(high)) for name, v in positive.items() for low, high in [np.quantile(v / total, tails)]}
 
 
-@convert_arguments("values")
+@convert_arguments("values", finite=("values",))
 def variance_components(values: Float[AnyArray, "S N G T"], confidence_level: float = 0.95) -> VarianceComponents:
     """Splits the spread of values[s, n, g, t] into its sources.
 
@@ -70,8 +70,6 @@ def variance_components(values: Float[AnyArray, "S N G T"], confidence_level: fl
     y = np.asarray(values, np.float64)
     if min(y.shape) < 2:
         raise InputError(f"values have shape {y.shape}, expected (surveys, noise draws, seeds, test sets), at least 2 of each")
-    if not np.isfinite(y).all():
-        raise InputError(f"values hold {int((~np.isfinite(y)).sum())} that are not finite")
     S, N, G, T = y.shape
     # A name lists the dimensions that are left: st is the mean over noise draws and seeds.
     m = y.mean()

@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
-from moe_jax.core.arrays import AnyArray, InputError, jit_off_host, namespace
+from moe_jax.core.arrays import AnyArray, InputError, jit_off_host, namespace, require_whole
 from moe_jax.core.convert import convert_arguments
 
 Tree = TypeVar("Tree")
@@ -61,6 +61,7 @@ def search_alphas(
         The choice; the D = A + extend_decades alphas, those of the grid first, and their errors, NaN where none was added; and
         the arrays at the chosen alpha.
     """
+    require_whole("extend_decades", extend_decades, 0)
     n_most = len(alphas) + extend_decades
     mse, arrays = evaluate(alphas)
     xp = namespace(alphas, mse)

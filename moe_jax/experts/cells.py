@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from moe_jax.core.arrays import AnyArray, by_numpy, namespace, require_vectors
+from moe_jax.core.arrays import AnyArray, by_numpy, namespace
 from moe_jax.core.convert import convert_arguments
 
 T_EFF_EDGES = (3750.0, 4500.0, 5250.0, 6000.0)  # K
@@ -39,7 +39,6 @@ def assign_cells(T_eff: Float[AnyArray, " N"], M_H: Float[AnyArray, " N"]) -> In
     Raises:
         InputError: where the shapes disagree.
     """
-    require_vectors(T_eff=T_eff, M_H=M_H)
     t, m = _bin(T_eff, T_EFF_EDGES), _bin(M_H, M_H_EDGES)
     return namespace(t).where((t >= 0) & (m >= 0), 3 * t + m, NOT_COVERED)
 

@@ -19,7 +19,6 @@ from moe_jax.core.arrays import (
     by_numpy,
     namespace,
     require_cell_sizes,
-    require_same_length,
     require_whole,
     to_device,
     to_host,
@@ -114,8 +113,8 @@ def fit_experts(
     Raises:
         InputError: shapes that disagree, alphas that are not positive, or a cell with fewer stars than twice the number of folds.
     """
-    require_same_length(x=x, y=y, cell=cell, folds=folds)
     require_positive(alphas)
+    require_whole("n_experts", n_experts, 1)
     cell, folds = np.asarray(cell), np.asarray(folds)
     require_cell_sizes("cell", cell, n_experts, 2 * len(np.unique(folds)))
     x, y, alphas = to_host(x, y, alphas)
@@ -143,7 +142,6 @@ def fit_global(
     extend_decades: int = 0,
 ) -> CrossValidatedRidge:
     """One ridge regression for all stars, its alpha by cross-validation; arguments and errors as those of ``fit_experts``."""
-    require_same_length(x=x, y=y, folds=folds)
     require_positive(alphas)
     x, y, alphas = to_host(x, y, alphas)
     alphas = alphas.astype(x.dtype)
@@ -170,7 +168,6 @@ def cross_fitted_predictions(
         out_of_fold: of ``fit_experts``.
         cell: expert that was fitted to each star; a star of cell -1 keeps all its predictions.
     """
-    require_same_length(predictions=predictions, out_of_fold=out_of_fold, cell=cell)
     xp = namespace(predictions)
     was_fitted_to = cell[:, None] == xp.arange(predictions.shape[1])[None, :]
     return xp.where(was_fitted_to, out_of_fold[:, None], predictions)

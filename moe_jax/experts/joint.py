@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import jax.scipy.linalg as jsl
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from moe_jax.core.arrays import AnyArray, InputError, matmul, require_same_length
-from moe_jax.core.cholesky import shifted_cholesky
+from moe_jax.core.arrays import AnyArray, matmul
+from moe_jax.core.cholesky import cholesky_solver
 from moe_jax.core.convert import convert_arguments
 from moe_jax.experts.alphas import require_positive
 from moe_jax.experts.ridge import Ridge
@@ -51,11 +50,6 @@ def fit_mixture_experts(
     Raises:
         InputError: shapes that disagree, or an alpha that is not positive.
     """
-    require_same_length(x=x, y=y)
-    if len(weights) != len(y):
-        raise InputError(f"weights have shape {weights.shape}, expected (N, K) with the {len(y)} rows of x")
-    if kernel is not None and kernel.shape != (len(y), len(y)):
-        raise InputError(f"kernel has shape {kernel.shape}, expected (N, N) with the {len(y)} rows of x")
     require_positive(alpha)
     x = jnp.asarray(x)
     y, weights, alpha = (jnp.asarray(array, x.dtype) for array in (y, weights, alpha))
@@ -67,8 +61,8 @@ def _fit_mixture_experts(x: jax.Array, y: jax.Array, weights: jax.Array, alpha: 
     mean = jnp.mean(x, axis=0) if kernel is None else jnp.zeros(x.shape[1], x.dtype)
     centred = x - mean[None, :]
     kernel = matmul(centred, centred.T) if kernel is None else kernel
-    factor = shifted_cholesky(matmul(weights, weights.T) * kernel, alpha)
-    solved = jsl.cho_solve((factor, True), jnp.concatenate([weights, y[:, None]], axis=1))
+    solve = cholesky_solver(matmul(weights, weights.T) * kernel, alpha)
+    solved = solve(jnp.concatenate([weights, y[:, None]], axis=1))
     # The intercept of an expert without weight is not determined; least squares takes the smallest.
     intercept = jnp.linalg.lstsq(matmul(weights.T, solved[:, :-1]), matmul(weights.T, solved[:, -1:]))[0][:, 0]
     a = solved[:, -1] - matmul(solved[:, :-1], intercept[:, None])[:, 0]

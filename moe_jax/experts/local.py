@@ -30,7 +30,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float, Int
 
-from moe_jax.core.arrays import AnyArray, InputError, by_numpy, map_blocks, matmul, require_same_length, require_whole, to_device
+from moe_jax.core.arrays import AnyArray, InputError, by_numpy, map_blocks, matmul, require_whole, to_device
 from moe_jax.core.cholesky import shifted_cholesky
 from moe_jax.core.convert import convert_arguments
 
@@ -111,7 +111,7 @@ def fit_flux_model(
     noise: Float[AnyArray, " N"],
     template: Float[AnyArray, " P"],
     n_components: int,
-    used: Float[AnyArray, " N"] | None = None,
+    used: Float[AnyArray, " N"],
 ) -> FluxModel:
     """Reduced-rank ridge regression of the flux on the terms, with weights 1 / noise^2 and pixels in units of their error.
 
@@ -120,7 +120,7 @@ def fit_flux_model(
     pixel in units of a star's noise level; ``used`` is 1 for the stars to fit, 0 for those to hold out.
     """
     terms, flux = jnp.asarray(terms), jnp.asarray(flux)
-    weight = (jnp.ones_like(noise) if used is None else jnp.asarray(used, flux.dtype)) / jnp.asarray(noise) ** 2
+    weight = jnp.asarray(used, flux.dtype) / jnp.asarray(noise) ** 2
     weight /= jnp.sum(weight)
     weighted = terms * weight[:, None]
     mean, term_mean = matmul(weight[None, :], flux)[0], jnp.sum(weighted, axis=0)
@@ -210,9 +210,8 @@ def predict_local(mixture: LocalMixture, flux: Float[AnyArray, "N P"], noise: Fl
     Raises:
         InputError: shapes that disagree.
     """
-    n_pixels = len(mixture.model.mean)
-    if flux.shape[1] != n_pixels or noise.shape != flux.shape[:1]:
-        raise InputError(f"flux and noise have shapes {flux.shape} and {noise.shape}, expected (N, {n_pixels}) and (N,)")
+    if flux.shape[1] != len(mixture.model.mean):
+        raise InputError(f"flux has shape {flux.shape}, expected (N, {len(mixture.model.mean)}) as in the fit")
     return predict_local_experts(mixture.experts, project_flux(mixture.model, flux), noise)
 
 
@@ -248,10 +247,7 @@ def fit_local(
     """
     from sklearn.cluster import KMeans
 
-    n = require_same_length(flux=flux, y=y)
-    if error.shape != flux.shape or len(labels) != n:
-        raise InputError(f"error and labels have shapes {error.shape} and {labels.shape}, expected {flux.shape} and ({n}, L)")
-    n_components = tuple(np.ravel(n_components).tolist())
+    n, n_components = len(y), tuple(np.ravel(n_components).tolist())
     for name, number in (("n_cells", n_cells), ("degree", degree), *(("n_components", number) for number in n_components)):
         require_whole(name, number, 1)
     require_whole("seed", seed, 0)

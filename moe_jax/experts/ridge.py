@@ -31,7 +31,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from moe_jax.core.arrays import AnyArray, InputError, by_numpy, matmul, namespace, require_same_length
+from moe_jax.core.arrays import AnyArray, InputError, by_numpy, matmul, namespace
 from moe_jax.core.cholesky import cholesky_solver
 from moe_jax.core.convert import convert_arguments
 from moe_jax.experts.alphas import require_positive
@@ -63,7 +63,6 @@ def fit_ridge(
     Raises:
         InputError: shapes that disagree, numbers that are not finite, or an alpha that is not positive.
     """
-    require_same_length(x=x, y=y)
     return _fit(x, y, alpha, np.ones(len(x), np.float32), tangents)
 
 
@@ -72,8 +71,6 @@ def _fit(x: AnyArray, y: AnyArray, alpha: ArrayLike, root: AnyArray, tangents: A
     require_positive(alpha)
     if np.size(alpha) > 1 or not x.shape[1]:
         raise InputError(f"alpha is {alpha} for x of shape {x.shape}, expected one penalty, and at least one column")
-    if tangents is not None and (tangents.shape[0], tangents.shape[2]) != x.shape:
-        raise InputError(f"tangents has shape {tangents.shape}, expected ({len(x)}, T, {x.shape[1]}) for x of shape {x.shape}")
     ridge: Ridge = _center_and_solve(x, y, alpha, root, tangents)
     if not isinstance(ridge.coef, jax.core.Tracer) and not np.isfinite(ridge.coef).all():
         for name, array in (("x", x), ("y", y), ("tangents", tangents)):
@@ -115,7 +112,6 @@ def fit_weighted_ridge(
     Raises:
         InputError: shapes that disagree, numbers that are not finite, weights or an alpha out of range.
     """
-    require_same_length(x=x, y=y, sample_weight=sample_weight)
     if not isinstance(sample_weight, jax.core.Tracer):
         values = np.asarray(sample_weight)
         if not (np.isfinite(values) & (values >= 0)).all() or not values.any():
@@ -130,8 +126,13 @@ def predict_ridge(ridge: Ridge, x: Float[AnyArray, "N P"]) -> Float[AnyArray, "N
 
     A prediction depends on its own row alone, so nothing is centred: rounding is that of x @ coef. Where columns lie far from 0
     against their spread, bring them near 0 before the fit.
+
+    Raises:
+        InputError: another number of columns than in the fit.
     """
     *stack, p = ridge.coef.shape
+    if x.shape[1] != p:
+        raise InputError(f"x has shape {x.shape}, expected (N, {p}) as in the fit")
     return matmul(x, ridge.coef.reshape(-1, p).T).reshape(len(x), *stack) + ridge.intercept[None]
 
 

@@ -173,9 +173,7 @@ def fit_sums(
     return to_device((fit, with_offsets(without_fold)))
 
 
-@jit_off_host
-def _fit(by_fold: Sums, alpha: Any) -> Ridge:
-    return solve_moments(moments(sum_parts(by_fold)), alpha)
+_fit = jit_off_host(lambda by_fold, alpha: solve_moments(moments(sum_parts(by_fold)), alpha))
 
 
 @jit_off_host

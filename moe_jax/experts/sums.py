@@ -63,15 +63,10 @@ def solve_moments(train: Moments, alpha: Any) -> Ridge:
     return Ridge(coef, train.y_mean - (train.x_mean * coef).sum())
 
 
-def hold_out_each(evaluate: Callable[..., Tree], by_part: Sums, *more: AnyArray) -> Tree:
+def hold_out_each(evaluate: Callable[[Sums, Sums], Tree], by_part: Sums) -> Tree:
     """Holds out each part in turn, by subtraction from the sums of all parts; stacks what ``evaluate`` gives.
 
-    ``evaluate`` takes the sums of one part, those of all other parts, and the part's row of each of ``more``.
+    ``evaluate`` takes the sums of one part, and those of all other parts.
     """
     total = sum_parts(by_part)
-
-    def hold_out(arguments: tuple[Sums, *tuple[AnyArray, ...]]) -> Tree:
-        part, *rows = arguments
-        return evaluate(part, jax.tree.map(operator.sub, total, part), *rows)
-
-    return map_rows(hold_out, (by_part, *more))
+    return map_rows(lambda part: evaluate(part, jax.tree.map(operator.sub, total, part)), by_part)

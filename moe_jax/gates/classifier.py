@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from moe_jax.core.arrays import AnyArray, InputError, require_cell_sizes, require_same_length, require_whole
+from moe_jax.core.arrays import AnyArray, InputError, require_cell_sizes, require_whole
 from moe_jax.core.convert import convert_arguments
 from moe_jax.gates.networks import linear_params
 from moe_jax.gates.optimize import Params
@@ -52,7 +52,6 @@ def fit_classifier(
     from sklearn.metrics import log_loss
     from sklearn.model_selection import StratifiedKFold
 
-    require_same_length(features=features, cell=cell)
     cell = np.asarray(cell)
     if cell.min() < 0:
         raise InputError(f"cell holds {cell.min()}, expected 0 to K - 1")

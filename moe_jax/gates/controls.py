@@ -12,7 +12,7 @@ import numpy as np
 import scipy
 from jaxtyping import Float, PRNGKeyArray
 
-from moe_jax.core.arrays import AnyArray, InputError, mean_and_scale, require_same_length, scale_columns
+from moe_jax.core.arrays import AnyArray, InputError, mean_and_scale, scale_columns
 from moe_jax.core.convert import convert_arguments
 from moe_jax.gates.networks import MLPGate
 from moe_jax.gates.optimize import GateFit, Objective, Params, Rows, minimize
@@ -32,7 +32,6 @@ def simplex_weights(predictions: Float[AnyArray, "N K"], y: Float[AnyArray, " N"
     Raises:
         InputError: shapes that disagree, or experts whose errors are linearly dependent.
     """
-    require_same_length(predictions=predictions, y=y)
     error = np.asarray(predictions, np.float64) - np.asarray(y, np.float64)[:, None]
     gram = error.T @ error / len(error)
     try:
@@ -115,7 +114,6 @@ def fit_mlp_regressor(
     Raises:
         InputError: shapes that disagree, or too few stars.
     """
-    require_same_length(x=x, y=y)
     x, y, config = jnp.asarray(x), jnp.asarray(y), GateConfig() if config is None else config
     network = MLPGate(hidden)
     key_init, key_train = jax.random.split(key)

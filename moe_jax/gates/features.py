@@ -82,13 +82,9 @@ def line_features(flux: Float[AnyArray, "N P"], pixels: dict[str, LinePixels]) -
     return xp.stack([*columns, triplet, depth["Na"], width["Na"]], axis=1)
 
 
-def raw_features(flux: Float[AnyArray, "N P"], wave: AnyArray, pca: PCA) -> Float[AnyArray, "N F"]:
-    """The 13 features of N stars before standardisation, in the order of ``FEATURE_NAMES``; for ``wave`` see ``line_pixels``."""
-    return _raw_features(flux, line_pixels(wave), pca)
-
-
 @by_numpy
-def _raw_features(flux: AnyArray, pixels: dict[str, LinePixels], pca: PCA) -> AnyArray:
+def raw_features(flux: Float[AnyArray, "N P"], pixels: dict[str, LinePixels], pca: PCA) -> Float[AnyArray, "N F"]:
+    """The 13 features of N stars before standardisation, in the order of ``FEATURE_NAMES``."""
     scores = matmul(flux, pca.components.T) - matmul(pca.mean[None, :], pca.components.T)
     return namespace(flux).concatenate([line_features(flux, pixels), scores], axis=1)
 
@@ -97,7 +93,7 @@ def _raw_features(flux: AnyArray, pixels: dict[str, LinePixels], pca: PCA) -> An
 def fit_features(key: PRNGKeyArray, flux: Float[AnyArray, "N P"], wave: AnyArray) -> FeatureModel:
     """Fits the components, and the mean and scale of each raw feature, to the training stars."""
     pca = fit_pca(key, flux, N_COMPONENTS)
-    return FeatureModel(pca, *mean_and_scale(raw_features(flux, wave, pca)))
+    return FeatureModel(pca, *mean_and_scale(raw_features(flux, line_pixels(wave), pca)))
 
 
 @convert_arguments("wave")
@@ -108,4 +104,4 @@ def compute_features(model: FeatureModel, flux: Float[AnyArray, "N P"], wave: An
 
 def features_of_pixels(model: FeatureModel, flux: Float[AnyArray, "N P"], pixels: dict[str, LinePixels]) -> Float[AnyArray, "N F"]:
     """``compute_features`` given ``line_pixels(wave)``; may be traced."""
-    return scale_columns(_raw_features(flux, pixels, model.pca), model.mean, model.scale)
+    return scale_columns(raw_features(flux, pixels, model.pca), model.mean, model.scale)

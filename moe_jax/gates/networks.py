@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
-from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.core.arrays import AnyArray, InputError, require_whole
 from moe_jax.core.convert import convert_arguments
 from moe_jax.gates.optimize import Params
 
@@ -103,8 +103,7 @@ class MLPGate(_FlaxGate):
     """Hidden units."""
 
     def __post_init__(self) -> None:
-        if self.hidden < 1:
-            raise InputError(f"hidden is {self.hidden}, expected at least 1")
+        require_whole("hidden", self.hidden, 1)
 
     def from_linear(self, params: Params, linear: Params) -> Params:
         """Params that give the same weights as a ``LinearGate`` with ``linear``.

@@ -9,22 +9,16 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from moe_jax.core.arrays import AnyArray, InputError, by_numpy, namespace, require_same_length
+from moe_jax.core.arrays import AnyArray, by_numpy, namespace
 from moe_jax.core.convert import convert_arguments
 
 FALLBACK_THRESHOLD = 0.5
-
-
-def _require_weights(weights: AnyArray, predictions: AnyArray) -> None:
-    if weights.shape != predictions.shape:
-        raise InputError(f"weights have shape {weights.shape}, expected (N, K) like expert_predictions {predictions.shape}")
 
 
 @convert_arguments()
 @by_numpy
 def route_soft(weights: Float[AnyArray, "N K"], expert_predictions: Float[AnyArray, "N K"]) -> Float[AnyArray, " N"]:
     """The mixture, sum over k of weights * expert_predictions."""
-    _require_weights(weights, expert_predictions)
     return (weights * expert_predictions).sum(axis=1)
 
 
@@ -32,7 +26,6 @@ def route_soft(weights: Float[AnyArray, "N K"], expert_predictions: Float[AnyArr
 @by_numpy
 def route_hard(weights: Float[AnyArray, "N K"], expert_predictions: Float[AnyArray, "N K"]) -> Float[AnyArray, " N"]:
     """The prediction of the expert with the largest weight; the first of several equal ones."""
-    _require_weights(weights, expert_predictions)
     return select_expert(expert_predictions, weights.argmax(axis=1))
 
 
@@ -45,7 +38,6 @@ def route_fallback(
     threshold: float = FALLBACK_THRESHOLD,
 ) -> Float[AnyArray, " N"]:
     """The mixture, but the global model's prediction for stars whose largest weight is below ``threshold``."""
-    require_same_length(weights=weights, global_prediction=global_prediction)
     unsure = jnp.max(jnp.asarray(weights), axis=1) < threshold
     return jnp.where(unsure, global_prediction, route_soft(weights, expert_predictions))
 
@@ -63,11 +55,11 @@ def sharpen(weights: Float[AnyArray, "N K"], temperature: ArrayLike) -> Float[An
 @convert_arguments()
 @by_numpy
 def route_oracle(cell: Int[AnyArray, " N"], expert_predictions: Float[AnyArray, "N K"]) -> Float[AnyArray, " N"]:
-    """The prediction of the true cell's expert; NaN for a star that no cell covers (cell -1)."""
-    require_same_length(expert_predictions=expert_predictions, cell=cell)
+    """The prediction of the true cell's expert; NaN for a star that no cell covers (cell -1), or whose cell has no expert."""
     xp = namespace(cell, expert_predictions)
-    own = select_expert(expert_predictions, xp.maximum(cell, 0))
-    return xp.where(cell >= 0, own, xp.full_like(own, xp.nan))
+    has_expert = (cell >= 0) & (cell < expert_predictions.shape[1])
+    own = select_expert(expert_predictions, xp.where(has_expert, cell, 0))
+    return xp.where(has_expert, own, xp.full_like(own, xp.nan))
 
 
 @by_numpy

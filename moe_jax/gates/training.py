@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PRNGKeyArray
 
-from moe_jax.core.arrays import AnyArray, InputError, require_same_length
+from moe_jax.core.arrays import AnyArray, InputError, require_whole
 from moe_jax.core.convert import convert_arguments
 from moe_jax.core.parallel import devices_for, map_devices, on_all
 from moe_jax.gates.networks import Gate, require_simplex
@@ -50,8 +50,7 @@ class GateConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patience", "max_iterations"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+            require_whole(name, getattr(self, name), 1)
         for name in ("learning_rate", "gradient_tolerance"):
             if not 0 < getattr(self, name) < np.inf:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
@@ -121,21 +120,18 @@ def entropy(weights: Float[AnyArray, "N K"]) -> Float[jax.Array, " N"]:
     return -jnp.sum(weights * jnp.log(jnp.maximum(weights, jnp.finfo(weights.dtype).tiny)), axis=1)
 
 
-def require_informative(features: AnyArray, expert_predictions: AnyArray, y: AnyArray) -> None:
+@convert_arguments(finite=("features", "expert_predictions", "y"))
+def require_informative(
+    features: Float[AnyArray, "N F"], expert_predictions: Float[AnyArray, "N K"], y: Float[AnyArray, " N"]
+) -> None:
     """Raises unless a gate can learn from the data; traced arrays, whose values are not known yet, pass.
 
     Raises:
         InputError: shapes that disagree, numbers that are not finite, a constant target, or several experts that all predict the
             same for every star.
     """
-    require_same_length(features=features, y=y)
-    require_same_length(expert_predictions=expert_predictions, y=y)
-    arrays = {"features": features, "expert_predictions": expert_predictions, "y": y}
-    if any(isinstance(array, jax.core.Tracer) for array in arrays.values()):
+    if any(isinstance(array, jax.core.Tracer) for array in (features, expert_predictions, y)):
         return
-    for name, array in arrays.items():
-        if not (finite := np.isfinite(array)).all():
-            raise InputError(f"{name}: found {np.asarray(array)[~finite][0]}, expected finite numbers")
     predictions, y = np.asarray(expert_predictions), np.asarray(y)
     if len(y) > 1 and (y == y[0]).all():
         raise InputError(f"y: found the same value for all {len(y)} stars, expected a target that varies")

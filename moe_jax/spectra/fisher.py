@@ -16,7 +16,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float
 
-from moe_jax.core.arrays import AnyArray, InputError, require_same_length
+from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.core.convert import convert_arguments
 from moe_jax.spectra.grid import SpectralGrid, load_grid
 from moe_jax.spectra.simulate import LABEL_LATTICE, MEDIAN_FLUX, unscaled_flux
 from moe_jax.spectra.survey import Labels
@@ -50,6 +51,7 @@ def _information(
     return jnp.einsum("npi,npj->nij", weighted, weighted, precision="highest")
 
 
+@convert_arguments()
 def fisher_information(
     labels: Labels, error: Float[AnyArray, "N P"], grid: SpectralGrid | None = None
 ) -> Float[np.ndarray, "N 4 4"]:
@@ -65,7 +67,8 @@ def fisher_information(
     """
     grid = load_grid() if grid is None else grid
     stacked = jnp.stack([jnp.asarray(getattr(labels, name)) for name in LABEL_UNITS], axis=1)
-    require_same_length(error=error, log_g=labels.log_g)
+    if len(error) != len(stacked):
+        raise InputError(f"error has shape {error.shape}, expected ({len(stacked)}, P), a row for each star of the labels")
     if not bool((jnp.asarray(error) > 0).all()):
         raise InputError(f"error holds {float(jnp.min(jnp.asarray(error))):g}, expected positive numbers")
     axes = tuple(tuple(map(float, np.asarray(axis))) for axis in grid[:4])

@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy
-from jax import lax
 from jaxtyping import Float
 
-from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.core.arrays import AnyArray, InputError, matmul
 from moe_jax.core.files import atomic_path
 
 GRID_RESOLUTION = 5000.0  #: wavelength over the full width at half maximum of a line profile
@@ -122,7 +121,7 @@ def _expand(grid: SpectralGrid, norm_coef: jax.Array, continuum_coef: jax.Array)
     """From coefficients (..., R) and (..., D) to spectra (..., P)."""
 
     def expand(coef: jax.Array, basis: AnyArray, mean: AnyArray) -> jax.Array:
-        return jnp.matmul(coef, basis, precision=lax.Precision.HIGHEST) + jnp.expand_dims(mean, range(coef.ndim - 1))
+        return matmul(coef, basis) + jnp.expand_dims(mean, range(coef.ndim - 1))
 
     return GridSpectra(
         expand(norm_coef, grid.norm_basis, grid.norm_mean), expand(continuum_coef, grid.continuum_basis, grid.continuum_mean)
@@ -154,9 +153,9 @@ def interpolate_grid(grid: SpectralGrid, labels: Float[AnyArray, "N 4"]) -> Grid
         (N, P) normalised flux and log continuum.
     """
     axis_weights = [spline_weights(np.asarray(axis, np.float64), labels[:, i]) for i, axis in enumerate(grid[:4])]
-    weights = jnp.einsum("nt,ng,nz,nm->ntgzm", *axis_weights, precision=lax.Precision.HIGHEST).reshape(len(labels), -1)
+    weights = jnp.einsum("nt,ng,nz,nm->ntgzm", *axis_weights, precision="highest").reshape(len(labels), -1)
 
     def interpolate(coef: AnyArray) -> jax.Array:
-        return jnp.matmul(weights, coef.reshape(weights.shape[1], -1), precision=lax.Precision.HIGHEST)
+        return matmul(weights, coef.reshape(weights.shape[1], -1))
 
     return _expand(grid, interpolate(grid.norm_coef), interpolate(grid.continuum_coef))

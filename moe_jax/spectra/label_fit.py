@@ -112,13 +112,8 @@ def fit_labels(
     flux, error = to_host(flux, error)
     good = np.ones(flux.shape, bool) if good is None else to_host(good)[0]
     model = default_model() if model is None else model
-    if flux.ndim != 2 or flux.shape[1] != len(WAVE) or len(flux) == 0:
+    if flux.shape[1] != len(WAVE):
         raise InputError(f"flux has shape {flux.shape}, expected (N, {len(WAVE)}) on the pixels of the model grid")
-    for name, array in (("error", error), ("good", good)):
-        if array.shape != flux.shape:
-            raise InputError(f"{name} has shape {array.shape}, expected {flux.shape} like flux")
-    if velocity is not None and np.shape(velocity) != (len(flux),):
-        raise InputError(f"velocity has shape {np.shape(velocity)}, expected ({len(flux)},)")
     known = np.zeros(len(flux), flux.dtype) if velocity is None else np.asarray(velocity, flux.dtype)
     constant = np.broadcast_to(np.asarray(additive, flux.dtype), len(flux))
     free = (0, 1, 2, 3, *([4] if velocity is None else []), *([5] if broadening else []))

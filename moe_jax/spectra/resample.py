@@ -28,6 +28,11 @@ class MaskedSpectra(NamedTuple):
     good: Bool[np.ndarray, "N P"]  #: False where masked
 
 
+def good_medians(values: Float[np.ndarray, "N P"], good: Bool[np.ndarray, "N P"]) -> Float[np.ndarray, " N"]:
+    """Median of each star's good pixels; NaN where there are none."""
+    return np.array([np.median(row[used]) if used.any() else np.nan for row, used in zip(values, good, strict=True)])
+
+
 def pixel_edges(wave: Float[AnyArray, " P"]) -> Float[np.ndarray, " P1"]:
     """(P + 1,) edges of pixels that reach half-way to their neighbours."""
     wave = np.asarray(wave, np.float64)

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float, PRNGKeyArray
 
-from moe_jax.core.arrays import AnyArray, InputError, map_blocks, to_device
+from moe_jax.core.arrays import AnyArray, InputError, map_blocks, require_whole, to_device
 from moe_jax.core.convert import convert_arguments
 from moe_jax.spectra.broadening import broaden_grid
 from moe_jax.spectra.grid import GRID_RESOLUTION, SpectralGrid, interpolate_grid, load_grid, map_pixels
@@ -83,20 +83,14 @@ def median_rows(x: Float[AnyArray, "N P"]) -> Float[jax.Array, " N"]:
     return 0.5 * (lower + jnp.where(repeated, lower, next_larger))
 
 
-def model_flux(
-    grid: SpectralGrid,
-    T_eff: Float[AnyArray, " N"],
-    log_g: Float[AnyArray, " N"],
-    M_H: Float[AnyArray, " N"],
-    a_M: Float[AnyArray, " N"],
-) -> Float[jax.Array, "N P"]:
-    """Noise-free spectra at any labels inside the grid: non-negative, each scaled to median 0.5."""
-    flux = unscaled_flux(grid, jnp.stack([T_eff, log_g, M_H, a_M], axis=1))
+def model_flux(grid: SpectralGrid, labels: Float[AnyArray, "N 4"]) -> Float[jax.Array, "N P"]:
+    """Noise-free spectra at any labels inside the grid, as in ``interpolate_grid``: non-negative, each scaled to median 0.5."""
+    flux = unscaled_flux(grid, labels)
     return flux * (MEDIAN_FLUX / median_rows(flux))[:, None]
 
 
 def unscaled_flux(grid: SpectralGrid, labels: Float[AnyArray, "N 4"]) -> Float[jax.Array, "N P"]:
-    """``model_flux`` up to a factor for each star; labels as in ``interpolate_grid``."""
+    """``model_flux`` up to a factor for each star."""
     spectra = interpolate_grid(grid, labels)
     return jnp.maximum(spectra.norm * jnp.exp(spectra.log_continuum), 0.0)
 
@@ -176,8 +170,7 @@ class SimulatedSpectra:
         resolution: float = GRID_RESOLUTION,
         wave: Float[AnyArray, " P"] | None = None,
     ) -> None:
-        if n_stars < 1:
-            raise InputError(f"n_stars is {n_stars}, expected at least 1")
+        require_whole("n_stars", n_stars, 1)
         if label_sampling not in ("lattice", "uniform"):
             raise InputError(f"label_sampling is {label_sampling!r}, expected 'lattice' or 'uniform'")
         grid = broaden_grid(load_grid() if grid is None else grid, resolution)
@@ -197,7 +190,7 @@ class SimulatedSpectra:
 
     def read(self, start: int, stop: int) -> tuple[Float[jax.Array, "n P"], Float[jax.Array, "n P"]]:
         """Clean flux and error of the stars ``start`` to ``stop - 1``."""
-        stars = {name: getattr(self.labels, name) for name in ("T_eff", "log_g", "M_H", "a_M", "mag")}
+        stars = {name: getattr(self.labels, name) for name in (*SpectralGrid._fields[:4], "mag")}
         spectra = functools.partial(_spectra, axes=self._axes, components=self._components, factors=self._factors)
         return map_blocks(spectra, stars, start, stop, _BATCH)
 
@@ -208,5 +201,5 @@ def _spectra(
 ) -> tuple[jax.Array, jax.Array]:
     """Flux and error of some stars."""
     grid = SpectralGrid(*map(np.array, axes), *components)
-    flux = model_flux(grid, *(labels[name] for name in ("T_eff", "log_g", "M_H", "a_M")))
+    flux = model_flux(grid, jnp.stack([labels[name] for name in SpectralGrid._fields[:4]], axis=1))
     return flux, flux_error(labels["mag"], flux, factors)

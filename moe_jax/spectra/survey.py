@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Float, Key, PRNGKeyArray
 
-from moe_jax.core.arrays import AnyArray, InputError
+from moe_jax.core.arrays import AnyArray
 from moe_jax.core.convert import convert_arguments
 
 _NOISE_BATCH = 256
@@ -82,8 +82,6 @@ def add_noise(
     Raises:
         InputError: where flux and error disagree in shape.
     """
-    if flux.shape != error.shape:
-        raise InputError(f"error has shape {error.shape}, expected {flux.shape} like flux")
     return add_star_noise(star_keys(key, len(flux)), flux, error, noise_level)
 
 

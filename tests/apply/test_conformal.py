@@ -60,6 +60,7 @@ def test_half_widths_follow_group_and_sigma():
     [
         (np.array([1.0, np.nan] * 20), (0.9,), "score holds nan"),
         (np.array([1.0, -2.0] * 20), (0.9,), "score holds -2.0"),
+        (np.ones(40), (), r"levels are \(\), expected numbers above 0 and below 1"),
         (np.ones(40), (1.0,), r"levels are \(1.0,\), expected numbers above 0 and below 1"),
         (np.ones(18), (0.95,), "score holds 18 stars, expected at least 19"),
     ],

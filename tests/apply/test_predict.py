@@ -61,6 +61,9 @@ def test_the_answer_of_the_local_experts(trained, spectra, model, table):
     masked.good[:, 100:130], masked.error[:, 100:130] = False, 0.0
     again = apply_model(prepare_application(model, model.wave, answer="local"), masked)
     assert np.median(np.abs(again["log_g"] - local["log_g"])) < 0.1 * np.median(local["uncertainty"])
+    masked.good[1:], masked.error[1:] = spectra.good[1:], spectra.error[1:]
+    again = apply_model(prepare_application(model, model.wave, answer="local"), masked)
+    np.testing.assert_array_equal(again["log_g"][1:], local["log_g"][1:])  # no star feels what is masked of another
     with pytest.raises(InputError, match="the model has no local linear experts"):
         prepare_application(model._replace(local=None), model.wave, answer="local")
 

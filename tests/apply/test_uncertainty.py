@@ -95,7 +95,7 @@ def test_variances_by_hand():
     np.testing.assert_allclose(parts.coefficients, [0.25 * 0.2 * 0.5 + 0.75 * 0.4 * 0.1], rtol=1e-6)
     np.testing.assert_allclose(parts.spread, [0.25 * 1.5**2 + 0.75 * 0.5**2], rtol=1e-6)
     np.testing.assert_allclose(parts.noise, [0.25 + 0.25], rtol=1e-6)
-    np.testing.assert_allclose(parts.total(), np.sum(parts, axis=0), rtol=1e-6)
+    np.testing.assert_allclose(parts.total(np.ones(4)), np.sum(parts, axis=0), rtol=1e-6)
     np.testing.assert_allclose(parts.total(np.array([2.0, 0.0, 0.0, 1.0])), 2 * parts.misfit + parts.noise, rtol=1e-6)
     np.testing.assert_allclose(misfit_variance(np.array([1.0, 0.1]), np.ones((2, 2)), np.full((2, 2), 0.2)), [0.6, 0.0], rtol=1e-6)
     mse, leverage = np.array([1.0, 2.0, 3.0]), np.array([[0.5, 9.0, 9.0], [0.3, 9.0, 9.0], [9.0, 1.0, 9.0], [9.0, 9.0, 9.0]])
@@ -119,6 +119,11 @@ def test_factors_of_the_parts(rng):
             fit_part_scales(wrong, residual)
     with pytest.raises(InputError, match="residual has shape"):
         fit_part_scales(parts, residual[:, None])
+
+
+def test_stars_of_other_pixels():
+    with pytest.raises(InputError, match=r"x has shape \(1, 3\), expected \(M, 2\) beside x_train \(3, 2\)"):
+        ridge_leverage(np.ones((3, 2)), 1.0, np.ones((1, 3)))
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, np.nan])

@@ -1,30 +1,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+from sklearn.preprocessing import StandardScaler
 
-from moe_jax.core.arrays import InputError, by_numpy, map_blocks, namespace, require_same_length, require_vectors
-
-
-def test_lengths_that_agree():
-    assert require_same_length(x=np.zeros((3, 2)), y=np.zeros(3)) == 3
-    assert require_vectors(y=np.zeros(3), p=np.zeros(3)) == 3
-
-
-@pytest.mark.parametrize("y", [np.zeros(4), np.zeros((3, 1)), np.zeros(())])
-def test_other_shapes_are_named(y):
-    with pytest.raises(InputError, match=r"y has shape .*expected \(3,\)"):
-        require_same_length(x=np.zeros((3, 2)), y=y)
-
-
-def test_a_column_is_not_a_vector():
-    with pytest.raises(InputError, match=r"y has shape \(3, 1\), expected \(N,\)"):
-        require_vectors(y=np.zeros((3, 1)), p=np.zeros(3))
-
-
-def test_no_rows():
-    with pytest.raises(InputError, match="at least one row"):
-        require_same_length(x=np.zeros((0, 2)), y=np.zeros(0))
+from moe_jax.core.arrays import by_numpy, map_blocks, mean_and_scale, namespace, scale_columns
 
 
 def test_numpy_runs_what_is_concrete_and_xla_compiles_the_rest(dtype):
@@ -41,6 +20,18 @@ def test_numpy_runs_what_is_concrete_and_xla_compiles_the_rest(dtype):
         assert result.dtype == dtype
         np.testing.assert_array_equal(result, 2 * x + 1)
     assert seen == [np, np, jnp]
+
+
+def test_standardisation_is_scikit_learns(dtype, rng):
+    """Also of constants, whose mean is rounded."""
+    x = np.column_stack([np.full(1_000, value) for value in (0.1, 1 / 3, 3.3, 0.0)] + [rng.normal(5, 3, 1_000)]).astype(dtype)
+    theirs = StandardScaler().fit(x.astype(float))
+    for columns in (x, jnp.asarray(x)):
+        mean, scale = mean_and_scale(columns)
+        np.testing.assert_array_equal(scale[:4], 1)
+        np.testing.assert_allclose(scale, theirs.scale_, rtol=1e-5)
+        np.testing.assert_allclose(mean, theirs.mean_, rtol=2e-5)
+    np.testing.assert_allclose(scale_columns(x, mean, scale)[:, :4], 0, atol=1e-4)
 
 
 def test_blocks_share_a_program_and_give_the_whole(rng):

@@ -224,7 +224,7 @@ def test_rows_are_scaled_random_bits(n, monkeypatch):
         ({"n_borrowed": -3, "method": "symmetric"}, "n_borrowed is -3"),
         ({"n_borrowed": np.nan, "method": "symmetric"}, "n_borrowed is nan"),
         ({"prediction": np.zeros(5)}, r"prediction has shape \(5,\)"),
-        ({"baseline": np.full(816, np.nan)}, "baseline holds 816 values that are not finite"),
+        ({"baseline": np.full(816, np.nan)}, "baseline holds numbers that are not finite"),
         ({"groups": np.zeros(5, int)}, "groups has shape"),
     ],
 )

@@ -139,6 +139,9 @@ def test_borrowed_spread_by_hand(stars, x64):
         assert widths[1][0] > 5 * widths[0][0]
         assert widths[1][1] == pytest.approx(widths[0][1], rel=0.05)
     np.testing.assert_array_equal(own.overall.low, borrowed.overall.low)
+    n, variance, whole = np.array([30, 786]), own.groups.standard_error**2, float(own.overall.standard_error) ** 2
+    expected = np.maximum(variance, (n * n * variance + 10 * 816 * whole) / (n + 10) / n)
+    np.testing.assert_allclose(borrowed.groups.standard_error**2, expected, rtol=1e-10)
     with pytest.raises(InputError, match="n_borrowed is 5 with the method 'basic', expected the method symmetric or studentized"):
         bootstrap_delta_r2(key, y, prediction, baseline, n_borrowed=5)
 

@@ -96,6 +96,9 @@ def test_a_cell_with_too_few_stars(cells):
         moe_jax.fit_experts(x, y, cell, ALPHAS, folds, n_experts=5)
     with pytest.raises(InputError, match="found cell 3, expected cells 0 to 2"):
         moe_jax.fit_experts(x, y, cell, ALPHAS, folds, n_experts=3)
+    for options in ({"n_experts": 0}, {"n_experts": 4.0}, {"n_experts": 4, "extend_decades": -1}):
+        with pytest.raises(InputError, match=r"(n_experts|extend_decades) is .*, expected a whole number, at least"):
+            moe_jax.fit_experts(x, y, cell, ALPHAS, folds, **options)
 
 
 def test_progress_is_told(cells):

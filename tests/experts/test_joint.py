@@ -77,7 +77,7 @@ def test_weighted_ridge_in_float32(problem, rng):
 
 def test_bad_input(problem):
     x, y, weights = problem
-    with pytest.raises(InputError, match="weights have shape"):
+    with pytest.raises(InputError, match="weights has shape"):
         fit_mixture_experts(x, y, weights[:5], 1.0)
     with pytest.raises(InputError, match="alpha is -1"):
         fit_mixture_experts(x, y, weights, -1.0)

@@ -58,7 +58,8 @@ def test_with_all_components_the_flux_model_is_scikit_learns_weighted_ridge(surv
 
 def test_the_noise_of_the_components_is_the_level_of_the_star(survey):
     labels, flux, error, noise, template = survey
-    model = fit_flux_model(polynomial_terms(labels, 3), *(jnp.asarray(a, jnp.float32) for a in (flux, noise, template)), 3)
+    arrays = (jnp.asarray(a, jnp.float32) for a in (flux, noise, template))
+    model = fit_flux_model(polynomial_terms(labels, 3), *arrays, 3, np.ones_like(noise))
     again = flux + error * np.random.default_rng(5).normal(size=error.shape)
     change = np.asarray(project_flux(model, jnp.asarray(again)) - project_flux(model, jnp.asarray(flux))) / noise[:, None]
     np.testing.assert_allclose(np.cov(change.T), np.eye(3), atol=0.12)  # 4 standard errors of a variance from 2,000 stars
@@ -131,7 +132,7 @@ def test_without_noise_predictions_are_the_limit_of_a_small_one(survey):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"error": np.ones((30, 3), np.float32)}, r"error and labels have shapes \(30, 3\)"),
+        ({"error": np.ones((30, 3), np.float32)}, r"error has shape \(30, 3\), expected \(30, 4\)"),
         ({"error": np.zeros((30, 4), np.float32)}, "error holds 0, expected positive numbers"),
         ({"n_cells": 16}, "found 30 stars for 16 cells"),
     ],

@@ -80,7 +80,7 @@ def test_constant_target(dtype, rng):
         ((np.zeros((5, 3)), np.zeros(5), 1j), "alpha is 1j, expected positive numbers"),
         ((np.zeros((5, 3)), np.zeros(5), np.ones(2)), r"alpha is \[1. 1.\] for x of shape \(5, 3\), expected one penalty"),
         ((np.zeros((5, 0)), np.zeros(5), 1.0), r"x of shape \(5, 0\), expected one penalty, and at least one column"),
-        ((np.zeros((5, 3)), np.zeros(5), 1.0, np.zeros((5, 3))), r"tangents has shape \(5, 3\), expected \(N, T, P\)"),
+        ((np.zeros((5, 3)), np.zeros(5), 1.0, np.zeros((5, 3))), r"tangents has shape \(5, 3\), expected \(5, T, 3\)"),
         ((np.zeros((5, 3)), np.zeros(5), 1.0, np.zeros((3, 2, 5))), r"tangents has shape \(3, 2, 5\), expected \(5, T, 3\)"),
         ((np.zeros((5, 3)), np.zeros(5), 1.0, np.full((5, 2, 3), np.nan)), "tangents holds numbers that are not finite"),
     ],
@@ -92,6 +92,11 @@ def test_bad_input(arguments, message):
     if tangents:
         with pytest.raises(InputError, match=message):
             fit_weighted_ridge(x, y, np.ones(5), alpha, tangents=tangents[0])
+
+
+def test_other_columns_than_in_the_fit(rng):
+    with pytest.raises(InputError, match=r"x has shape \(5, 4\), expected \(N, 3\) as in the fit"):
+        predict_ridge(fit_ridge(rng.normal(size=(5, 3)), np.arange(5), 1.0), np.ones((5, 4)))
 
 
 def test_fit_vmaps(x64, rng):

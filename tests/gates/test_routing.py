@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ def test_by_hand(dtype):
     assert route_hard(weights, yhat).tolist() == [1, 4, 8]
     np.testing.assert_allclose(route_fallback(weights, yhat, jnp.array([0.0, -1.0, 0.0], dtype)), [1.4, -1, 8.5], rtol=1e-6)
     np.testing.assert_array_equal(route_oracle(jnp.array([2, -1, 0]), yhat), [3, np.nan, 7])
+    for route in (route_oracle, jax.jit(route_oracle)):  # by NumPy, by XLA
+        np.testing.assert_array_equal(route(jnp.array([3, -7, 1]), yhat), [np.nan, np.nan, 8])
 
 
 def test_soft_equals_hard_for_one_hot_weights(rng):
@@ -23,7 +26,7 @@ def test_soft_equals_hard_for_one_hot_weights(rng):
 
 
 def test_shapes():
-    with pytest.raises(InputError, match="weights have shape"):
+    with pytest.raises(InputError, match="expert_predictions has shape"):
         route_soft(WEIGHTS, YHAT[:, :2])
     with pytest.raises(InputError, match="global_prediction has shape"):
         route_fallback(WEIGHTS, YHAT, np.zeros((3, 1)))

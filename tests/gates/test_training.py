@@ -92,6 +92,7 @@ def test_x64(mixture, x64):
     [
         ({"epochs": 0}, "epochs is 0"),
         ({"batch_size": -1}, "batch_size is -1"),
+        ({"batch_size": 2.5}, "batch_size is 2.5, expected a whole number"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
     ],
@@ -118,7 +119,7 @@ def test_data_without_information(mixture):
     for arrays, message in (
         ((features, np.repeat(predictions[:, :1], 3, axis=1), y), "found the same prediction of all experts for every star"),
         ((features, predictions, np.full_like(y, 2.5)), "y: found the same value for all 2000 stars"),
-        ((unknown, predictions, y), "features: found nan, expected finite numbers"),
+        ((unknown, predictions, y), "features holds numbers that are not finite"),
     ):
         with pytest.raises(InputError, match=message):
             fit_gate(keys[0], LinearGate(), *arrays, QUICK)

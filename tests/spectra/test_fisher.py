@@ -21,7 +21,7 @@ def test_derivatives_are_finite_differences(stars, x64):
     grid = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), load_grid())
     labels = np.stack([np.asarray(getattr(stars.labels, name), np.float64) for name in LABEL_UNITS], axis=1)[:3]
     ours = jax.jit(functools.partial(label_derivatives, grid))(labels)
-    flux_at = jax.jit(lambda labels: model_flux(grid, *labels.T))
+    flux_at = jax.jit(functools.partial(model_flux, grid))
     for i, step in enumerate((1e-2, 1e-5, 1e-5, 1e-5)):
         up, down = labels.copy(), labels.copy()
         up[:, i] += step
@@ -67,5 +67,5 @@ def test_a_maximum_likelihood_fit_reaches_the_floor(stars, x64):
 def test_errors_that_are_none(stars):
     with pytest.raises(InputError, match="error holds 0, expected positive numbers"):
         cramer_rao(stars.labels, np.zeros_like(stars.error))
-    with pytest.raises(InputError, match="log_g has shape"):
+    with pytest.raises(InputError, match=r"error has shape \(3, 4096\), expected \(12, P\)"):
         cramer_rao(stars.labels, np.ones((3, 4096)))

@@ -85,15 +85,15 @@ def test_sky():
 
 def test_a_star_at_a_node_is_the_node():
     nodes = reconstruct_nodes(load_grid())
-    flux = model_flux(*(jnp.array([value]) for value in (4500.0, 2.0, 0.5, 0.125)))[0]
+    flux = model_flux(jnp.array([[4500.0, 2.0, 0.5, 0.125]]))[0]
     node = np.asarray(nodes.norm[2, 1, 6, 1] * jnp.exp(nodes.log_continuum[2, 1, 6, 1]))
     np.testing.assert_allclose(flux, 0.5 * node / np.median(node), atol=2e-5)
 
 
 def equivalent_width(T_eff, log_g, M_H):
     """Of Ca II 8542, in pixels."""
-    labels = (jnp.asarray(label.ravel(), jnp.float32) for label in (T_eff, log_g, M_H, 0 * M_H))
-    return np.asarray(line_features(np.asarray(model_flux(*labels)), line_pixels(WAVE)))[:, 3].reshape(T_eff.shape)
+    labels = jnp.stack([label.ravel() for label in (T_eff, log_g, M_H, 0 * M_H)], axis=1)
+    return np.asarray(line_features(np.asarray(model_flux(labels)), line_pixels(WAVE)))[:, 3].reshape(T_eff.shape)
 
 
 @pytest.mark.slow

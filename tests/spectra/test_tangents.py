@@ -43,7 +43,7 @@ def test_continuum_and_constant(rng, dtype):
 @pytest.mark.parametrize(
     ("wave", "sizes", "message"),
     [
-        (np.arange(1.0, 6.0), {"velocity": 1}, r"wave has shape \(5,\), expected \(6,\)"),
+        (np.arange(1.0, 6.0), {"velocity": 1}, r"flux has shape \(2, 6\), expected \(N, 5\) beside wave"),
         (np.ones(6), {"velocity": 1}, "at least 4, positive, increasing"),
         (np.arange(1.0, 7.0), {"velocity": -1}, "expected finite numbers of at least 0"),
         (np.arange(1.0, 7.0), {"continuum": (0, np.nan)}, "expected finite numbers of at least 0"),
