@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
@@ -218,17 +216,3 @@ def test_a_star_of_which_nothing_is_known_has_no_labels(stars):
     observed = fit.flux
     assert np.isnan(observed[:2]).all()
     assert np.isfinite(observed[2]).all()
-
-
-@pytest.mark.slow
-def test_a_kept_program_gives_the_same_numbers(stars, fit):
-    """The suite has a folder of compiled programs; without one, JAX traces and compiles the fit anew."""
-    folder = jax.config.jax_compilation_cache_dir
-    assert list(Path(folder).glob("moe_jax-_fit_blocks-*"))
-    jax.config.update("jax_compilation_cache_dir", None)
-    try:
-        traced = fit_labels(*stars[1:])
-    finally:
-        jax.config.update("jax_compilation_cache_dir", folder)
-    for name, leaf, kept in zip(fit._fields, traced, fit, strict=True):
-        np.testing.assert_array_equal(leaf, kept, name)
