@@ -59,7 +59,7 @@ class StressConfig(StudyConfig):
     """File of observed spectra."""
     real_labels: Path | None = None
     """CSV file with their log_g, row by row."""
-    output: OutputOptions = group(OutputOptions(), without=("cache_dir",))
+    output: OutputOptions = group(OutputOptions(), without=("cache_dir", "use_cache"))
 
     def __post_init__(self) -> None:
         require_at_least(self, n_stars=10)
