@@ -1,6 +1,6 @@
 """What does the MLP regression gate owe to its features, its size, its penalties, its stars? One change at a time.
 
-    python -m experiments.ablate_gate                  about 3 min on 2 cores
+    python -m experiments.ablate_gate                  about 9 min on 2 cores
     python -m experiments.ablate_gate --preset smoke   small; about two minutes
 
 Results go to results/ablate_gate/PRESET.

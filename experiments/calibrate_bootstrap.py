@@ -1,6 +1,6 @@
 """Do the intervals hold what they promise? Thousands of test sets from one simulated population, with frozen gates.
 
-    python -m experiments.calibrate_bootstrap                  test sets of 816 and 8,000 from 100,000 stars; 20 min on 2 cores
+    python -m experiments.calibrate_bootstrap                  test sets of 816 and 8,000 from 100,000 stars; 5 min on 2 cores
     python -m experiments.calibrate_bootstrap --preset smoke   40 test sets; about a minute
 
 Each test set is drawn with replacement from a half of the population, whose Delta R2 is the exact truth for it. On one half the

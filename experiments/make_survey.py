@@ -19,7 +19,7 @@ import numpy as np
 
 from experiments.pipeline.config import SURVEYS, DataConfig, draw_keys
 from experiments.pipeline.surveys import observe, open_surveys
-from experiments.report.results import require_writable
+from experiments.runner.cache import require_writable
 from experiments.runner.command_line import PresetConfig, run_command
 from experiments.runner.stages import Stages, console
 from moe_jax.core.arrays import InputError
@@ -58,7 +58,7 @@ PRESETS = {name: MakeSurveyConfig(name, data.n_train, data.n_test) for name, dat
 def main(config: MakeSurveyConfig) -> None:
     """Draws both surveys and writes them, in parts, so that they may be larger than the memory."""
     stages = Stages()
-    require_writable(config.output_dir)
+    require_writable(config.output_dir, "the surveys")
     drawn = DataConfig(
         n_train=config.n_train,
         n_test=config.n_test,

@@ -1,6 +1,6 @@
 """What does it cost to train a gate on stars that its experts have seen? Four protocols, the same test stars.
 
-    python -m experiments.measure_leakage                  4 seeds of each; about 2 min on 2 cores
+    python -m experiments.measure_leakage                  4 seeds of each; about 6 min on 2 cores
     python -m experiments.measure_leakage --preset smoke   small; about a minute
 
 Results go to results/measure_leakage/PRESET.

@@ -8,12 +8,13 @@ images, CSV and other text (``moe_jax.spectra.spectrum_files`` says how names an
 with --air, in air. Other pixels than the model's are resampled. OUT ends in .csv, .parquet or .fits. FITS and Parquet need
 pip install -e '.[astro]'.
 
-OUT has one row for each star, with these columns (NaN where nothing is predicted):
+OUT has one row for each star, with these columns (NaN where nothing is predicted; without those from velocity to outside_cells
+where the mixture or the local experts answer):
 
     file               name of the file; its path where another has the same name
     star               number of the star in the file, from 0
     log_g              surface gravity, log10 of cm / s^2: of the fit of the model grid, or of the mixture (--answer)
-    uncertainty        half-width of the 68 % interval; standard deviation where a mixture is not calibrated
+    uncertainty        half-width of the 68 % interval; standard deviation of an answer that is not calibrated
     half_width_90      half-width of the 90 % interval
     half_width_95      likewise of the 95 % interval
     velocity           km/s, as observed (not barycentric); positive: the star recedes
@@ -114,7 +115,8 @@ def main(config: PredictConfig) -> None:
     model = load_model(config.model)
     if model.uncertainty is None:
         raise InputError(f"{config.model}: the model has no uncertainties, expected one that a present version has written")
-    if not len(np.asarray(model.uncertainty.calibration.levels)):
+    answering = model.local if config.answer == "local" and model.local is not None else model.uncertainty
+    if not len(np.asarray(answering.calibration.levels)):
         console.print(f"{config.model}: not calibrated; uncertainty is the standard deviation of the model")
     paths = [path for given in config.spectra for path in files_of(given)]
     places = [os.path.realpath(path) for path in paths]
@@ -122,8 +124,10 @@ def main(config: PredictConfig) -> None:
         raise InputError(f"{config.output}: found that it is a file of spectra too, expected another name for the table")
     if twice := next((path for path, place in zip(paths, places, strict=True) if places.count(place) > 1), None):
         raise InputError(f"{twice}: found it twice among the files of spectra, expected it once")
+    for path in paths:  # one that cannot be opened is named before the work, not after most of it
+        open_spectra(path)
     flags: Counter[str] = Counter()
-    n_stars = masked = 0
+    n_stars = masked = drawn = 0
     with open_catalogue(config.output) as add_rows:
         for path, (name, figures) in zip(paths, short_names(paths), strict=True):
             star = 0
@@ -135,7 +139,7 @@ def main(config: PredictConfig) -> None:
                         stop = min(start + chunk, source.n_stars)
                         spectra = source.read(start, stop)
                         part = apply_model(application, spectra, star + start, chunk)
-                        _draw(config, application, spectra, part, figures)
+                        drawn += _draw(config, application, spectra, part, figures)
                         part.insert(0, "file", name)
                         add_rows(part)
                         flags.update(flag for row in part["flags"] for flag in row.split("|") if flag)
@@ -146,14 +150,16 @@ def main(config: PredictConfig) -> None:
     console.print(f"{config.output}: {n_stars:,} stars, {masked:,} masked pixels")
     for flag, count in flags.items():
         console.print(f"{flag}: {count:,} stars")
+    if config.plots and not drawn:
+        console.print(f"--plots {config.plots}: no file has such a star")
 
 
-def _draw(config: PredictConfig, application: Application, spectra: MaskedSpectra, table: pd.DataFrame, name: str) -> None:
-    """Writes the figures of the stars that are asked for, among those of a table."""
+def _draw(config: PredictConfig, application: Application, spectra: MaskedSpectra, table: pd.DataFrame, name: str) -> int:
+    """Writes the figures of the stars that are asked for, among those of a table; returns how many were asked for."""
     first = int(table["star"].iloc[0])
     wanted = config.drawn(first, first + len(table))
     if not wanted:
-        return
+        return 0
     from experiments.report.figures import plot_fit, save_figure  # takes a moment, and most runs draw nothing
 
     folder = config.output.with_name(f"{config.output.stem}_plots")
@@ -167,6 +173,7 @@ def _draw(config: PredictConfig, application: Application, spectra: MaskedSpectr
             figure = plot_fit(WAVE, fit.flux[i], fit.flux_error[i], fit.model[i], fit.used[i], title)
             save_figure(figure, folder / f"{name}_{star}.png", pdf=False, dpi=100)
     console.print(f"{folder}: {int(fit.fitted.sum())} figures of {name}")
+    return len(wanted)
 
 
 def short_names(paths: Sequence[Path]) -> list[tuple[str, str]]:

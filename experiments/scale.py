@@ -1,6 +1,6 @@
 """How do the methods scale with training stars and noise?
 
-    python -m experiments.scale                  4,000 to 100,000 training stars x noise 0.1 to 1.0; 16 min on 2 cores, 10.2 GiB
+    python -m experiments.scale                  4,000 to 100,000 training stars x noise 0.1 to 1.0; 45 min on 2 cores, 9.2 GiB
     python -m experiments.scale --preset smoke   small; about a minute
 
 A run that was stopped goes on where it was, from the cache. Results go to results/scale/PRESET.

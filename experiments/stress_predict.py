@@ -1,6 +1,6 @@
 """Does predict hold on spectra unlike its training set? Spoiled simulated stars, and real ones if a file is given.
 
-    python -m experiments.stress_predict                  some minutes on 2 cores
+    python -m experiments.stress_predict                  about a minute on 2 cores
     python -m experiments.stress_predict --preset smoke   fewer stars
     python -m experiments.stress_predict --real-stars stars.h5 --real-labels labels.csv
 

@@ -212,7 +212,7 @@ def a_wavelength_twice(folder, valid):
 # Observed spectra, FITS
 
 
-@malformed("in.fits: found a file that cannot be read")
+@malformed("in.fits: found a file that is not HDF5, expected an HDF5 or FITS file with spectra")
 def text_in_place_of_fits(folder, valid):
     (folder / "in.fits").write_text("no FITS at all\n" * 300)
     TelescopeFile(folder / "in.fits")

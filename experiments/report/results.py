@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -16,9 +15,9 @@ from rich.tree import Tree
 
 from experiments.pipeline.config import StudyConfig
 from experiments.report.figures import Figure, save_figure
+from experiments.runner.cache import require_writable
 from experiments.runner.provenance import command_of, describe_run
 from experiments.runner.stages import Stages, console
-from moe_jax.core.arrays import InputError
 from moe_jax.core.files import atomic_folder
 
 Config = TypeVar("Config", bound=StudyConfig)
@@ -50,27 +49,12 @@ class Study(Generic[Config]):
     def __call__(self, config: Config) -> Results:
         """Computes and writes; of several processes, the first writes."""
         folder, stages = config.output.output_dir or Path("results") / self.name / config.preset, Stages()
-        require_writable(folder)
+        require_writable(folder, "the results")
         results = self.compute(config, stages)
         command = command_of(self.name, config, self.presets)
         if jax.process_index() == 0:
             write_results(folder, results, command, describe_run(command, config, stages.seconds, **results.fields))
         return results
-
-
-def require_writable(folder: Path) -> None:
-    """Raises an ``InputError`` where a file is in the way, or nothing can be written: at once, not when the run is over."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: found a file, expected a folder for the results")
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as reason:
-        why = f"{existing} is not a folder" if not existing.is_dir() else reason.strerror
-        raise InputError(
-            f"{folder}: found that nothing can be written there ({why}), expected a folder for the results"
-        ) from reason
 
 
 def write_results(folder: Path, results: Results, command: str, run: dict[str, Any]) -> None:
@@ -85,13 +69,14 @@ def write_results(folder: Path, results: Results, command: str, run: dict[str, A
         (temporary / "run.json").write_text(json.dumps(run, indent=2, default=_plain) + "\n")
         if results.write_more is not None:
             results.write_more(folder, run)
-    console.print(tree_of(folder))
+        names = {path.name for path in temporary.iterdir()}
+    console.print(tree_of(folder, names))
 
 
-def tree_of(folder: Path) -> Tree:
-    """The files of a folder: a line for each suffix, and for each folder within."""
+def tree_of(folder: Path, names: Collection[str]) -> Tree:
+    """Those files of a folder that were written: a line for each suffix, and for each folder within. It may hold older ones."""
     tree = Tree(f"written: {folder}")
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = sorted(path for path in folder.iterdir() if path.name in names)
     for suffix in sorted({path.suffix for path in files}):
         tree.add(", ".join(path.name for path in files if path.suffix == suffix))
     for inner in sorted(path for path in folder.iterdir() if path.is_dir()):

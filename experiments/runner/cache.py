@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,19 @@ def _handed_on(package: str, name: str) -> Path | None:
     return _module_file(f"{package}.{name}")
 
 
+def require_writable(folder: Path, contents: str) -> None:
+    """Raises an ``InputError`` where a file is in the way, or nothing can be written: at once, not when the work is done."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: found a file, expected a folder for {contents}")
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as reason:
+        why = f"{existing} is not a folder" if not existing.is_dir() else reason.strerror
+        raise InputError(f"{folder}: found that nothing can be written there ({why}), expected a folder for {contents}") from reason
+
+
 @dataclass(frozen=True)
 class Cache:
     """A folder of results, each a tree of arrays in one file. Without a folder, nothing is kept."""
@@ -115,6 +129,7 @@ class Cache:
         if path is not None:
             with contextlib.suppress(OSError, InputError):  # there is none, or none that can be read
                 return load_tree(path, kind), True
+            require_writable(path.parent, "the cached stages")
         tree = jax.block_until_ready(compute())
         if path is not None:
             save_tree(path, tree)

@@ -132,7 +132,7 @@ def _shown_options(presets: Mapping[str, Config], default: Config) -> Constructo
         fields = []
         metadata = {field.name: field.metadata for field in dataclasses.fields(info.type)}
         for field in spec.fields:
-            text = (field.helptext() if callable(field.helptext) else field.helptext) or ""
+            text = " ".join(((field.helptext() if callable(field.helptext) else field.helptext) or "").split())
             for name, groups in values.items():
                 value = getattr(groups[info.type], field.name)
                 if name != default.preset and field.name != "preset" and not dataclasses.is_dataclass(value):

@@ -232,7 +232,8 @@ def _read_text(path: Path) -> list[_Field]:
         return [_named(name, _filled(table[name]), str(table[name].unit or "")) for name in table.colnames]
     rows = [_split(line) for line in lines if line.strip() and line.lstrip()[0] not in "#%"]
     comments = [_split(line.lstrip(" #%")) for line in lines if line.lstrip().startswith(("#", "%"))]
-    headers = [rows.pop(0)] if rows and not _is_number(rows[0][0]) else comments[::-1]
+    first_cell = next(filter(None, rows[0]), "") if rows else ""  # pandas leaves the name of its row numbers empty
+    headers = [rows.pop(0)] if not _is_number(first_cell) else comments[::-1]
     if not any(_is_number(cell) for row in rows for cell in row):
         raise InputError(f"{path}: found a file that is not HDF5, FITS or columns of numbers, expected one with spectra")
     if odd := next((row for row in rows if len(row) != len(rows[0])), None):

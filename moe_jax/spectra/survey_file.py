@@ -145,7 +145,8 @@ def require_spectra(path: Path, arrays: Mapping[str, Any], wave: str, flux: str,
     for field in (wave, flux, *others):
         array: Any = arrays.get(field)
         if not hasattr(array, "shape"):
-            raise InputError(f"{path}: {field}: found nothing, expected an array of numbers")
+            there = _arrays_of(arrays)
+            raise InputError(f"{path}: {field}: found nothing, expected an array of numbers; the file has {there}")
         n_dimensions = 1 if field == wave else 2
         if len(array.shape) != n_dimensions or array.dtype.kind not in "fiu":
             expected = f"numbers in {n_dimensions} dimension{'s' * (n_dimensions > 1)}"
@@ -159,6 +160,22 @@ def require_spectra(path: Path, arrays: Mapping[str, Any], wave: str, flux: str,
             raise InputError(f"{path}: {field} has shape {arrays[field].shape}, expected {shape} like {flux}")
 
 
+def _arrays_of(arrays: Mapping[str, Any]) -> str:
+    """Names and shapes of the first arrays of a file."""
+    found: list[str] = []
+
+    def note(name: str, array: Any) -> None:
+        if hasattr(array, "shape"):
+            found.append(f"{name} {array.shape}")
+
+    if isinstance(arrays, h5py.Group):
+        arrays.visititems(note)
+    else:
+        for name, array in arrays.items():
+            note(name, array)
+    return ", ".join([*found[:8], *["..."] * (len(found) > 8)]) or "no arrays"
+
+
 def _read_labels(path: Path, file: h5py.File, n_stars: int | None, n_expected: int, columns: Mapping[str, str]) -> Labels:
     if unknown := columns.keys() - set(Labels._fields):
         raise InputError(f"{path}: columns were given for {', '.join(sorted(unknown))}, expected {', '.join(Labels._fields)}")
@@ -170,8 +187,8 @@ def _read_labels(path: Path, file: h5py.File, n_stars: int | None, n_expected: i
     for name, column in names.items():
         if column not in table:
             if name in REQUIRED or name in columns:
-                found = ", ".join(table)
-                raise InputError(f"{path}: label column {column}: found only {found}, expected {', '.join(REQUIRED)}, or --columns")
+                expected = ", ".join(dict.fromkeys([*(names[label] for label in REQUIRED), column]))
+                raise InputError(f"{path}: label column {column}: found only {', '.join(table)}, expected {expected}, or --columns")
             table[column] = np.full(len(table[names["T_eff"]]), np.nan)
         if table[column].dtype.kind not in "fiu":
             raise InputError(f"{path}: label column {column}: found {table[column].dtype}, expected numbers")

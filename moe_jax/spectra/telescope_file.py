@@ -26,6 +26,7 @@ from moe_jax.spectra.survey_file import WAVE_FIELD, name_damage, open_hdf5, requ
 
 IVAR_FIELD = "dataset/arrays/ivar/value"
 FITS_SUFFIXES = (".fits", ".fit", ".fits.gz", ".fz")
+GZIP = b"\x1f\x8b"  # the first bytes of a file that gzip has compressed
 _FITS_NAMES: dict[str, tuple[str, ...]] = {kind: (kind.upper(),) for kind in ("flux", "error", "ivar")}
 _FITS_NAMES |= {"wave": ("WAVELENGTH", "WAVE"), "variance": ("VARIANCE", "VAR")}
 _HDF5_NAMES = {"wave": (WAVE_FIELD,)} | {kind: (f"dataset/arrays/{kind}/value",) for kind in ("flux", "error", "ivar", "variance")}
@@ -40,7 +41,7 @@ class TelescopeFile:
     """A file of telescope spectra: wavelengths are read at once, spectra in parts.
 
     Args:
-        path: an HDF5 or FITS file in the layout of this module; FITS by its suffix.
+        path: an HDF5 or FITS file in the layout of this module.
 
     Raises:
         InputError: one sentence that names the file, the field, what was found and what is expected.
@@ -106,16 +107,18 @@ def to_angstrom(path: Path, wave: np.ndarray, unit: str) -> np.ndarray:
 
 
 def is_fits(path: Path) -> bool:
-    """Whether a file is FITS, by its suffix or its first bytes.
+    """Whether a file is FITS: by its first bytes, where it is compressed or not there by its suffix.
 
     Raises:
         InputError: for a file that the system does not let us read.
     """
     require_readable(path)
-    if path.name.lower().endswith(FITS_SUFFIXES) or not path.is_file():
-        return path.name.lower().endswith(FITS_SUFFIXES)
+    named_so = path.name.lower().endswith(FITS_SUFFIXES)
+    if not path.is_file():
+        return named_so
     with path.open("rb") as file:
-        return file.read(9) == b"SIMPLE  ="
+        start = file.read(9)
+    return start == b"SIMPLE  =" or (named_so and start.startswith(GZIP))
 
 
 def mask_unusable(flux: Float[AnyArray, "N P"], error: Float[AnyArray, "N P"] | None) -> MaskedSpectra:

@@ -315,6 +315,9 @@ def test_a_model_that_is_not_calibrated(trained, tmp_path, capsys, model):
     found = pd.read_csv(tmp_path / "out.csv")
     assert (found["uncertainty"] > 0).all()
     assert "half_width_90" not in found
+    save_model(tmp_path / "model", model._replace(local=model.local._replace(calibration=empty)))
+    main(PredictConfig(tmp_path / "model", (trained.parent / "observed.h5",), tmp_path / "out.csv", answer="local"))
+    assert "not calibrated" in capsys.readouterr().out
 
 
 def test_the_command(trained, tmp_path):
@@ -399,6 +402,18 @@ def test_figures_of_the_stars_that_are_asked_for(trained, tmp_path):
     assert not pyplot.get_fignums()
     with pytest.raises(InputError, match="plots: found 'two', expected a number of stars, or their numbers"):
         PredictConfig(trained / "model", (tmp_path / "in.h5",), tmp_path / "out.csv", plots="two")
+
+
+def test_a_star_that_is_not_there_has_no_figure(trained, tmp_path, capsys):
+    predict(trained, trained.parent / "observed.h5", tmp_path / "out.csv", plots="900,")
+    assert "--plots 900,: no file has such a star" in capsys.readouterr().out
+
+
+def test_files_are_opened_before_the_work(trained, tmp_path, capsys):
+    files = (trained.parent / "observed.h5", tmp_path / "none.h5")
+    with pytest.raises(InputError, match=r"none\.h5: found no such file"):
+        main(PredictConfig(trained / "model", files, tmp_path / "out.csv", answer="mixture"))
+    assert "observed.h5" not in capsys.readouterr().out
 
 
 def test_a_table_below_a_file(trained, tmp_path):

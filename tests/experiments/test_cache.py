@@ -10,6 +10,7 @@ import pytest
 
 from experiments.runner import cache as runner_cache
 from experiments.runner.cache import ROOT, Cache, fingerprint, source_files
+from moe_jax import InputError
 
 
 class Tree(NamedTuple):
@@ -80,6 +81,13 @@ def test_a_failed_computation_leaves_nothing(tmp_path, code):
     with pytest.raises(AssertionError):
         cache.load_or_compute("stage", Config(), code, Tree, forbidden)
     assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_work(tmp_path, code):
+    (tmp_path / "file").write_text("")
+    for folder, found in (("file", "found a file"), ("file/cache", "found that nothing can be written there")):
+        with pytest.raises(InputError, match=rf"{folder}: {found}.*, expected a folder for the cached stages"):
+            Cache(tmp_path / folder).load_or_compute("stage", Config(), code, Tree, forbidden)
 
 
 def test_without_a_folder_nothing_is_kept(tmp_path, code):

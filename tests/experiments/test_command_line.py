@@ -100,11 +100,11 @@ def test_predict_explains_each_column_and_flag():
 
 
 def test_written_files_are_a_tree(tmp_path):
-    for name in ("report.md", "a.csv", "b.csv", "model/model.json"):
+    for name in ("report.md", "a.csv", "b.csv", "older.csv", "model/model.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     with console.capture() as captured:
-        console.print(tree_of(tmp_path))
+        console.print(tree_of(tmp_path, {"report.md", "a.csv", "b.csv"}))
     lines = captured.get().splitlines()
     assert sorted(line[4:].strip() for line in lines[-3:]) == ["a.csv, b.csv", "model/: model.json", "report.md"]
 

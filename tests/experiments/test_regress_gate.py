@@ -282,7 +282,7 @@ def test_survey_files_hold_what_is_simulated(surveys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"output_dir": "file"}, "file: found a file, expected a folder for the results"),
+        ({"output_dir": "file"}, "file: found a file, expected a folder for the surveys"),
         ({"output_dir": "file/below"}, "found that nothing can be written there"),
         ({"wave": "one.txt"}, r"wave has shape \(1,\), expected \(P,\) with at least 2 wavelengths"),
         ({"seed": 10**20}, "seed is 1"),

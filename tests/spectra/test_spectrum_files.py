@@ -5,6 +5,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 from astropy import units as u
 from astropy.io import fits
@@ -169,6 +170,28 @@ def test_fits_under_another_name(tmp_path):
     path, _ = by_pixel(tmp_path / "in")
     (source,) = open_spectra(path.rename(tmp_path / "in.csv"))
     np.testing.assert_allclose(source.wave, WAVE)
+
+
+def test_text_that_is_named_fits(tmp_path):
+    (tmp_path / "in.fits").write_text("wave,flux\n7000,1\n7001,2\n")
+    (source,) = open_spectra(tmp_path / "in.fits")
+    np.testing.assert_array_equal(source.wave, [7000, 7001])
+    (tmp_path / "in.fits").write_text("no spectrum\n")
+    with pytest.raises(InputError, match="found a file that is not HDF5, FITS or columns of numbers"):
+        open_spectra(tmp_path / "in.fits")
+
+
+def test_a_table_that_pandas_wrote_with_row_numbers(tmp_path):
+    pd.DataFrame({"wave": [7000.0, 7001.0], "flux": [1.0, 2.0]}).to_csv(tmp_path / "in.csv")
+    (source,) = open_spectra(tmp_path / "in.csv")
+    np.testing.assert_array_equal(source.wave, [7000, 7001])
+
+
+def test_hdf5_of_another_layout(tmp_path):
+    with h5py.File(tmp_path / "in.h5", "w") as file:
+        file["mine/wave"], file["mine/flux"] = np.arange(5.0), np.ones((2, 5))
+    with pytest.raises(InputError, match=r"the file has mine/flux \(2, 5\), mine/wave \(5,\)"):
+        open_spectra(tmp_path / "in.h5")
 
 
 def test_hdf5_that_decreases_with_a_unit_in_bytes_and_a_variance(tmp_path):

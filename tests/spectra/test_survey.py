@@ -225,7 +225,7 @@ def test_labels_as_they_come(path, small_survey):
         InputError, match="label column T_eff: found only teff, logg, M_H, expected T_eff, log_g, M_H, or --columns"
     ):
         load_survey(path)
-    with pytest.raises(InputError, match="label column alpha: found only"):
+    with pytest.raises(InputError, match="label column alpha: found only teff, logg, M_H, expected teff, logg, M_H, alpha, or"):
         load_survey(path, columns={"T_eff": "teff", "log_g": "logg", "a_M": "alpha"})
     with pytest.raises(InputError, match="columns were given for Teff, expected T_eff"):
         load_survey(path, columns={"Teff": "teff"})
