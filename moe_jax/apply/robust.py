@@ -16,6 +16,8 @@ first, are near 1 unless residuals hang together, as those of lines and continua
 from __future__ import annotations
 
 import functools
+import operator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +30,8 @@ from moe_jax.spectra.broadening import broadening_width
 from moe_jax.spectra.fisher import LABEL_UNITS
 from moe_jax.spectra.grid import GRID_RESOLUTION
 from moe_jax.spectra.label_fit import LabelFit, fit_labels
-from moe_jax.spectra.label_model import default_model
+from moe_jax.spectra.label_model import BROADENING_NODES, GRID_WIDTH, NORMALISE_TERMS, chebyshev_terms, default_model, rebin
+from moe_jax.spectra.label_start import SEPARATION
 from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.resample import MaskedSpectra, good_medians, overlaps, resample
 from moe_jax.spectra.simulate import LABEL_LATTICE
@@ -36,8 +39,10 @@ from moe_jax.spectra.simulate import LABEL_LATTICE
 POOR_FIT, EMISSION_LINES, VELOCITY_UNCERTAIN, NOT_A_STAR = "poor_fit", "emission_lines", "velocity_uncertain", "not_a_star"
 BLENDED, OUTSIDE_CELLS = "blended", "outside_cells"
 N_CONTINUUM = 9  # terms of the continuum
+N_WAVY = 25  # the same of spectra that it describes no better than by chance, as with a jump between two arms
 SCALES = (4, 32)  # pixels over which residuals are averaged
 LIMITS = (1.09, 1.36)  #: of chi2 at these scales; 0.3 % of good spectra lie above each of them
+TELLURIC = ((7165.0, 7345.0), (7593.0, 7705.0), (8130.0, 8345.0))  #: Angstrom, vacuum: water, the A band of oxygen, water
 TOO_UNCERTAIN = 0.5  #: a misfit that leaves log g less certain than this is a poor fit
 EMISSIONS = 3  #: so many lines in emission are flagged
 QUANTILES = (0.93, 1.66, 2.11)  #: of |error| / standard deviation at the levels of ``moe_jax.apply.conformal``
@@ -45,12 +50,16 @@ UNIQUE = 25.0  #: contrast below which the velocity is not unique
 NO_STAR = 12.0  #: contrast below which nothing looks like a star
 RARE = (0.1, 20.0)  #: standard deviations of a constant (of the median flux), and of a stretch (km/s at the ends)
 SECOND_STAR = 13.0  #: decrease of chi2 by a second star, in units of the misfit, above which a star is a blend
+SECOND_VELOCITY = 19.0  #: the same of one at another velocity; more templates are compared
 ABSURD = 100.0  #: chi2 above which the errors, or the fit, mean nothing
 COOL = 4250.0  #: K; below, molecules matter that the grid does not have
 SURELY = 0.999  #: probability of lying outside the cells that is flagged
 _CERTAIN = 3.0  # standard deviations of a constant that is fitted
 _MANY_MASKED = 10  # pixels that stand out, above which a star is fitted again
 _RUN, _GROWTH = 4, 5  # so many masked neighbours are a feature, and so many pixels on both sides belong to it
+_REGION, _FEW = 256, 32  # pixels over which errors are compared, and of chi2 1 that are added to them
+_UNEVEN = 2.0  # ratio of two regions' chi2 above which the errors are scaled by region
+_BROADEST = 0.97 * np.sqrt(BROADENING_NODES[-1]) * GRID_WIDTH  # km/s
 _STATED = (1e-7, 100.0)  # median errors in units of the median flux at which float32 still fits; others mean nothing
 _LEAST_GOOD = 0.3  # part of the pixels of the grid that a fit needs
 
@@ -69,6 +78,8 @@ class RobustFit(NamedTuple):
     n_masked: Float[np.ndarray, " N"]  #: pixels that were masked since they stand out
     n_emission: Float[np.ndarray, " N"]  #: features of masked pixels above the model
     blend_gain: Float[np.ndarray, " N"]  #: decrease of chi2 by a second star, in units of the misfit
+    second_gain: Float[np.ndarray, " N"]  #: the same by one at another velocity
+    too_broad: Bool[np.ndarray, " N"]  #: whether lines are as broad as the fit allows, or broader
     outside: Float[np.ndarray, " N"]  #: probability that the star lies outside the cells of the mixture
     at_edge: Bool[np.ndarray, " N"]  #: whether a label lies at the edge of the grid
     fitted: Bool[np.ndarray, " N"]
@@ -80,12 +91,14 @@ class RobustFit(NamedTuple):
     def flags(self) -> dict[str, Bool[np.ndarray, " N"]]:
         """Which stars have which flag.
 
-        A misfit is a poor fit where it matters: where it leaves log g uncertain, or drove a label to the edge of the grid.
+        A misfit is a poor fit where it matters: where it leaves log g uncertain, or drove a label to the edge of the grid. So are
+        lines that are broader than the fit knows.
         """
-        misfit = self.fitted & (self.scale_chi2 > LIMITS).any(axis=1)
+        misfit = (self.scale_chi2 > LIMITS).any(axis=1)
+        matters = self.at_edge | (self.plain_error > TOO_UNCERTAIN)
         return {
-            POOR_FIT: (misfit & (self.at_edge | (self.plain_error > TOO_UNCERTAIN))) | (self.fitted & (self.chi2 > ABSURD)),
-            BLENDED: self.fitted & (self.blend_gain > SECOND_STAR),
+            POOR_FIT: self.fitted & ((misfit & matters) | self.too_broad | (self.chi2 > ABSURD)),
+            BLENDED: self.fitted & ((self.blend_gain > SECOND_STAR) | (self.second_gain > SECOND_VELOCITY)),
             OUTSIDE_CELLS: self.fitted & (self.outside > SURELY),
             EMISSION_LINES: self.fitted & (self.n_emission >= EMISSIONS),
             VELOCITY_UNCERTAIN: self.fitted & (self.contrast < UNIQUE),
@@ -114,27 +127,18 @@ def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], resolution
     stated = 2 * good_medians(error, good)
     fitted &= (good.mean(axis=1) >= _LEAST_GOOD) & (stated > _STATED[0]) & (stated < _STATED[1])
     flux, error = (np.where(fitted[:, None] & good, array, fill).astype(np.float32) for array, fill in ((flux, 0.5), (error, 1.0)))
-    fit = LabelFit(*map(np.array, fit_labels(flux, error, good, n_continuum=N_CONTINUUM)))
-    n_masked = fit.n_masked
-    with np.errstate(all="ignore"):
-        constant = np.abs(fit.rare[:, 0]) > _CERTAIN * fit.rare_error[:, 0] * np.sqrt(np.maximum(fit.chi2, 1.0))
-    again = np.flatnonzero(fitted & ((n_masked > _MANY_MASKED) | constant))
-    if len(again):
-        kept = good[again] & ~grow(good[again] & ~fit.good[again])
-        refit = fit_labels(flux[again], error[again], kept, n_continuum=N_CONTINUUM, additive=constant[again])
-        for old, new in zip(fit, refit, strict=True):
-            old[again] = new
-        n_masked = (good & ~fit.good).sum(axis=1)
+    expected = expected_chi2(overlap)
+    fit, used_error, ratio = _fit_and_doubt(flux, error, good, fitted, expected)
     unknown = ~np.isfinite(fit.chi2)
     fitted &= ~unknown
     fit.covariance[unknown] = np.eye(4)
-    fit = LabelFit(*(leaf if leaf.dtype == bool else np.nan_to_num(leaf) for leaf in fit))  # of no use, but finite
-    n_masked = np.nan_to_num(n_masked)
-    expected, residual = expected_chi2(overlap), (flux - fit.flux) / error
-    ratio = scale_chi2(residual, fit.good) / expected[None, :] / np.maximum(fit.chi2, 1e-30)[:, None]
-    stands_out = residual > 3 * np.sqrt(np.maximum(fit.chi2, 1.0))[:, None]  # not the surroundings that were masked with a band
-    bright = scipy.ndimage.binary_opening(good & ~fit.good & stands_out, np.ones((1, _RUN), bool))
-    n_emission = (np.diff(bright.astype(int), axis=1) > 0).sum(axis=1)
+    fit = LabelFit(*(leaf if leaf.dtype == bool else np.nan_to_num(leaf, copy=False) for leaf in fit))  # of no use, but finite
+    ratio = np.where(unknown[:, None], 0.0, ratio)
+    out = good & ~fit.good
+    # Not the surroundings that were masked with a band.
+    out &= flux - fit.flux > 3 * used_error * np.sqrt(np.maximum(fit.chi2, 1.0))[:, None]
+    bright = in_a_row(out)
+    n_emission = (bright[:, 1:] & ~bright[:, :-1]).sum(axis=1)
     widening = fit.chi2 * np.maximum(ratio, 1.0).max(axis=1) * expected[-1]
     _, plain = add_prior(fit.labels, fit.covariance * widening[:, None, None])
     labels, covariance = allow_rare(fit, widening, np.array(RARE) * [0.5, 1.0])
@@ -153,10 +157,12 @@ def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], resolution
         chi2=known(fit.chi2),
         scale_chi2=known(ratio),
         contrast=known(fit.velocity_contrast),
-        n_masked=np.where(fitted, n_masked, 0),
+        n_masked=np.where(fitted, fit.n_masked, 0),
         n_emission=n_emission,
         blend_gain=known(fit.blend_gain / np.maximum(widening, 1e-30)),
+        second_gain=known(second_velocity(fit, flux, used_error) / np.maximum(widening, 1e-30)),
         outside=known(outside_cells(labels, np.sqrt(variance))),
+        too_broad=fit.broadening >= _BROADEST,
         at_edge=np.logical_or.reduce(fit.at_edge, axis=1),
         fitted=fitted,
         flux=flux,
@@ -164,6 +170,54 @@ def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], resolution
         model=np.asarray(fit.flux),
         used=np.where(good, fit.good.astype(np.int8), np.int8(-1)),
     )
+
+
+def _fit_and_doubt(
+    flux: np.ndarray, error: np.ndarray, good: np.ndarray, fitted: np.ndarray, expected: np.ndarray
+) -> tuple[LabelFit, np.ndarray, np.ndarray]:
+    """Fits, and fits once more where something is wrong with a spectrum that can be put right.
+
+    Where many pixels stand out, their surroundings are masked too. Where a constant is beyond doubt, it is fitted. Where the
+    residuals are independent, but larger in some regions, the errors are scaled in each region. Where residuals hang together,
+    two explanations are tried: a richer continuum, and bands of the Earth's atmosphere. One that explains them all is believed.
+
+    Returns:
+        The fits, the errors that they used, and ``scale_ratio``.
+    """
+    fit = fit_labels(flux, error, good, n_continuum=N_CONTINUUM)
+    ratio, n_masked = scale_ratio(fit, flux, error, expected), fit.n_masked
+    local = local_chi2((flux - fit.flux) / error, fit.good)
+    uneven = (ratio < LIMITS).all(axis=1) & (local.max(axis=1) > _UNEVEN * local.min(axis=1))
+    if uneven.any():
+        error = np.where(uneven[:, None], error * np.sqrt(local), error).astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        constant = np.abs(fit.rare[:, 0]) > _CERTAIN * fit.rare_error[:, 0] * np.sqrt(np.maximum(fit.chi2, 1.0))
+
+    def refit(chosen: np.ndarray, keep: Callable[[np.ndarray], np.ndarray], n_continuum: int, doubtful: bool) -> None:
+        """Fits some stars again, with those pixels that ``keep`` makes of the masked ones."""
+        rows = np.flatnonzero(fitted & chosen)
+        if not len(rows):
+            return
+        kept = good[rows] & keep(good[rows] & ~fit.good[rows])
+        other = fit_labels(flux[rows], error[rows], kept, n_continuum=n_continuum, additive=constant[rows])
+        other.n_masked[:] = (good[rows] & ~other.good).sum(axis=1)
+        found = scale_ratio(other, flux[rows], error[rows], expected)
+        put = (found < LIMITS).all(axis=1) if doubtful else np.ones(len(rows), bool)
+        ratio[rows[put]] = found[put]
+        for name, leaf in other._asdict().items():
+            if name != "continuum":
+                getattr(fit, name)[rows[put]] = leaf[put]
+
+    def without_rows(out: np.ndarray) -> np.ndarray:  # which may have been masked since the continuum was wrong
+        return np.logical_or(~out, in_a_row(out))
+
+    refit((n_masked > _MANY_MASKED) | constant | uneven, lambda out: ~grow(out), N_CONTINUUM, doubtful=False)
+    refit(ratio[:, 1] > LIMITS[1], without_rows, N_WAVY, doubtful=True)
+    misfit = np.flatnonzero((ratio > LIMITS).any(axis=1))
+    absorbed, bands = np.zeros(len(flux), bool), in_telluric_bands()
+    absorbed[misfit] = local_excess((flux - fit.flux)[misfit] / error[misfit], fit.good[misfit], bands) > _UNEVEN
+    refit(absorbed, lambda out: without_rows(out) & ~bands, N_CONTINUUM, doubtful=True)
+    return fit, error, ratio
 
 
 def allow_rare(
@@ -223,15 +277,69 @@ def add_prior(
 
 def grow(out: Bool[np.ndarray, "N P"]) -> Bool[np.ndarray, "N P"]:
     """Masked pixels with the surroundings of those that lie in a row: the wings of a line, the edges of a band."""
-    features = scipy.ndimage.binary_opening(out, np.ones((1, _RUN), bool))
-    return np.logical_or(out, scipy.ndimage.binary_dilation(features, np.ones((1, 2 * _GROWTH + 1), bool)))
+    return np.logical_or(out, scipy.ndimage.binary_dilation(in_a_row(out), np.ones((1, 2 * _GROWTH + 1), bool)))
+
+
+def in_a_row(out: Bool[np.ndarray, "N P"]) -> Bool[np.ndarray, "N P"]:
+    """Those of the masked pixels that lie in a row of at least ``_RUN``."""
+    return np.asarray(scipy.ndimage.binary_opening(out, np.ones((1, _RUN), bool)))
+
+
+def local_chi2(residual: Float[np.ndarray, "N P"], good: Bool[AnyArray, "N P"]) -> Float[np.ndarray, "N P"]:
+    """chi2 of each pixel's region in units of that of the spectrum; of a region with few pixels, near 1."""
+    square = np.where(good, residual, 0.0) ** 2
+    mean = square.sum(axis=1, keepdims=True) / np.maximum(good.sum(axis=1, keepdims=True), 1)
+    total, number = (x.reshape(len(good), -1, _REGION).sum(axis=2) for x in (square, good))
+    return np.repeat((total / np.maximum(mean, 1e-30) + _FEW) / (number + _FEW), _REGION, axis=1)
+
+
+def second_velocity(fit: LabelFit, flux: Float[np.ndarray, "N P"], error: Float[np.ndarray, "N P"]) -> Float[np.ndarray, " N"]:
+    """By how much the lines of a second star at another velocity would lower chi2.
+
+    The residuals are compared with the templates of the search for the velocity. The labels cannot imitate lines at another
+    velocity, so they are held.
+    """
+    model = default_model()
+    weight = np.where(fit.good, error, np.inf) ** -2
+    residual, total, light = rebin(weight * (flux - fit.flux)), rebin(weight), rebin(weight * fit.flux)
+    terms = chebyshev_terms(total.shape[1], NORMALISE_TERMS)
+    smooth = light / np.maximum(total, 1e-30) @ np.linalg.pinv(terms) @ terms
+    n_templates = model.shifted.shape[0] * model.shifted.shape[1]
+    overlap = np.maximum((residual * smooth) @ model.shifted.reshape(n_templates, -1).T, 0.0)
+    power = rebin(total * smooth**2) @ model.shifted_power.reshape(n_templates, -1).T  # means over some pixels, as in find_velocity
+    gain = (overlap**2 / np.maximum(power, 1e-30)).reshape(len(flux), len(model.velocities), -1).max(axis=2)
+    return np.where(np.abs(model.velocities - fit.velocity[:, None]) > SEPARATION, gain, 0.0).max(axis=1)
+
+
+def local_excess(
+    residual: Float[np.ndarray, "N P"], good: Bool[AnyArray, "N P"], inside: Bool[np.ndarray, " P"]
+) -> Float[np.ndarray, " N"]:
+    """chi2 of the pixels inside over that of the others; 0 where all of either are masked."""
+    square = np.where(good, residual, 0.0) ** 2
+    mean = [square[:, part].sum(axis=1) / np.maximum(good[:, part].sum(axis=1), 1) for part in (inside, ~inside)]
+    return mean[0] / np.maximum(mean[1], 1e-30)
+
+
+def in_telluric_bands() -> Bool[np.ndarray, " P"]:
+    """Whether a pixel, as observed, lies in a strong band of the Earth's atmosphere."""
+    return np.logical_or.reduce([(low <= WAVE) & (high >= WAVE) for low, high in TELLURIC])
+
+
+def scale_ratio(
+    fit: LabelFit, flux: Float[np.ndarray, "N P"], error: Float[np.ndarray, "N P"], expected: Float[np.ndarray, " 2"]
+) -> Float[np.ndarray, "N 2"]:
+    """``scale_chi2`` of fits, in units of that of noise and of the chi2 of single pixels; NaN where there is no fit."""
+    residual = (flux - np.asarray(fit.flux)) / error
+    return scale_chi2(residual, fit.good) / expected[None, :] / np.maximum(fit.chi2, 1e-30)[:, None]
 
 
 def scale_chi2(residual: Float[np.ndarray, "N P"], good: Bool[AnyArray, "N P"]) -> Float[np.ndarray, "N 2"]:
     """Mean square of the residuals' sums over SCALES pixels, in units of that of independent residuals."""
-    columns = []
+    columns, width = [], 1
+    total, number = np.where(good, residual, 0.0), np.asarray(good, np.int16)
     for scale in SCALES:
-        total, number = (x.reshape(len(good), -1, scale).sum(axis=2) for x in (np.where(good, residual, 0.0), good))
+        step, width = scale // width, scale
+        total, number = (functools.reduce(operator.add, (x[:, i::step] for i in range(step))) for x in (total, number))
         enough = number > scale / 2
         columns.append(np.where(enough, total**2 / np.maximum(number, 1), 0).sum(axis=1) / np.maximum(enough.sum(axis=1), 1))
     return np.stack(columns, axis=1)

@@ -11,7 +11,7 @@ from moe_jax.core.cholesky import solve_small
 from moe_jax.spectra.label_model import NORMALISE_TERMS, VELOCITY_STEP, LabelModel, chebyshev_terms, rebin
 from moe_jax.spectra.label_point import coarsen
 
-_SEPARATION = 150.0  # km/s, least distance of a second velocity
+SEPARATION = 150.0  #: km/s, least distance of a second velocity
 _N_PARTS = 64  # of a flattened spectrum; those of the grid have means from -0.32 to 0.10
 _FAINTEST, _BRIGHTEST = -0.4, 0.25
 
@@ -68,7 +68,7 @@ def find_velocity(
     curvature = jnp.minimum(left - 2.0 * middle + right, -1e-30)
     shift = jnp.clip(0.5 * (left - right) / curvature, -1.0, 1.0)
     total = jnp.sum(weight * jnp.square(flat), axis=1) - middle
-    apart = jnp.abs(v[None, :] - v[best][:, None]) > _SEPARATION
+    apart = jnp.abs(v[None, :] - v[best][:, None]) > SEPARATION
     second = jnp.max(jnp.where(apart, gain, 0.0), axis=1)
     reduced = total / jnp.maximum(jnp.sum(weight > 0, axis=1), 1)
     return v[best] + shift * VELOCITY_STEP, (middle - second) / jnp.maximum(reduced, 1e-30)

@@ -30,6 +30,8 @@ class MaskedSpectra(NamedTuple):
 
 def good_medians(values: Float[np.ndarray, "N P"], good: Bool[np.ndarray, "N P"]) -> Float[np.ndarray, " N"]:
     """Median of each star's good pixels; NaN where there are none."""
+    if good.all():
+        return np.median(values, axis=1)
     return np.array([np.median(row[used]) if used.any() else np.nan for row, used in zip(values, good, strict=True)])
 
 

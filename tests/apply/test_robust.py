@@ -5,7 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from experiments.pipeline.spoilings import SPOILINGS, TRIED, Exposure
 from moe_jax.apply.robust import (
+    BLENDED,
+    POOR_FIT,
     RARE,
     SCALES,
     add_prior,
@@ -13,6 +16,9 @@ from moe_jax.apply.robust import (
     expected_chi2,
     fit_robustly,
     grow,
+    in_telluric_bands,
+    local_chi2,
+    local_excess,
     outside_cells,
     scale_chi2,
 )
@@ -33,6 +39,49 @@ def test_chi2_at_two_scales(rng):
                 sums.append(own.sum() ** 2 / len(own))
         assert found[1, i] == pytest.approx(np.mean(sums))
         np.testing.assert_allclose(found[[0, 2], i], 1, atol=0.3)
+
+
+def test_chi2_of_regions(rng):
+    residual, good = rng.normal(size=(2, 4096)), rng.random((2, 4096)) > 0.1
+    residual[0, :1024] *= 3
+    good[1, 256:512] = False
+    found, square = local_chi2(residual, good), residual**2
+    for row in (0, 1):
+        own = square[row, :256][good[row, :256]]
+        expected = (own.sum() / square[row, good[row]].mean() + 32) / (len(own) + 32)
+        np.testing.assert_allclose(found[row, :256], expected)
+    np.testing.assert_array_equal(found[1, 256:512], 1)
+    assert found[0, 0] > 5 * found[0, -1]
+    inside = np.arange(4096) < 512
+    expected = [square[i, inside & good[i]].mean() / square[i, ~inside & good[i]].mean() for i in (0, 1)]
+    np.testing.assert_allclose(local_excess(residual, good, inside), expected)
+
+
+@pytest.mark.slow
+def test_what_can_be_put_right_is(small_survey, rng):
+    """Seven bright stars: log g moves by little where the fit finds what is wrong, or they are flagged."""
+    flux, error = (np.asarray(array, np.float64) for array in (small_survey.flux, 0.2 * small_survey.error))
+    labels = np.stack([np.asarray(getattr(small_survey.labels, name)) for name in ("T_eff", "log_g", "M_H")], axis=1)
+    inside = (np.abs(labels - [5000, 3, -0.75]) < [800, 1.5, 1.0]).all(axis=1)
+    rows = np.flatnonzero(inside & (np.median(flux / error, axis=1) > 20))[:7]
+    exposure = Exposure(flux[rows], error[rows] * rng.normal(size=(7, 4096)), error[rows])
+
+    def fit(case):
+        spoiled = (SPOILINGS | TRIED)[case](np.random.default_rng(3), exposure)
+        observed = spoiled.flux + spoiled.noise
+        return fit_robustly(MaskedSpectra(observed, spoiled.error, np.ones(observed.shape, bool)), WAVE)
+
+    plain = fit("untouched")
+    assert not any(flag.any() for flag in plain.flags().values())
+    for case in ("two arms that differ by 10 %", "lines of water and oxygen", "errors understated by 4 in the blue half"):
+        found = fit(case)
+        moved = np.abs(found.labels[:, 1] - plain.labels[:, 1])
+        handled = (moved < 3 * found.error[:, 1]) & (found.error[:, 1] < 3 * plain.error[:, 1])
+        assert handled.sum() >= 4, case
+        if case == "lines of water and oxygen":
+            assert (found.used[:, in_telluric_bands()] == 0).all(axis=1).sum() >= 5
+    assert fit("half of another star at 200 km/s").flags()[BLENDED].sum() >= 6
+    assert fit("resolution 1500").flags()[POOR_FIT].all()
 
 
 def test_noise_that_resampling_shares(rng):

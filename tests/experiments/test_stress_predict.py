@@ -7,7 +7,7 @@ import pytest
 from small_run import with_options
 
 from experiments import stress_predict
-from experiments.pipeline.spoilings import LATER, LIGHT, SPOILINGS, WAVE, Exposure, blur, shift
+from experiments.pipeline.spoilings import LATER, LIGHT, SPOILINGS, TRIED, WAVE, Exposure, blur, shift
 from moe_jax import InputError, save_survey, simulate_survey
 
 
@@ -75,6 +75,6 @@ def test_the_study(trained, tmp_path, monkeypatch):
     config = with_options(stress_predict.PRESETS["smoke"], model=trained / "model", n_stars=40, output_dir=tmp_path)
     stress_predict.main(config)
     cases = pd.read_csv(tmp_path / "cases.csv")
-    assert list(cases["case"]) == [*few, *LATER]
+    assert list(cases["case"]) == [*few, *LATER, *TRIED]
     assert cases["flagged"].iloc[0] < 0.1
     assert (tmp_path / "cases.png").exists()
