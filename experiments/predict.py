@@ -29,8 +29,8 @@ where the mixture or the local experts answer):
     n_masked           masked pixels, in the file or since they stand out
     flags              names of what is unusual, joined by |:
       poor_fit           a misfit that leaves log g uncertain by more than 0.5, or drove a label to the edge of the grid,
-                         or chi2 above 100
-      blended            a second star in the spectrum describes the residuals; log g is wrong
+                         lines broader than the fit knows (a resolution below 1,667), or chi2 above 100
+      blended            a second star in the spectrum, also at another velocity, describes the residuals; log g is wrong
       outside_cells      it is sure (99.9 %) that the star lies outside the mixture's cells; log g is that of the fit
       emission_lines     three or more lines in emission; they were masked
       velocity_uncertain another velocity fits almost as well
