@@ -18,20 +18,13 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.core.arrays import InputError
+from moe_jax.core.files import fingerprint
 from moe_jax.core.trees import load_tree, save_tree
 
 DEFAULT_FOLDER = Path(".cache/moe_jax")
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("moe_jax", "experiments")
 Tree = TypeVar("Tree")
-
-
-def fingerprint(paths: Sequence[Path]) -> str:
-    """Hash of the contents of some files."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 @functools.cache

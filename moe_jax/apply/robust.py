@@ -16,7 +16,6 @@ first, are near 1 unless residuals hang together, as those of lines and continua
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ from moe_jax.spectra.fisher import LABEL_UNITS
 from moe_jax.spectra.grid import GRID_RESOLUTION
 from moe_jax.spectra.label_fit import LabelFit, fit_labels
 from moe_jax.spectra.label_model import BROADENING_NODES, GRID_WIDTH, NORMALISE_TERMS, chebyshev_terms, default_model, rebin
-from moe_jax.spectra.label_start import SEPARATION
+from moe_jax.spectra.label_start import SEPARATION, velocity_gains
 from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.resample import MaskedSpectra, good_medians, overlaps, resample
 from moe_jax.spectra.simulate import LABEL_LATTICE
@@ -304,10 +303,7 @@ def second_velocity(fit: LabelFit, flux: Float[np.ndarray, "N P"], error: Float[
     residual, total, light = rebin(weight * (flux - fit.flux)), rebin(weight), rebin(weight * fit.flux)
     terms = chebyshev_terms(total.shape[1], NORMALISE_TERMS)
     smooth = light / np.maximum(total, 1e-30) @ np.linalg.pinv(terms) @ terms
-    n_templates = model.shifted.shape[0] * model.shifted.shape[1]
-    overlap = np.maximum((residual * smooth) @ model.shifted.reshape(n_templates, -1).T, 0.0)
-    power = rebin(total * smooth**2) @ model.shifted_power.reshape(n_templates, -1).T  # means over some pixels, as in find_velocity
-    gain = (overlap**2 / np.maximum(power, 1e-30)).reshape(len(flux), len(model.velocities), -1).max(axis=2)
+    gain = velocity_gains(residual * smooth, total * smooth**2, model)
     return np.where(np.abs(model.velocities - fit.velocity[:, None]) > SEPARATION, gain, 0.0).max(axis=1)
 
 
@@ -339,7 +335,7 @@ def scale_chi2(residual: Float[np.ndarray, "N P"], good: Bool[AnyArray, "N P"]) 
     total, number = np.where(good, residual, 0.0), np.asarray(good, np.int16)
     for scale in SCALES:
         step, width = scale // width, scale
-        total, number = (functools.reduce(operator.add, (x[:, i::step] for i in range(step))) for x in (total, number))
+        total, number = rebin(total, step), rebin(number, step)
         enough = number > scale / 2
         columns.append(np.where(enough, total**2 / np.maximum(number, 1), 0).sum(axis=1) / np.maximum(enough.sum(axis=1), 1))
     return np.stack(columns, axis=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ import jax
 from jax import export
 
 from moe_jax.core.arrays import InputError
-from moe_jax.core.files import atomic_path
+from moe_jax.core.files import atomic_path, fingerprint
 from moe_jax.core.trees import load_tree, save_tree
 
 Tree = TypeVar("Tree")
@@ -39,7 +39,8 @@ def kept_tree(name: str, kind: type[Tree], compute: Callable[[], Tree]) -> Tree:
     with contextlib.suppress(OSError, InputError):  # there is none, or none that can be read
         return load_tree(path, kind)
     tree = compute()
-    _write(path, functools.partial(save_tree, tree=tree))
+    with _writing(path):
+        save_tree(path, tree)
     return tree
 
 
@@ -79,7 +80,8 @@ def _exported(path: Path, function: Any, leaves: Sequence[Any]) -> export.Export
             return export.deserialize(bytearray(whole[32:]))
     exported = export.export(jax.jit(function))(*leaves)
     serialized = exported.serialize()
-    _write(path, lambda temporary: temporary.write_bytes(hashlib.sha256(serialized).digest() + serialized))
+    with _writing(path), atomic_path(path) as temporary:
+        temporary.write_bytes(hashlib.sha256(serialized).digest() + serialized)
     return exported
 
 
@@ -105,17 +107,14 @@ def _setting(name: str) -> Any:
 @functools.cache
 def _package() -> str:
     """Hash of the modules and of the data of this package."""
-    digest = hashlib.sha256()
-    for path in sorted([*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("data/*")]):
-        digest.update(str(path.relative_to(_PACKAGE)).encode() + path.read_bytes())
-    return digest.hexdigest()
+    return fingerprint(sorted([*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("data/*")]))
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file, where the folder can be written, and removes the oldest of those of its name."""
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Lets its block write a file, where the folder can be written, and removes the oldest of those of its name."""
     with contextlib.suppress(OSError):
-        with atomic_path(path) as temporary:
-            write(temporary)
+        yield
         name = path.name.rpartition("-")[0]
         files = sorted(path.parent.glob(f"{name}-*{path.suffix}"), key=lambda file: file.stat().st_mtime)
         for file in files[:-_MOST]:

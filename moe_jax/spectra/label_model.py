@@ -165,9 +165,9 @@ def _splines(spectra: np.ndarray) -> np.ndarray:
     return np.pad(scipy.ndimage.spline_filter1d(spectra, 2, axis=1), ((0, 0), (1, 1)), mode="edge")
 
 
-def rebin(spectra: AnyArray) -> Any:
-    """Sums of ``REBIN`` neighbouring pixels, for arrays of NumPy and of JAX; XLA is slow at sums over a short axis."""
-    return functools.reduce(operator.add, (spectra[..., i::REBIN] for i in range(REBIN)))
+def rebin(spectra: AnyArray, width: int = REBIN) -> Any:
+    """Sums of ``width`` neighbouring pixels, for arrays of NumPy and of JAX; XLA is slow at sums over a short axis."""
+    return functools.reduce(operator.add, (spectra[..., i::width] for i in range(width)))
 
 
 def _flatten(spectra: np.ndarray) -> np.ndarray:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from moe_jax.core.arrays import matmul
+from moe_jax.core.arrays import AnyArray, matmul
 from moe_jax.core.cholesky import solve_small
 from moe_jax.spectra.label_model import NORMALISE_TERMS, VELOCITY_STEP, LabelModel, chebyshev_terms, rebin
 from moe_jax.spectra.label_point import coarsen
@@ -40,6 +42,24 @@ def flatten(flux: jax.Array, weight: jax.Array, smooth: jax.Array) -> tuple[jax.
     return flat, weight * jnp.square(smooth) * jnp.repeat(possible, flat.shape[1] // _N_PARTS, axis=1)
 
 
+def velocity_gains(product: AnyArray, weight: AnyArray, model: LabelModel) -> Any:
+    """By how much the best template at each velocity lowers chi2, if its strength is free; for arrays of NumPy and of JAX.
+
+    Args:
+        product: (N, P4) coarse spectra times their weights.
+        weight: (N, P4) inverse variances.
+        model: has the templates.
+
+    Returns:
+        (N, V), 0 where the lines of all templates have the wrong sign.
+    """
+    shifted = model.shifted.reshape(-1, product.shape[1])
+    overlap = matmul(product, shifted.T).clip(0.0)
+    # The squares are means over some pixels, with the sums of their weights: a quarter of the work, and nearly the same.
+    power = matmul(rebin(weight), model.shifted_power.reshape(len(shifted), -1).T).clip(1e-30)
+    return (overlap**2 / power).reshape(len(product), *model.shifted.shape[:2]).max(axis=2)
+
+
 def find_velocity(
     flat: Float[jax.Array, "N P4"], weight: Float[jax.Array, "N P4"], model: LabelModel
 ) -> tuple[Float[jax.Array, " N"], Float[jax.Array, " N"]]:
@@ -56,12 +76,7 @@ def find_velocity(
         Velocity (km/s) and its contrast: by how much the best chi2 of a velocity more than 150 km/s away is larger, in units of
         the least chi2 per degree of freedom. Below some 25 the velocity is not unique.
     """
-    shifted = jnp.asarray(model.shifted).reshape(-1, flat.shape[1])
-    overlap = jnp.maximum(matmul(weight * flat, shifted.T), 0.0)
-    # The squares are means over some pixels, with the sums of their weights: a quarter of the work, and nearly the same.
-    power = matmul(rebin(weight), jnp.asarray(model.shifted_power).reshape(len(shifted), -1).T)
-    gain = jnp.square(overlap) / jnp.maximum(power, 1e-30)
-    gain = jnp.max(gain.reshape(len(flat), *model.shifted.shape[:2]), axis=2)
+    gain = velocity_gains(weight * flat, weight, model)
     v, n = jnp.asarray(model.velocities), len(model.velocities)
     best = jnp.clip(jnp.argmax(gain, axis=1), 1, n - 2)
     left, middle, right = (jnp.take_along_axis(gain, best[:, None] + i, axis=1)[:, 0] for i in (-1, 0, 1))

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from experiments.runner import cache as runner_cache
-from experiments.runner.cache import ROOT, Cache, fingerprint, source_files
+from experiments.runner.cache import ROOT, Cache, source_files
 from moe_jax import InputError
+from moe_jax.core.files import fingerprint
 
 
 class Tree(NamedTuple):
