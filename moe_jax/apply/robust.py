@@ -28,7 +28,7 @@ from moe_jax.experts.cells import M_H_EDGES, T_EFF_EDGES
 from moe_jax.spectra.broadening import broadening_width
 from moe_jax.spectra.fisher import LABEL_UNITS
 from moe_jax.spectra.grid import GRID_RESOLUTION
-from moe_jax.spectra.label_fit import LabelFit, fit_labels
+from moe_jax.spectra.label_fit import N_CONTINUUM, LabelFit, fit_labels
 from moe_jax.spectra.label_model import BROADENING_NODES, GRID_WIDTH, NORMALISE_TERMS, chebyshev_terms, default_model, rebin
 from moe_jax.spectra.label_start import SEPARATION, velocity_gains
 from moe_jax.spectra.pixels import WAVE
@@ -37,8 +37,7 @@ from moe_jax.spectra.simulate import LABEL_LATTICE
 
 POOR_FIT, EMISSION_LINES, VELOCITY_UNCERTAIN, NOT_A_STAR = "poor_fit", "emission_lines", "velocity_uncertain", "not_a_star"
 BLENDED, OUTSIDE_CELLS = "blended", "outside_cells"
-N_CONTINUUM = 9  # terms of the continuum
-N_WAVY = 25  # the same of spectra that it describes no better than by chance, as with a jump between two arms
+N_WAVY = 25  # terms of the continuum of spectra that N_CONTINUUM terms describe no better than by chance, as with a jump between two arms
 SCALES = (4, 32)  # pixels over which residuals are averaged
 LIMITS = (1.09, 1.36)  #: of chi2 at these scales; 0.3 % of good spectra lie above each of them
 TELLURIC = ((7165.0, 7345.0), (7593.0, 7705.0), (8130.0, 8345.0))  #: Angstrom, vacuum: water, the A band of oxygen, water
@@ -183,7 +182,7 @@ def _fit_and_doubt(
     Returns:
         The fits, the errors that they used, and ``scale_ratio``.
     """
-    fit = fit_labels(flux, error, good, n_continuum=N_CONTINUUM)
+    fit = fit_labels(flux, error, good)
     ratio, n_masked = scale_ratio(fit, flux, error, expected), fit.n_masked
     local = local_chi2((flux - fit.flux) / error, fit.good)
     uneven = (ratio < LIMITS).all(axis=1) & (local.max(axis=1) > _UNEVEN * local.min(axis=1))

@@ -48,6 +48,7 @@ from moe_jax.spectra.label_steps import Problem, State, free_rows, next_place, s
 from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.simulate import median_rows
 
+N_CONTINUUM = 9  #: terms of the continuum's polynomial
 _LEAST_PIXELS = 50  # of a star that is fitted
 _BLOCK = 64  # stars that are prepared together
 _COARSE_STEPS, _FINE_STEPS = 6, 8  # at most, before and after masking
@@ -84,7 +85,7 @@ def fit_labels(
     good: Bool[AnyArray, "N P"] | None = None,
     *,
     velocity: Float[AnyArray, " N"] | None = None,
-    n_continuum: int = 5,
+    n_continuum: int = N_CONTINUUM,
     broadening: bool = True,
     additive: bool | Bool[AnyArray, " N"] = False,
     model: LabelModel | None = None,
