@@ -47,6 +47,7 @@ DEFAULT_METHOD: IntervalMethod = "basic"
 # Resamples are summed in tiles, each one matmul of a fixed shape.
 RESAMPLES_IN_TILE = 1024  # at most; fewer where N is large
 COUNTS_IN_TILE = 2**23  # at most, where N is below this number
+_DRAWN_AT_ONCE = 2**20  # stars, by all cores; more would not stay in the cache
 
 
 class Difference(NamedTuple):
@@ -83,7 +84,7 @@ def random_bits(key: PRNGKeyArray, n: int) -> UInt32[jax.Array, " N"]:
     JAX compiles Threefry for CPUs as a loop that writes its state to memory after every four rounds. Here the 20 rounds (Salmon
     et al. 2011, Threefry-2x32) are one expression. Keys of other generators (``jax.random.key(seed, impl=...)``) go to JAX.
     """
-    if str(jax.random.key_impl(key)) != "threefry2x32":
+    if not is_threefry(key):
         return jax.random.bits(key, (n,), jnp.uint32)
     first, second = jax.random.key_data(key)
     schedule = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
@@ -94,6 +95,11 @@ def random_bits(key: PRNGKeyArray, n: int) -> UInt32[jax.Array, " N"]:
             right = ((right << turn) | (right >> (32 - turn))) ^ left
         left, right = left + schedule[(group + 1) % 3], right + schedule[(group + 2) % 3] + np.uint32(group + 1)
     return left ^ right
+
+
+def is_threefry(key: PRNGKeyArray) -> bool:
+    """Whether a key is one of JAX's default generator."""
+    return str(jax.random.key_impl(key)) == "threefry2x32"
 
 
 def resample_rows(key: PRNGKeyArray, n: int) -> Int[jax.Array, " N"]:
@@ -317,7 +323,10 @@ def _resample(key: jax.Array, y: jax.Array, columns: jax.Array, n_resamples: int
     def tile(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
         # One resample after another: XLA's CPU code for a scatter of all of them is several times slower within a loop, and
         # under vmap JAX's generator "rbg" draws another sequence for a key than alone.
-        counts = lax.map(lambda key: count(resample_rows(key, n)), keys)
+        if is_threefry(key) and len(keys) * n <= _DRAWN_AT_ONCE:
+            counts = lax.map(count, jax.vmap(lambda key: resample_rows(key, n))(keys))
+        else:
+            counts = lax.map(lambda key: count(resample_rows(key, n)), keys)
         sums = jnp.einsum("bn,mgn->mbg", counts, columns, precision=lax.Precision.HIGHEST)
         drawn, _, squares, *_ = sums
         ss_total = squares - sums[1] ** 2 / jnp.maximum(drawn, 1.0)
