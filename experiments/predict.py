@@ -133,8 +133,7 @@ def main(config: PredictConfig) -> None:
             star = 0
             for source in open_spectra(path):
                 application = _prepare(config, model, path, source, quiet=star > 0)
-                # Files with some 64, 128, 256 ... stars share compiled programs.
-                chunk = min(config.chunk_stars, max(64, 2 ** (source.n_stars - 1).bit_length()))
+                chunk = min(config.chunk_stars, source.n_stars)
                 with stages.chunks(path.name, source.n_stars) as advance:
                     for start in range(0, source.n_stars, chunk):
                         stop = min(start + chunk, source.n_stars)

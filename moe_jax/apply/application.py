@@ -191,7 +191,8 @@ def apply_model(application: Application, spectra: MaskedSpectra, first_star: in
         application: result of ``prepare_application`` for the wavelengths of the spectra.
         spectra: spectra as a telescope gives them.
         first_star: number of the first star, for the column star.
-        pad_to: number of stars that the mixture is applied to, so that parts of different sizes share compiled programs.
+        pad_to: least number of stars that the mixture is applied to, so that parts of a file share compiled programs. It is raised
+            to the next of 64, 128, 256 ...
 
     Returns:
         Columns star, log_g, uncertainty (half-width of the 68 % interval; of a mixture that is not calibrated, the standard
@@ -202,7 +203,7 @@ def apply_model(application: Application, spectra: MaskedSpectra, first_star: in
         spectra only.
     """
     n_stars = len(spectra.flux)
-    pad = ((0, max(0, pad_to - n_stars)), (0, 0))
+    pad = ((0, max(64, 2 ** (max(n_stars, pad_to) - 1).bit_length()) - n_stars), (0, 0))
     prediction, on_model = _apply_mixture(application, MaskedSpectra(*(np.pad(array, pad, mode="edge") for array in spectra)))
     usable, masked = on_model.usable[:n_stars], ~on_model.good[:n_stars]
     wave, distance = np.asarray(application.model.wave), np.asarray(prediction.distance)[:n_stars]
