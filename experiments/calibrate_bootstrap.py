@@ -295,8 +295,8 @@ def compute(config: CalibrateConfig, stages: Stages) -> Results:
         for name, gain, true in zip(PAIRS, gains, truth, strict=True):
             ends = []
             for i in stages.each(f"{HALVES[half]}, {size:,} stars: {name}", range(0, n_sets, _SETS)):
-                found = intervals_of_sets(keys[i : i + _SETS], y, gain, cell, size, config.bootstrap.n_resamples)
-                ends.append(np.asarray(found, np.float64))
+                intervals = intervals_of_sets(keys[i : i + _SETS], y, gain, cell, size, config.bootstrap.n_resamples)
+                ends.append(np.asarray(intervals, np.float64))
             columns = {"half": HALVES[half], "set_size": size, "comparison": name}
             tables.append(coverage_tables(np.concatenate(ends), true, **columns))
     coverage, simultaneous = (pd.concat(parts, ignore_index=True) for parts in zip(*tables, strict=True))

@@ -61,12 +61,12 @@ PRESETS = {
 }
 
 
-def check(name: str, found: float, tolerance: float | None = None, unit: str = "") -> dict[str, Any]:
+def check(name: str, value: float, tolerance: float | None = None, unit: str = "") -> dict[str, Any]:
     """A row of the table, which is also printed: a check, or with no tolerance a measurement."""
-    fine = None if tolerance is None else bool(found <= tolerance)
+    fine = None if tolerance is None else bool(value <= tolerance)
     verdict = "" if fine is None else f", tolerance {tolerance:g}: {'fine' if fine else 'FAILED'}"
-    console.print(f"{name}: {found:.4g} {unit}{verdict}")
-    return {"check": name, "found": found, "tolerance": tolerance, "unit": unit, "fine": fine}
+    console.print(f"{name}: {value:.4g} {unit}{verdict}")
+    return {"check": name, "found": value, "tolerance": tolerance, "unit": unit, "fine": fine}
 
 
 def shortest(call: Callable[[], Any], n_calls: int = 3) -> float:

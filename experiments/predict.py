@@ -192,10 +192,10 @@ def files_of(given: Path) -> list[Path]:
     """
     if given.exists() or not glob.has_magic(str(given)):
         return [given]
-    found = sorted(Path(given.anchor).glob(str(given.relative_to(given.anchor))))
-    if not found:
+    paths = sorted(Path(given.anchor).glob(str(given.relative_to(given.anchor))))
+    if not paths:
         raise InputError(f"{given}: found no file of such a name, expected at least one")
-    return found
+    return paths
 
 
 def _prepare(config: PredictConfig, model: Model, path: Path, source: Source, quiet: bool) -> Application:

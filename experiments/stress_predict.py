@@ -177,9 +177,9 @@ def compute(config: StressConfig, stages: Stages) -> Results:
     ]
     if real_stars is not None:
         application, spectra, labels = real_stars
-        found = predict(application, spectra)
-        tables["real_stars"] = pd.concat([labels.add_prefix("literature_"), found], axis=1)
-        real = score("real stars", found, labels["log_g"].to_numpy())
+        answers = predict(application, spectra)
+        tables["real_stars"] = pd.concat([labels.add_prefix("literature_"), answers], axis=1)
+        real = score("real stars", answers, labels["log_g"].to_numpy())
         sections.insert(3, f"Real stars: {real['flagged']:.0%} flagged, rms {real['rms']:.2f}, coverage {real['coverage']:.2f}.")
         console.print(sections[3])
     console.print(table.to_string(index=False, float_format="%.3f"))

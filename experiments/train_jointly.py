@@ -232,7 +232,7 @@ def train(
         Predictions of each variant by seed, the chosen penalty, and tables of the rounds and of the training by gradient.
     """
     frozen_predictions, test = prepared.gate_stars().predictions, prepared.test.covered()
-    found: dict[str, list[np.ndarray]] = {name: [] for name in (FROZEN, ONE_ROUND, ALL_ROUNDS, GRADIENT, LEAKY)}
+    by_name: dict[str, list[np.ndarray]] = {name: [] for name in (FROZEN, ONE_ROUND, ALL_ROUNDS, GRADIENT, LEAKY)}
     rounds: list[dict[str, Any]] = []
     gradients: list[dict[str, float]] = []
     alpha = np.nan
@@ -251,7 +251,7 @@ def train(
         with stages(f"seed {seed}, gates of the frozen experts"):
             weights = weights_by_fold(config, data, key, frozen_predictions)
         frozen = config.mlp.apply(train_gate(config, data, key, frozen_predictions).params, test.features)
-        found[FROZEN].append(np.asarray(route_soft(frozen, test.predictions)))
+        by_name[FROZEN].append(np.asarray(route_soft(frozen, test.predictions)))
         if seed == 0:
             tried = {a: run_round(seed, "by fold", 1, weights, a) for a in config.joint_alphas}
             alpha = min(tried, key=lambda a: held_out_loss(tried[a].gate))
@@ -260,13 +260,13 @@ def train(
         for number in range(2, config.n_rounds + 1):
             last = run_round(seed, "by fold", number, weights_by_fold(config, data, key, last.out_of_fold), alpha)
         for name, fitted in ((ONE_ROUND, first), (ALL_ROUNDS, last), (LEAKY, leaky)):
-            found[name].append(predict(config, data, fitted.experts, fitted.gate.params))
+            by_name[name].append(predict(config, data, fitted.experts, fitted.gate.params))
         with stages(f"seed {seed}, by gradient"):
             prediction, rates = train_by_gradient(config, data, key, first, alpha)
-        found[GRADIENT].append(prediction)
+        by_name[GRADIENT].append(prediction)
         gradients += [{"seed": seed} | row for row in rates]
     variants = {"frozen experts, classification gate": mix_by_class(prepared, test)}
-    variants |= {name: np.stack(predictions) for name, predictions in found.items()}
+    variants |= {name: np.stack(predictions) for name, predictions in by_name.items()}
     return variants, alpha, pd.DataFrame(rounds), pd.DataFrame(gradients)
 
 

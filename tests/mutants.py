@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 TESTS = {  # by module, where the test file is not tests/<folder>/test_<module>.py alone
     "experiments/report/tables.py": ["tests/experiments/test_tables.py"],
     "experiments/report/claims.py": ["tests/experiments/test_findings.py"],
+    "moe_jax/apply/robust.py": ["tests/apply/test_robust.py", "tests/apply/test_predict.py"],
     "moe_jax/core/convert.py": ["tests/test_api.py"],
     "moe_jax/core/cholesky.py": ["tests/core/test_cholesky.py", "tests/test_numerics.py"],
     "moe_jax/evaluate/bootstrap.py": ["tests/evaluate/test_bootstrap.py", "tests/evaluate/test_intervals.py"],
@@ -121,6 +122,23 @@ MUTATIONS = [
     ("experiments/report/claims.py", "low > -MARGIN and high < MARGIN", "high < MARGIN"),
     ("moe_jax/core/convert.py", "strict=False)) | sizes\n", "strict=False))\n"),
     ("moe_jax/core/convert.py", "if name in finite and not isinstance(array, jax.core.Tracer) and not", "if False and not"),
+    ("moe_jax/apply/robust.py", "(ratio < LIMITS).all(axis=1) & (local.max", "(local.max"),
+    ("moe_jax/apply/robust.py", "np.sqrt(local), error)", "local, error)"),
+    ("moe_jax/apply/robust.py", "put = (new_ratio < LIMITS).all(", "put = (new_ratio < np.inf).all("),
+    ("moe_jax/apply/robust.py", "good[rows] & keep(good[rows] & ~fit.good[rows])", "good[rows]"),
+    ("moe_jax/apply/robust.py", "other.n_masked[:] = (good[rows] & ~other.good).sum(axis=1)", "pass"),
+    ("moe_jax/apply/robust.py", "without_rows, N_WAVY,", "without_rows, N_CONTINUUM,"),
+    ("moe_jax/apply/robust.py", "without_rows(out) & ~bands", "without_rows(out)"),
+    ("moe_jax/apply/robust.py", "(self.scale_chi2 > LIMITS).any(", "(self.scale_chi2 > LIMITS).all("),
+    ("moe_jax/apply/robust.py", "matters = self.at_edge | (self.plain_error > TOO_UNCERTAIN)", "matters = self.at_edge"),
+    ("moe_jax/apply/robust.py", "(misfit & matters) | self.too_broad |", "(misfit & matters) |"),
+    ("moe_jax/apply/robust.py", " | (self.second_gain > SECOND_VELOCITY)", ""),
+    ("moe_jax/apply/robust.py", "> SEPARATION, gain, 0.0", "> -1.0, gain, 0.0"),
+    ("moe_jax/apply/robust.py", "0.5 * np.log1p(-share) + ", ""),
+    ("moe_jax/apply/robust.py", "probability * (1 - probability)", "probability"),
+    ("moe_jax/apply/robust.py", "widening = fit.chi2 * np.maximum(ratio, 1.0).max(axis=1) *", "widening = fit.chi2 *"),
+    ("moe_jax/apply/robust.py", "in_grid, in_cells = below", "in_cells, in_grid = below"),
+    ("moe_jax/apply/robust.py", "posterior = np.linalg.inv(information + eye)", "posterior = np.linalg.inv(information)"),
 ]  # fmt: skip
 
 

@@ -81,8 +81,8 @@ def add_local(
         if held is not None:
             stars = predict_labelled(model, *held, local=True)
             stars = stars.select(stars.cell >= 0)
-            found = calibrate(np.abs(stars.residual) / stars.sigma, stars.group, n_groups)
-            of_type: Calibration = jax.tree.map(lambda leaf: np.asarray(leaf, dtype), found)
+            calibrated = calibrate(np.abs(stars.residual) / stars.sigma, stars.group, n_groups)
+            of_type: Calibration = jax.tree.map(lambda leaf: np.asarray(leaf, dtype), calibrated)
             model = model._replace(local=LocalModel(mixture, of_type))
         predicted = predict_labelled(model, test, local=True)
     notes = [f"the local linear experts are {NOT_CALIBRATED}"] * (held is None)

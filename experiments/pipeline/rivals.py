@@ -93,8 +93,8 @@ def predict_cannon(cannon: Cannon, flux: Float[AnyArray, "N P"], error: Float[An
     b = (weight * flux) @ cannon.coef.T
 
     def chi2(terms: np.ndarray) -> np.ndarray:
-        found: np.ndarray = np.einsum("nm,nmk,nk->n", terms, a, terms) - 2 * np.sum(b * terms, axis=1)
-        return found
+        of_stars: np.ndarray = np.einsum("nm,nmk,nk->n", terms, a, terms) - 2 * np.sum(b * terms, axis=1)
+        return of_stars
 
     nodes = np.stack(np.meshgrid(*[_NODES] * n_labels), axis=-1).reshape(-1, n_labels)
     v = quadratic_terms(nodes)
@@ -114,9 +114,9 @@ def predict_cannon(cannon: Cannon, flux: Float[AnyArray, "N P"], error: Float[An
         diagonal += np.where(free & (diagonal > 0), 0, 1)
         step = np.linalg.solve(hessian, (gradient * free)[:, :, None])[:, :, 0]
         tried = np.clip(x + step, -1, 1)
-        found = chi2(quadratic_terms(tried))
-        better = found < least
-        x, least = np.where(better[:, None], tried, x), np.where(better, found, least)
+        new = chi2(quadratic_terms(tried))
+        better = new < least
+        x, least = np.where(better[:, None], tried, x), np.where(better, new, least)
         damping = np.clip(np.where(better, damping / 10, damping * 10), 1e-8, 1e8)
     return cannon.low + (x + 1) / 2 * (cannon.high - cannon.low)
 

@@ -172,8 +172,8 @@ def bootstrap_histograms(comparisons: Mapping[Pair, Bootstrap], confidence_level
             ax.axvspan(float(difference.low), float(difference.high), color=GREY, alpha=0.25, zorder=0)
             ax.axvline(0.0, color=BLACK, lw=1.2, ls="--")
             ax.axvline(float(difference.estimate), color=BLACK, lw=1.2)
-            found = interval(difference.estimate, difference.low, difference.high)
-            ax.set_title(f"{_title(Method(name, protocol))}\n{found}", fontsize=9)
+            with_interval = interval(difference.estimate, difference.low, difference.high)
+            ax.set_title(f"{_title(Method(name, protocol))}\n{with_interval}", fontsize=9)
     for ax in axes[-1]:
         ax.set_xlabel(r"$\Delta R^2$ against the classification gate")
     for ax in axes[:, 0]:

@@ -155,8 +155,8 @@ def pair_table(
     for method, baseline in pairs:
         for kind, (group, names) in kinds.items():
             by_group = options.arguments | {"groups": group, "n_groups": len(names)}
-            found = bootstrap_delta_r2(jax.random.clone(key), y, predictions[method], predictions[baseline], **by_group)
-            one, each = found.overall, found.simultaneous
+            difference = bootstrap_delta_r2(jax.random.clone(key), y, predictions[method], predictions[baseline], **by_group)
+            one, each = difference.overall, difference.simultaneous
             if kind == "cell":
                 rows.append((method, baseline, "all", "all", len(y), *map(float, (one.estimate, one.low, one.high))))
             columns = (names, np.bincount(group, minlength=len(names)), *map(np.asarray, (each.estimate, each.low, each.high)))

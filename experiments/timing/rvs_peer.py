@@ -94,11 +94,11 @@ def fit_star(setup: str, star: tuple[np.ndarray, np.ndarray, np.ndarray], n_term
 
     try:
         start = fitter_ccf.fit(spec_fit.SpecData(NODES, *star), config)["best_par"]
-        found = vel_fit.process(spec_fit.SpecData(setup, *star), start, options={"npoly": n_terms}, config=config)
+        fit = vel_fit.process(spec_fit.SpecData(setup, *star), start, options={"npoly": n_terms}, config=config)
     except (AssertionError, RuntimeError, ValueError):
         return np.array([np.nan] * 10 + [0.0])
-    numbers = [*(found["param"][n] for n in NAMES), found["vel"], *(found["param_err"][n] for n in NAMES), found["vel_err"]]
-    well = found["minimize_success"] and not found["bad_hessian"] and np.isfinite(numbers).all()
+    numbers = [*(fit["param"][n] for n in NAMES), fit["vel"], *(fit["param_err"][n] for n in NAMES), fit["vel_err"]]
+    well = fit["minimize_success"] and not fit["bad_hessian"] and np.isfinite(numbers).all()
     return np.array([*numbers, float(well)])
 
 

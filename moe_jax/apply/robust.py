@@ -37,7 +37,7 @@ from moe_jax.spectra.simulate import LABEL_LATTICE
 
 POOR_FIT, EMISSION_LINES, VELOCITY_UNCERTAIN, NOT_A_STAR = "poor_fit", "emission_lines", "velocity_uncertain", "not_a_star"
 BLENDED, OUTSIDE_CELLS = "blended", "outside_cells"
-N_WAVY = 25  # terms of the continuum of spectra that N_CONTINUUM terms describe no better than by chance, as with a jump between two arms
+N_WAVY = 25  # terms of the continuum where N_CONTINUUM do not describe it, as with a jump between two arms
 SCALES = (4, 32)  # pixels over which residuals are averaged
 LIMITS = (1.09, 1.36)  #: of chi2 at these scales; 0.3 % of good spectra lie above each of them
 TELLURIC = ((7165.0, 7345.0), (7593.0, 7705.0), (8130.0, 8345.0))  #: Angstrom, vacuum: water, the A band of oxygen, water
@@ -199,9 +199,9 @@ def _fit_and_doubt(
         kept = good[rows] & keep(good[rows] & ~fit.good[rows])
         other = fit_labels(flux[rows], error[rows], kept, n_continuum=n_continuum, additive=constant[rows])
         other.n_masked[:] = (good[rows] & ~other.good).sum(axis=1)
-        found = scale_ratio(other, flux[rows], error[rows], expected)
-        put = (found < LIMITS).all(axis=1) if doubtful else np.ones(len(rows), bool)
-        ratio[rows[put]] = found[put]
+        new_ratio = scale_ratio(other, flux[rows], error[rows], expected)
+        put = (new_ratio < LIMITS).all(axis=1) if doubtful else np.ones(len(rows), bool)
+        ratio[rows[put]] = new_ratio[put]
         for name, leaf in other._asdict().items():
             if name != "continuum":
                 getattr(fit, name)[rows[put]] = leaf[put]
@@ -246,8 +246,8 @@ def outside_cells(labels: Float[np.ndarray, "N 4"], error: Float[np.ndarray, "N 
     for i, edges in ((0, T_EFF_EDGES), (2, M_H_EDGES)):
         box = np.stack([grid_range()[:, i], [edges[0], edges[-1]]])
         below = scipy.special.ndtr((box[..., None] - labels[:, i]) / np.maximum(error[:, i], 1e-6))
-        whole, own = below[:, 1] - below[:, 0]
-        inside *= np.where(whole > 0, own / np.where(whole > 0, whole, 1.0), 1.0)
+        in_grid, in_cells = below[:, 1] - below[:, 0]
+        inside *= np.where(in_grid > 0, in_cells / np.where(in_grid > 0, in_grid, 1.0), 1.0)
     return 1 - inside
 
 

@@ -87,8 +87,8 @@ def shifted_cholesky(matrix: Float[AnyArray, "M M"], shift: ArrayLike, jitter: A
     jitter = jnp.asarray(jitter)
     first = factor(jitter)
 
-    def is_bad(found: jax.Array, added: jax.Array) -> jax.Array:
-        pivots = lax.stop_gradient(found)[diagonal, diagonal] ** 2
+    def is_bad(triangle: jax.Array, added: jax.Array) -> jax.Array:
+        pivots = lax.stop_gradient(triangle)[diagonal, diagonal] ** 2
         return ~jnp.all(pivots >= LEAST_PIVOT * (lax.stop_gradient(shift) + added))
 
     # Only the last factorisation is differentiated.

@@ -58,8 +58,8 @@ def route_oracle(cell: Int[AnyArray, " N"], expert_predictions: Float[AnyArray, 
     """The prediction of the true cell's expert; NaN for a star that no cell covers (cell -1), or whose cell has no expert."""
     xp = namespace(cell, expert_predictions)
     has_expert = (cell >= 0) & (cell < expert_predictions.shape[1])
-    own = select_expert(expert_predictions, xp.where(has_expert, cell, 0))
-    return xp.where(has_expert, own, xp.full_like(own, xp.nan))
+    prediction = select_expert(expert_predictions, xp.where(has_expert, cell, 0))
+    return xp.where(has_expert, prediction, xp.full_like(prediction, xp.nan))
 
 
 @by_numpy

@@ -94,11 +94,11 @@ def _sources(path: Path, parts: Sequence[list[_Field]]) -> list[Source]:
     """Sources from the first part of a file, or else from all parts together, that has wavelengths and flux."""
     everything = [field for part in parts for field in part]
     for fields in (*parts, everything):
-        found = {kind: field for kind in NAMES if (field := _find(kind, fields)) is not None}
-        if {"wave", "flux"} <= found.keys():
-            if found.keys().isdisjoint(UNCERTAINTIES):
-                found |= _errors_apart(path, found["flux"], everything)
-            return list(_group(path, found))
+        by_kind = {kind: field for kind in NAMES if (field := _find(kind, fields)) is not None}
+        if {"wave", "flux"} <= by_kind.keys():
+            if by_kind.keys().isdisjoint(UNCERTAINTIES):
+                by_kind |= _errors_apart(path, by_kind["flux"], everything)
+            return list(_group(path, by_kind))
     contents = ", ".join(f"{field.name} {np.shape(field.values)}" for field in everything) or "no arrays"
     expected = " and ".join(f"{kind} ({', '.join(NAMES[kind][:-1])})" for kind in ("wave", "flux"))
     raise InputError(
@@ -114,11 +114,11 @@ def _errors_apart(path: Path, flux: _Field, everything: Sequence[_Field]) -> dic
     """
     shape = np.atleast_2d(flux.values).shape
     others = {kind: field for kind in UNCERTAINTIES if (field := _find(kind, everything)) is not None}
-    found = {kind: field for kind, field in others.items() if np.atleast_2d(field.values).shape == shape}
+    of_shape = {kind: field for kind, field in others.items() if np.atleast_2d(field.values).shape == shape}
     odd = next((field for field in others.values() if field.of_image and flux.of_image), None)
-    if odd is not None and not found:
+    if odd is not None and not of_shape:
         raise InputError(f"{path}: {odd.name} has shape {np.shape(odd.values)}, expected {np.shape(flux.values)} like {flux.name}")
-    return found
+    return of_shape
 
 
 def _find(kind: str, fields: Iterable[_Field]) -> _Field | None:
@@ -126,17 +126,17 @@ def _find(kind: str, fields: Iterable[_Field]) -> _Field | None:
     return next((numbers[name] for name in NAMES[kind] if name in numbers), None)
 
 
-def _group(path: Path, found: dict[str, _Field]) -> Iterable[LoadedSpectra]:
+def _group(path: Path, by_kind: dict[str, _Field]) -> Iterable[LoadedSpectra]:
     """Checks shapes, and joins neighbouring stars with the same wavelengths."""
-    arrays = {kind: np.atleast_2d(np.asarray(field.values, np.float64)) for kind, field in found.items()}
+    arrays = {kind: np.atleast_2d(np.asarray(field.values, np.float64)) for kind, field in by_kind.items()}
     shape = arrays["flux"].shape
     for kind, array in arrays.items():
         if array.ndim != 2 or array.shape[1] != shape[1] or len(array) not in ({1, shape[0]} if kind == "wave" else {shape[0]}):
-            expected = f"expected {shape} like {found['flux'].name}"
-            raise InputError(f"{path}: {found[kind].name} has shape {array.shape}, {expected}")
+            expected = f"expected {shape} like {by_kind['flux'].name}"
+            raise InputError(f"{path}: {by_kind[kind].name} has shape {array.shape}, {expected}")
     if shape[0] < 1 or shape[1] < 2:
-        raise InputError(f"{path}: {found['flux'].name} has shape {shape}, expected at least one star of at least 2 pixels")
-    field = found["wave"]
+        raise InputError(f"{path}: {by_kind['flux'].name} has shape {shape}, expected at least one star of at least 2 pixels")
+    field = by_kind["wave"]
     logarithmic = field.name in _LOGARITHMIC or field.unit.lower().startswith("log")
     wave = to_angstrom(path, 10 ** arrays["wave"] if logarithmic else arrays["wave"], "angstrom" if logarithmic else field.unit)
     error = error_of(arrays)
