@@ -8,9 +8,11 @@ import pytest
 from experiments.pipeline.spoilings import SPOILINGS, TRIED, Exposure
 from moe_jax.apply.robust import (
     BLENDED,
+    LIMITS,
     POOR_FIT,
     RARE,
     SCALES,
+    RobustFit,
     add_prior,
     allow_rare,
     expected_chi2,
@@ -21,7 +23,10 @@ from moe_jax.apply.robust import (
     local_excess,
     outside_cells,
     scale_chi2,
+    second_velocity,
 )
+from moe_jax.spectra.label_fit import fit_labels
+from moe_jax.spectra.label_model import default_model
 from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.resample import MaskedSpectra, overlaps
 from moe_jax.spectra.simulate import LABEL_LATTICE
@@ -79,9 +84,43 @@ def test_what_can_be_put_right_is(small_survey, rng):
         handled = (moved < 3 * found.error[:, 1]) & (found.error[:, 1] < 3 * plain.error[:, 1])
         assert handled.sum() >= 4, case
         if case == "lines of water and oxygen":
-            assert (found.used[:, in_telluric_bands()] == 0).all(axis=1).sum() >= 5
+            in_bands = (found.used[:, in_telluric_bands()] == 0).all(axis=1)
+            assert in_bands.sum() >= 5
+            assert (found.n_masked[in_bands] >= in_telluric_bands().sum()).all()
+    # The case is the last one. Scaled errors are those of the untouched spectra, but for a factor that chi2 undoes.
+    np.testing.assert_allclose(found.error[:, 1], plain.error[:, 1], rtol=0.2)
+    assert (moved < plain.error[:, 1]).all()
     assert fit("half of another star at 200 km/s").flags()[BLENDED].sum() >= 6
     assert fit("resolution 1500").flags()[POOR_FIT].all()
+    # What no explanation puts right stays as it was fitted first.
+    waves = exposure.flux * (1 + 0.1 * np.sin(np.arange(4096) / 25)) + exposure.noise
+    wavy = fit_robustly(MaskedSpectra(waves, exposure.error, np.ones(waves.shape, bool)), WAVE)
+    assert (wavy.scale_chi2 > LIMITS).all()
+    first = fit_labels(wavy.flux, wavy.flux_error)
+    np.testing.assert_array_equal(wavy.model, first.flux)
+    widening = first.chi2 * wavy.scale_chi2.max(axis=1)
+    _, covariance = add_prior(first.labels, first.covariance * widening[:, None, None])
+    np.testing.assert_allclose(wavy.plain_error, np.sqrt(covariance[:, 1, 1]), rtol=1e-4)
+
+
+def test_a_second_star_at_another_velocity():
+    """Residuals that are the lines of a template at 0 km/s count for a star at 300 km/s, and not for one at 0."""
+    model = default_model()
+    lines = np.repeat(model.shifted[len(model.velocities) // 2, 0], 4)
+    flux = np.full((2, 4096), 0.5)
+    fit = SimpleNamespace(flux=flux, good=np.ones(flux.shape, bool), velocity=np.array([0.0, 300.0]))
+    gain = second_velocity(fit, flux + 0.1 * lines, np.full(flux.shape, 0.01))
+    assert gain[1] > 3 * gain[0]
+
+
+def test_a_poor_fit_is_one_that_matters():
+    """Residuals that hang together at one scale count where log g is uncertain, or a label at the edge."""
+    scale_chi2 = np.array([[1.0, 1.0], [2.0, 1.0], [1.0, 2.0], [2.0, 2.0], [2.0, 2.0], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
+    plain_error = np.array([0.6, 0.6, 0.6, 0.4, 0.4, 0.6, 0.4, 0.4])
+    at_edge, too_broad, chi2 = np.eye(8, dtype=bool)[4], np.eye(8, dtype=bool)[6], np.where(np.arange(8) == 7, 200.0, 1.0)
+    fields = dict.fromkeys(RobustFit._fields, np.zeros(8)) | {"fitted": np.ones(8, bool), "scale_chi2": scale_chi2}
+    fields |= {"plain_error": plain_error, "at_edge": at_edge, "too_broad": too_broad, "chi2": chi2}
+    assert list(RobustFit(**fields).flags()[POOR_FIT]) == [False, True, True, False, True, False, True, True]
 
 
 def test_noise_that_resampling_shares(rng):
