@@ -10,7 +10,7 @@ import pandas as pd
 
 from experiments.pipeline.config import BootstrapOptions, ComparisonConfig, draw_keys
 from experiments.report.figures import interval_plot
-from experiments.report.markdown import interval, table_markdown
+from experiments.report.markdown import intervals, table_markdown
 from experiments.report.results import Results
 from experiments.runner.stages import console
 from moe_jax.core.arrays import AnyArray
@@ -66,7 +66,7 @@ def variants_results(
     """
     percent = f"{100 * options.confidence_level:g} %"
     label = f"$\\Delta R^2$ against {against}, " + f"{percent} intervals".replace(" ", "\N{NO-BREAK SPACE}")
-    differences = [interval(*ends) for ends in zip(table["delta_r2"], table["low"], table["high"], strict=True)]
+    differences = intervals(table)
     for name, r2, difference in zip(table["variant"], table["r2"], differences, strict=True):
         console.print(f"{name:<56} R2 {r2:.4f}  {difference}")
     shown = table.drop(columns=["standard_error", "low", "high", *table.columns.intersection(_KEYS)]).assign(delta_r2=differences)
