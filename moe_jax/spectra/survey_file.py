@@ -162,17 +162,12 @@ def require_spectra(path: Path, arrays: Mapping[str, Any], wave: str, flux: str,
 
 def _arrays_of(arrays: Mapping[str, Any]) -> str:
     """Names and shapes of the first arrays of a file."""
-    found: list[str] = []
-
-    def note(name: str, array: Any) -> None:
-        if hasattr(array, "shape"):
-            found.append(f"{name} {array.shape}")
-
+    everything: dict[str, Any] = {}
     if isinstance(arrays, h5py.Group):
-        arrays.visititems(note)
+        arrays.visititems(everything.__setitem__)
     else:
-        for name, array in arrays.items():
-            note(name, array)
+        everything.update(arrays)
+    found = [f"{name} {array.shape}" for name, array in everything.items() if hasattr(array, "shape")]
     return ", ".join([*found[:8], *["..."] * (len(found) > 8)]) or "no arrays"
 
 
