@@ -49,20 +49,10 @@ def variants_results(
     tables: Mapping[str, pd.DataFrame] | None = None,
     fields: Mapping[str, Any] | None = None,
 ) -> Results:
-    """Prints the differences, and returns them as results with a table and a figure.
+    """Prints the differences of a table by ``compare_by``, and returns them as results with a table and a figure.
 
-    Args:
-        title: of the report.
-        options: of the bootstrap.
-        table: of ``compare_by``, with any further columns.
-        setup: paragraph of the report that says what was compared on what.
-        against: name of the baseline.
-        drawn: what the bootstrap draws.
-        repeated: over what the predictions of a variant are averaged.
-        groups: kind of each variant, for colours.
-        sections: Markdown after the table.
-        tables: further tables to write.
-        fields: further fields of run.json.
+    ``setup`` says what was compared on what, ``drawn`` what the bootstrap draws, ``repeated`` over what the predictions of a
+    variant are averaged. ``groups`` has the kind of each variant, for colours. The last three are added to the results.
     """
     percent = f"{100 * options.confidence_level:g} %"
     label = f"$\\Delta R^2$ against {against}, " + f"{percent} intervals".replace(" ", "\N{NO-BREAK SPACE}")

@@ -26,13 +26,7 @@ _programs: dict[Path, Any] = {}  # of this process
 
 
 def kept_tree(name: str, kind: type[Tree], compute: Callable[[], Tree]) -> Tree:
-    """The tree of arrays that ``compute`` makes from nothing but the code and the data of this package.
-
-    Args:
-        name: of the file.
-        kind: NamedTuple of the tree.
-        compute: called where no process has made the tree before.
-    """
+    """The tree of arrays that ``compute`` makes from nothing but the code and the data of this package; read, if it was made."""
     path = _path(name, ".npz")
     if path is None:
         return compute()
