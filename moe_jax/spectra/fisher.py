@@ -30,9 +30,7 @@ _BATCH = 32
 def label_derivatives(grid: SpectralGrid, labels: Float[AnyArray, "N 4"]) -> Float[jax.Array, "N P 4"]:
     """Derivatives of the noise-free spectra, scaled to median 0.5, in T_eff (K), log g, [M/H] and [alpha/M].
 
-    Args:
-        grid: its axes must be concrete.
-        labels: T_eff, log g, [M/H], [alpha/M] of N stars; at a node, the derivative of the spline.
+    The axes of the grid must be concrete. At a node the derivative is that of the spline.
     """
 
     def spectrum(label: jax.Array) -> jax.Array:
