@@ -262,8 +262,7 @@ def compute(config: ScaleConfig, stages: Stages) -> Results:
     configs = [dataclasses.replace(config.data, n_train=n_train, noise_level=noise) for n_train, noise in grid]
     rows, choices = [], []
     preparations = prepare_each(configs, Stages(quiet=True), config.output.cache)
-    for data in stages.each("sizes and noise levels", configs):
-        prepared = next(preparations)
+    for data, prepared in zip(stages.each("sizes and noise levels", configs), preparations, strict=True):
         rows += score(config, data, prepared)
         choices.append(
             {
