@@ -18,16 +18,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, PRNGKeyArray, UInt32
 
-from moe_jax.core.arrays import (
-    AnyArray,
-    InputError,
-    by_numpy,
-    jit_off_host,
-    namespace,
-    require_whole,
-    to_host,
-    without_offset,
-)
+from moe_jax.core.arrays import AnyArray, InputError, by_numpy, jit_off_host, namespace, require_whole, to_host, without_offset
 from moe_jax.core.convert import convert_arguments
 from moe_jax.evaluate.intervals import (
     IntervalMethod,

@@ -14,15 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from moe_jax.core.arrays import (
-    AnyArray,
-    by_numpy,
-    namespace,
-    require_cell_sizes,
-    require_whole,
-    to_device,
-    to_host,
-)
+from moe_jax.core.arrays import AnyArray, by_numpy, namespace, require_cell_sizes, require_whole, to_device, to_host
 from moe_jax.core.convert import convert_arguments
 from moe_jax.experts.alphas import require_positive
 from moe_jax.experts.cross_validation import CrossValidatedRidge, fit_cross_validated, held_rows
