@@ -119,8 +119,7 @@ def main(config: BenchmarkConfig) -> Results:
             raise InputError("--quick was given with options that it sets itself, expected --preset quick with these")
         config = dataclasses.replace(PRESETS["quick"], output=config.output)
     if config.start:
-        output = dataclasses.replace(config.output, output_dir=config.output.output_dir or Path("results/first_minute"))
-        return Study("benchmark", PRESETS, compute_start)(dataclasses.replace(config, output=output))
+        return Study("benchmark", PRESETS, compute_start, lambda _: Path("results/first_minute"))(config)
     if config.preset == "quick" and config.output.output_dir is None:
         return compute(config, Stages())
     return Study("benchmark", PRESETS, compute)(config)

@@ -33,7 +33,7 @@ from experiments.pipeline.rivals import rival_methods
 from experiments.pipeline.stars import Prepared
 from experiments.pipeline.surveys import Observation, observe_surveys, require_grid_pixels
 from experiments.report.claims import LIKELIHOOD, LOCAL, MIXTURE, NETWORK
-from experiments.report.markdown import interval, table_markdown
+from experiments.report.markdown import intervals, table_markdown
 from experiments.report.results import Results, Study
 from experiments.report.tables import pair_table
 from experiments.report.variants import compare_by, variants_results
@@ -445,8 +445,7 @@ def _shown(table: pd.DataFrame) -> pd.DataFrame:
     """A table as it stands in the report."""
     shown = table[["variant", "r2", "rms"]].copy()
     for title, suffix in (("from the mixture", ""), ("from the new mixture", "_from_local")):
-        columns = (table[f"{name}{suffix}"] for name in ("delta_r2", "low", "high"))
-        shown[title] = [interval(*row) for row in zip(*columns, strict=True)]
+        shown[title] = intervals(table, *(f"{name}{suffix}" for name in ("delta_r2", "low", "high")))
     shown["seconds to fit"] = table["seconds"].map("{:.1f}".format)
     shown["stars per second"] = table["stars_per_second"].map("{:,.0f}".format)
     return shown

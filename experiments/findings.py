@@ -9,7 +9,6 @@ to findings/.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,7 +211,7 @@ def write_findings(config: FindingsConfig, evidence: Evidence, command: str) -> 
 
 
 def compute(config: FindingsConfig, stages: Stages) -> Results:
-    """Gathers the evidence."""
+    """Gathers the evidence, and writes FINDINGS.md."""
     prepared = prepare(config.data, stages, config.output.cache)
     with stages("cells, weights, hard routing"):
         evidence = gather(config, prepared)
@@ -240,14 +239,7 @@ def compute(config: FindingsConfig, stages: Stages) -> Results:
     )
 
 
-STUDY = Study("findings", PRESETS, compute)
-
-
-def main(config: FindingsConfig) -> Results:
-    """Writes FINDINGS.md, and the evidence to findings/ beside it."""
-    output_dir = config.output.output_dir or config.results_dir / "findings"
-    return STUDY(dataclasses.replace(config, output=dataclasses.replace(config.output, output_dir=output_dir)))
-
+main = Study("findings", PRESETS, compute, lambda config: config.results_dir / "findings")
 
 if __name__ == "__main__":
     run_command(main, PRESETS, __doc__)

@@ -16,7 +16,7 @@ from experiments.pipeline.config import QUICK, GateStudyConfig
 from experiments.pipeline.gates import CONVERGED_LINEAR, GateRun, mix_by_class, run_gates
 from experiments.pipeline.methods import CROSS_FITTED, IN_SAMPLE, PROTOCOLS
 from experiments.pipeline.prepare import prepare
-from experiments.report.markdown import interval, table_markdown
+from experiments.report.markdown import intervals, table_markdown
 from experiments.report.results import Results, Study
 from experiments.report.variants import compare_by, variants_results
 from experiments.runner.command_line import run_command
@@ -57,8 +57,7 @@ def compute(config: GateStudyConfig, stages: Stages) -> Results:
             pairs.append((*names, *row[["delta_r2", "low", "high"]], kind.split(",")[0], *better, *worse))
     columns = ["gate", "difference", "delta_r2", "low", "high", "form", "protocol", "stars", "baseline_protocol", "baseline_stars"]
     differences = pd.DataFrame(pairs, columns=columns)
-    shown = differences[["gate", "difference"]].copy()
-    shown["delta R2"] = [interval(*ends) for ends in differences[["delta_r2", "low", "high"]].itertuples(index=False)]
+    shown = differences[["gate", "difference"]].assign(**{"delta R2": intervals(differences)})
     return variants_results(
         "Leakage, measured",
         config.bootstrap,

@@ -116,8 +116,7 @@ def repeat(config: ReplicateConfig, stages: Stages) -> tuple[dict[str, np.ndarra
     ]
     repetitions = []
     preparations = prepare_each(configs, Stages(quiet=True), config.output.cache)
-    for data in stages.each("repetitions", configs):
-        prepared = next(preparations)
+    for data, prepared in zip(stages.each("repetitions", configs), preparations, strict=True):
         repetitions.append(repeat_once(config, data, prepared))
         size = int(np.sum(np.asarray(prepared.test.cell) >= 0)) // config.n_sets
     shape = (config.n_surveys, config.n_draws, config.n_seeds, config.n_sets)

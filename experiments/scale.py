@@ -22,7 +22,7 @@ from experiments.pipeline.gates import CONVERGED, CONVERGED_LINEAR, Changes, Gat
 from experiments.pipeline.prepare import prepare_each
 from experiments.pipeline.stars import Prepared
 from experiments.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, Figure, new_figure
-from experiments.report.markdown import interval, load_published, table_markdown
+from experiments.report.markdown import intervals, load_published, table_markdown
 from experiments.report.results import Results, Study
 from experiments.runner.command_line import group, require_at_least, run_command
 from experiments.runner.stages import Stages, console
@@ -188,7 +188,7 @@ def draw_figures(table: pd.DataFrame, noise_levels: tuple[float, ...]) -> dict[s
 
 def sections_of(config: ScaleConfig, table: pd.DataFrame, choices: pd.DataFrame) -> list[str]:
     """The paragraphs of report.md."""
-    table = table.assign(delta=[interval(*ends) for ends in table[["delta_r2", "delta_r2_low", "delta_r2_high"]].to_numpy()])
+    table = table.assign(delta=intervals(table, "delta_r2", "delta_r2_low", "delta_r2_high"))
 
     def by_size(values: str, *methods: str) -> pd.DataFrame:
         return table.pivot(index=["noise_level", "n_train"], columns="method", values=values)[list(methods)]
@@ -262,8 +262,7 @@ def compute(config: ScaleConfig, stages: Stages) -> Results:
     configs = [dataclasses.replace(config.data, n_train=n_train, noise_level=noise) for n_train, noise in grid]
     rows, choices = [], []
     preparations = prepare_each(configs, Stages(quiet=True), config.output.cache)
-    for data in stages.each("sizes and noise levels", configs):
-        prepared = next(preparations)
+    for data, prepared in zip(stages.each("sizes and noise levels", configs), preparations, strict=True):
         rows += score(config, data, prepared)
         choices.append(
             {

@@ -36,7 +36,7 @@ from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.resample import MaskedSpectra
 from moe_jax.spectra.simulate import SimulatedSpectra
 from moe_jax.spectra.survey import add_noise
-from moe_jax.spectra.telescope_file import TelescopeFile
+from moe_jax.spectra.telescope_file import TelescopeFile, mask_unusable
 
 MOST_RMS = 1.35  # times that of untouched spectra
 COVERAGES = (0.58, 0.80)
@@ -85,9 +85,7 @@ def draw_exposure(config: StressConfig) -> tuple[Exposure, np.ndarray]:
 
 def as_file(exposure: Exposure) -> MaskedSpectra:
     """The spectra as the reader of files gives them."""
-    flux, error = exposure.flux + exposure.noise, np.broadcast_to(exposure.error, exposure.flux.shape)
-    good = np.isfinite(flux) & np.isfinite(error) & (error > 0)
-    return MaskedSpectra(np.where(good, flux, 0.0).astype("f4"), np.where(good, error, 0.0).astype("f4"), good)
+    return mask_unusable(exposure.flux + exposure.noise, np.broadcast_to(exposure.error, exposure.flux.shape))
 
 
 def predict(application: Application, spectra: MaskedSpectra) -> pd.DataFrame:

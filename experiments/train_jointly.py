@@ -26,7 +26,7 @@ from experiments.pipeline.prepare import prepare
 from experiments.pipeline.stars import Prepared
 from experiments.pipeline.surveys import observe_surveys
 from experiments.report.claims import JOINT_QUESTIONS
-from experiments.report.markdown import interval, table_markdown
+from experiments.report.markdown import intervals, table_markdown
 from experiments.report.results import Results, Study
 from experiments.report.variants import compare_by, seed_interval, variants_results
 from experiments.runner.command_line import group, require_at_least, require_positive, run_command
@@ -279,8 +279,7 @@ def compute(config: JointConfig, stages: Stages) -> Results:
     with stages("bootstrap"):
         table = compare_by(config, data.test_y, variants, variants[FROZEN])
         differences = compare_seeds(config, data.test_y, variants)
-    shown = differences[["question", "method", "baseline"]].copy()
-    shown["delta R2"] = [interval(*ends) for ends in zip(*(differences[n] for n in ("delta_r2", "low", "high")), strict=True)]
+    shown = differences[["question", "method", "baseline"]].assign(**{"delta R2": intervals(differences)})
     chosen = rounds[rounds["alpha"] == alpha].groupby(["gates", "round"], sort=False)
     means = chosen[["held_out_loss", "test_loss"]].mean().reset_index()
     return variants_results(

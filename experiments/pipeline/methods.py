@@ -37,9 +37,8 @@ class Pair(NamedTuple):
         """Name in reports."""
         if self.method.name == self.baseline.name:
             return f"{self.method.name}: {self.method.protocol} - {self.baseline.protocol}"
-        if self.method.protocol == self.baseline.protocol:
-            return f"{self.method.name} - {self.baseline.name}" + (f" ({self.method.protocol})" if self.method.protocol else "")
-        return f"{self.method.name} - {self.baseline.name} ({self.method.protocol or self.baseline.protocol})"
+        protocol = self.method.protocol or self.baseline.protocol
+        return Method(f"{self.method.name} - {self.baseline.name}", protocol).title
 
 
 GLOBAL, ORACLE, CLASSIFY, HARD, FALLBACK = map(Method, ("global", "oracle", "classify", "hard", "fallback"))

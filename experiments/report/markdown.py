@@ -44,6 +44,11 @@ def interval(estimate: SupportsFloat, low: SupportsFloat, high: SupportsFloat, f
     return f"{float(estimate):{form}} [{float(low):{form}}, {float(high):{form}}]"
 
 
+def intervals(table: pd.DataFrame, estimate: str = "delta_r2", low: str = "low", high: str = "high") -> list[str]:
+    """The estimates of a table's rows with their intervals, from three of its columns."""
+    return [interval(*row) for row in zip(table[estimate], table[low], table[high], strict=True)]
+
+
 def overall_markdown(overall: pd.DataFrame, published: Mapping[str, Any]) -> str:
     """R2, MAE, RMSE and rho of each method, with the report's figures beside them."""
     rows = []
@@ -82,8 +87,7 @@ def bins_markdown(bins: pd.DataFrame, published: Mapping[str, Any]) -> str:
     shown = pd.DataFrame({"cell": bins["bin"], "name": bins["name"], "test stars": n_test, "classify R2": bins["r2_classify"]})
     for protocol in PROTOCOLS:
         column = f"delta_r2_{Method('regress_mlp', protocol).column}"
-        ends = zip(bins[column], bins[f"{column}_low"], bins[f"{column}_high"], strict=True)
-        shown[f"MLP Delta R2, {protocol}"] = [interval(*row) for row in ends]
+        shown[f"MLP Delta R2, {protocol}"] = intervals(bins, column, f"{column}_low", f"{column}_high")
     report = zip(published["per_bin"]["classify"], published["per_bin"]["regress_mlp"], strict=True)
     shown["report: classify -> MLP"] = [f"{classify:.4f} -> {mlp:.4f}" for classify, mlp in report]
     return table_markdown(shown)

@@ -45,10 +45,13 @@ class Study(Generic[Config]):
     name: str
     presets: Mapping[str, Config]
     compute: Callable[[Config, Stages], Results]
+    folder: Callable[[Config], Path] | None = None
+    """Where the results of a configuration without ``output_dir`` go; by default to results/NAME/PRESET."""
 
     def __call__(self, config: Config) -> Results:
         """Computes and writes; of several processes, the first writes."""
-        folder, stages = config.output.output_dir or Path("results") / self.name / config.preset, Stages()
+        default = Path("results") / self.name / config.preset if self.folder is None else self.folder(config)
+        folder, stages = config.output.output_dir or default, Stages()
         require_writable(folder, "the results")
         results = self.compute(config, stages)
         command = command_of(self.name, config, self.presets)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from experiments.pipeline.config import BootstrapOptions, ComparisonConfig, draw_keys
 from experiments.report.figures import interval_plot
-from experiments.report.markdown import interval, table_markdown
+from experiments.report.markdown import intervals, table_markdown
 from experiments.report.results import Results
 from experiments.runner.stages import console
 from moe_jax.core.arrays import AnyArray
@@ -49,24 +49,14 @@ def variants_results(
     tables: Mapping[str, pd.DataFrame] | None = None,
     fields: Mapping[str, Any] | None = None,
 ) -> Results:
-    """Prints the differences, and returns them as results with a table and a figure.
+    """Prints the differences of a table by ``compare_by``, and returns them as results with a table and a figure.
 
-    Args:
-        title: of the report.
-        options: of the bootstrap.
-        table: of ``compare_by``, with any further columns.
-        setup: paragraph of the report that says what was compared on what.
-        against: name of the baseline.
-        drawn: what the bootstrap draws.
-        repeated: over what the predictions of a variant are averaged.
-        groups: kind of each variant, for colours.
-        sections: Markdown after the table.
-        tables: further tables to write.
-        fields: further fields of run.json.
+    ``setup`` says what was compared on what, ``drawn`` what the bootstrap draws, ``repeated`` over what the predictions of a
+    variant are averaged. ``groups`` has the kind of each variant, for colours. The last three are added to the results.
     """
     percent = f"{100 * options.confidence_level:g} %"
     label = f"$\\Delta R^2$ against {against}, " + f"{percent} intervals".replace(" ", "\N{NO-BREAK SPACE}")
-    differences = [interval(*ends) for ends in zip(table["delta_r2"], table["low"], table["high"], strict=True)]
+    differences = intervals(table)
     for name, r2, difference in zip(table["variant"], table["r2"], differences, strict=True):
         console.print(f"{name:<56} R2 {r2:.4f}  {difference}")
     shown = table.drop(columns=["standard_error", "low", "high", *table.columns.intersection(_KEYS)]).assign(delta_r2=differences)

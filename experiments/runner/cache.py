@@ -108,15 +108,10 @@ class Cache:
     def load_or_compute(
         self, stage: str, config: Any, modules: Sequence[Path | str], kind: type[Tree], compute: Callable[[], Tree]
     ) -> tuple[Tree, bool]:
-        """The result of a stage, and whether it was kept before; otherwise it is computed and kept.
+        """The result of a stage, a NamedTuple, and whether it was kept before; otherwise it is computed and kept.
 
-        Args:
-            stage: name of the stage.
-            config: all that its result depends on: a dataclass, or anything that JSON can hold.
-            modules: files of the modules that compute it and its input; a change to them, or to any module that they import,
-                makes the result stale.
-            kind: NamedTuple of the result.
-            compute: makes the result.
+        ``config`` is all that the result depends on: a dataclass, or anything that JSON can hold. ``modules`` are the files of
+        those that compute it and its input; a change to them, or to any module that they import, makes the result stale.
         """
         path = self.path(stage, config, modules)
         if path is not None:

@@ -45,12 +45,9 @@ Config = TypeVar("Config", bound=PresetConfig)
 
 
 def group(default: Group, *, prefix: bool = False, without: tuple[str, ...] = ()) -> Group:
-    """A field that is a group of options.
+    """A field that is a group of options, a frozen dataclass; with a prefix they begin with its name, as in ``--gate.epochs``.
 
-    Args:
-        default: a frozen dataclass.
-        prefix: whether its options begin with the name of the field, as in ``--gate.epochs``.
-        without: options that are not offered, as the command sets them itself or does not use them.
+    The options ``without`` are not offered, as the command sets them itself or does not use them.
     """
     field: Group = dataclasses.field(default=default, kw_only=True, metadata={"prefix": prefix, "without": without})
     return field
@@ -219,10 +216,7 @@ def use_all_cores() -> None:
 def run_command(main: Callable[[Any], object], presets: Mapping[Any, Any] | type, description: str | None) -> None:
     """Runs an experiment from the command line; bad input ends in one sentence and exit code 2, without a traceback.
 
-    Args:
-        main: takes the configuration.
-        presets: configurations by name, or the type of one that has no presets.
-        description: the docstring of the command, with which ``--help`` begins.
+    ``presets`` are configurations by name, or the type of one that has no presets. ``--help`` begins with the description.
     """
     atexit.register(gc.freeze)  # else Python looks for cycles among all objects before it ends, for a quarter of a second
     try:

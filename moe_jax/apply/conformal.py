@@ -87,14 +87,9 @@ def coverage_table(
     groups: Mapping[str, Int[AnyArray, " N"]],
     names: Mapping[str, Sequence[str]],
 ) -> pd.DataFrame:
-    """Actual coverage and mean half-width at each level, for all stars and for each group.
+    """Actual coverage and mean half-width at each level, for all stars and for each group, of one or more kinds of groups.
 
-    Args:
-        residual: y - prediction.
-        half_width: half-widths of the intervals.
-        levels: nominal coverages.
-        groups: the group of each star (negative: none), for each kind of group.
-        names: names of the groups of each kind.
+    A star of a negative group is in none of that kind.
 
     Returns:
         Columns by, group, n, level, coverage, low, high (95 % Clopper-Pearson interval of the coverage), half_width (mean).

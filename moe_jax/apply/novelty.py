@@ -26,12 +26,7 @@ class FeatureRange(NamedTuple):
 
 @convert_arguments("features", "cell")
 def fit_feature_range(features: Float[AnyArray, "N F"], cell: Int[AnyArray, " N"], n_cells: int) -> FeatureRange:
-    """Fits an ellipsoid to the training stars of each cell, and the limit to all of them.
-
-    Args:
-        features: standardised features of the training stars.
-        cell: cell of each star, 0 .. n_cells - 1; every cell must occur.
-        n_cells: K.
+    """Fits an ellipsoid to the training stars of each cell 0 .. n_cells - 1, which must all occur, and the limit to all stars.
 
     Raises:
         InputError: shapes that disagree.

@@ -223,10 +223,7 @@ def allow_rare(
 ) -> tuple[Float[np.ndarray, "N 4"], Float[np.ndarray, "N 4 4"]]:
     """Mean and covariance of the labels if a constant and a stretch are there with probability 1/2 each, of normal distributions.
 
-    Args:
-        fit: has what a linear step finds of each, with its error, and how the labels follow.
-        widening: factor on all variances.
-        width: standard deviations of the two distributions.
+    These have the standard deviations ``width``; ``widening`` is a factor on all variances of the fit.
     """
     variance = np.maximum(fit.rare_error**2 * widening[:, None], 1e-12 * width**2)  # a share of 1 has no logarithm
     share = width**2 / (width**2 + variance)

@@ -116,15 +116,9 @@ def sum_flux(
     basis: Float[AnyArray, "R P"],
     n_experts: int,
 ) -> FluxSums:
-    """Sums over some training stars; add those of several parts.
+    """Sums over some training stars, without those of expert -1; add the sums of several parts.
 
-    Args:
-        flux: noisy flux.
-        error: standard deviation of the noise.
-        expert: expert of each star; -1 for a star that is left out.
-        center: a flux near the mean of all stars.
-        basis: R orthonormal directions.
-        n_experts: K.
+    ``center`` is a flux near the mean of all stars, the R directions of the basis are orthonormal.
     """
     belongs = (expert[:, None] == jnp.arange(n_experts)[None, :]).astype(flux.dtype)
     x = flux - center[None, :]
@@ -153,12 +147,8 @@ def fit_leverage(
     X'X is kept exactly along the basis, as basis' A basis with A = root root'. Beside the basis only its diagonal is kept. With
     D = (diagonal + alpha)^-1 the inverse is D - D basis' core basis D, where core = root (root' basis D basis' root + I)^-1 root'.
 
-    Args:
-        sums: sums over some, or all, of the training stars.
-        center: as in ``sum_flux``.
-        basis: as in ``sum_flux``.
-        alpha: penalty of each expert.
-        n_stars: number of stars that each expert was fitted to; the sums are scaled to it.
+    The sums are those of ``sum_flux`` over some, or all, of the training stars; they are scaled to the number of stars that each
+    expert was fitted to.
     """
 
     def fit_one(expert: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -200,10 +190,7 @@ def residual_variance(
 ) -> Float[jax.Array, " K"]:
     """s_k^2: the out-of-fold squared error of each expert without the part that uncertain coefficients contribute.
 
-    Args:
-        mse: out-of-fold squared error of each expert in its own cell.
-        leverage: 1/n_k + h_k of some stars.
-        expert: expert of each star's cell, -1 for none. An expert without stars keeps its ``mse``.
+    That part follows from 1/n_k + h_k of some stars and the expert of each (-1: none). An expert without stars keeps its ``mse``.
     """
     belongs = (expert[:, None] == jnp.arange(len(mse))[None, :]).astype(leverage.dtype)
     mean = jnp.sum(belongs * leverage, axis=0) / jnp.maximum(jnp.sum(belongs, axis=0), 1.0)
@@ -214,13 +201,7 @@ def residual_variance(
 def misfit_variance(
     residual_variance: Float[AnyArray, " K"], coef: Float[AnyArray, "K P"], noise: Float[AnyArray, "K P"]
 ) -> Float[jax.Array, " K"]:
-    """m_k: residual variance that flux noise does not explain (>= 0).
-
-    Args:
-        residual_variance: s_k^2.
-        coef: coefficients of the experts.
-        noise: mean variance of the flux noise of each expert's stars.
-    """
+    """m_k: residual variance that flux noise does not explain (>= 0), from its mean variance among each expert's stars."""
     return jnp.maximum(jnp.asarray(residual_variance) - jnp.sum(coef**2 * noise, axis=1), 0.0)
 
 

@@ -26,13 +26,7 @@ _programs: dict[Path, Any] = {}  # of this process
 
 
 def kept_tree(name: str, kind: type[Tree], compute: Callable[[], Tree]) -> Tree:
-    """The tree of arrays that ``compute`` makes from nothing but the code and the data of this package.
-
-    Args:
-        name: of the file.
-        kind: NamedTuple of the tree.
-        compute: called where no process has made the tree before.
-    """
+    """The tree of arrays that ``compute`` makes from nothing but the code and the data of this package; read, if it was made."""
     path = _path(name, ".npz")
     if path is None:
         return compute()
@@ -47,11 +41,8 @@ def kept_tree(name: str, kind: type[Tree], compute: Callable[[], Tree]) -> Tree:
 def call_kept(function: Any, *arguments: Any, results: Sequence[type], **static: Any) -> Any:
     """``function(*arguments, **static)``, without tracing the function where a process has done so before.
 
-    Args:
-        function: of this package, under ``jax.jit``.
-        arguments: trees of arrays.
-        results: the NamedTuples that it returns.
-        static: its static arguments, whose ``repr`` says all about them.
+    The function is one of this package, under ``jax.jit``. ``results`` are the NamedTuples that it returns, ``static`` its static
+    arguments, whose ``repr`` says all about them.
     """
     leaves, structure = jax.tree.flatten(arguments)
     if jax.process_count() > 1 or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):

@@ -58,12 +58,8 @@ def build_tree(source: str, kind: Any, leaves: Mapping[str, np.ndarray], path: s
     A dimension of jaxtyping's annotations has one size in all arrays of a NamedTuple and of those within it. A NamedTuple may
     be stacked: its arrays then have the same dimensions before those of their annotations.
 
-    Args:
-        source: what errors name.
-        kind: a NamedTuple, or the annotation of a field.
-        leaves: by path; those that the tree does not have are ignored.
-        path: of the tree among the leaves.
-        sizes: of dimensions by name; those that are met are added.
+    Leaves that the tree does not have are ignored. ``source`` is what errors name, ``path`` that of the tree among the leaves;
+    ``sizes`` gains the dimensions that are met.
 
     Raises:
         InputError: one sentence, for a leaf that is missing, or of another type or shape.

@@ -18,16 +18,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, PRNGKeyArray, UInt32
 
-from moe_jax.core.arrays import (
-    AnyArray,
-    InputError,
-    by_numpy,
-    jit_off_host,
-    namespace,
-    require_whole,
-    to_host,
-    without_offset,
-)
+from moe_jax.core.arrays import AnyArray, InputError, by_numpy, jit_off_host, namespace, require_whole, to_host, without_offset
 from moe_jax.core.convert import convert_arguments
 from moe_jax.evaluate.intervals import (
     IntervalMethod,
@@ -153,15 +144,8 @@ def bootstrap_delta_r2(
 ) -> Bootstrap:
     """Paired bootstrap of R2(prediction) - R2(baseline) over stars, all resamples in one vectorised call.
 
-    The intervals cover the sampling of test stars, not new training stars, noise or gate seeds.
-
-    Args:
-        key: random key.
-        y: target.
-        prediction: of the method.
-        baseline: predictions of the method it is compared with, for the same stars.
-        options: keyword arguments of ``bootstrap_gain``: ``n_resamples``, ``confidence_level``, ``method``, ``groups``,
-            ``n_groups`` and ``n_borrowed``.
+    The intervals cover the sampling of test stars, not new training stars, noise or gate seeds. The options are the keyword
+    arguments of ``bootstrap_gain``: ``n_resamples``, ``confidence_level``, ``method``, ``groups``, ``n_groups``, ``n_borrowed``.
 
     Raises:
         InputError: if shapes disagree, a value is not finite, or an option is out of range.

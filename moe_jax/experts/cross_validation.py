@@ -22,16 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from moe_jax.core.arrays import (
-    AnyArray,
-    InputError,
-    jit_off_host,
-    map_rows,
-    matmul,
-    namespace,
-    to_device,
-    to_host,
-)
+from moe_jax.core.arrays import AnyArray, InputError, jit_off_host, map_rows, matmul, namespace, to_device, to_host
 from moe_jax.core.cholesky import inverse_cholesky
 from moe_jax.core.convert import convert_arguments
 from moe_jax.experts import ridge

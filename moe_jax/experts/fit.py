@@ -14,15 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from moe_jax.core.arrays import (
-    AnyArray,
-    by_numpy,
-    namespace,
-    require_cell_sizes,
-    require_whole,
-    to_device,
-    to_host,
-)
+from moe_jax.core.arrays import AnyArray, by_numpy, namespace, require_cell_sizes, require_whole, to_device, to_host
 from moe_jax.core.convert import convert_arguments
 from moe_jax.experts.alphas import require_positive
 from moe_jax.experts.cross_validation import CrossValidatedRidge, fit_cross_validated, held_rows
@@ -161,12 +153,7 @@ def cross_fitted_predictions(
 ) -> Float[AnyArray, "N K"]:
     """Predictions to which the star itself did not contribute: that of its own cell's expert is replaced by the out-of-fold one.
 
-    The other experts were fitted to the stars of other cells, so their predictions stay.
-
-    Args:
-        predictions: of all experts, for the stars to which the experts were fitted.
-        out_of_fold: of ``fit_experts``.
-        cell: expert that was fitted to each star; a star of cell -1 keeps all its predictions.
+    The other experts were fitted to the stars of other cells, so their predictions stay. A star of cell -1 keeps all of them.
     """
     xp = namespace(predictions)
     was_fitted_to = cell[:, None] == xp.arange(predictions.shape[1])[None, :]

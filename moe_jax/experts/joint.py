@@ -32,7 +32,7 @@ def fit_mixture_experts(
     *,
     kernel: Float[AnyArray, "N N"] | None = None,
 ) -> Ridge:
-    """The experts that minimise the mixture's objective, in closed form: one Cholesky factor of an N x N kernel.
+    """The K stacked experts that minimise the mixture's objective, in closed form: one Cholesky factor of an N x N kernel.
 
     With Q = (P P') o (X X') + alpha I, the equations Q a + P b = y and P' a = 0 give the dual vector a and the intercepts b.
     The coefficients are w_k = X' (p_k o a).
@@ -43,9 +43,6 @@ def fit_mixture_experts(
         weights: of the gate, p_ik.
         alpha: penalty, > 0.
         kernel: x x', if it is known, as fits to parts of the same rows can share it. Then x is not centred here: give it centred.
-
-    Returns:
-        K stacked experts.
 
     Raises:
         InputError: shapes that disagree, or an alpha that is not positive.

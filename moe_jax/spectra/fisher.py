@@ -30,9 +30,7 @@ _BATCH = 32
 def label_derivatives(grid: SpectralGrid, labels: Float[AnyArray, "N 4"]) -> Float[jax.Array, "N P 4"]:
     """Derivatives of the noise-free spectra, scaled to median 0.5, in T_eff (K), log g, [M/H] and [alpha/M].
 
-    Args:
-        grid: its axes must be concrete.
-        labels: T_eff, log g, [M/H], [alpha/M] of N stars; at a node, the derivative of the spline.
+    The axes of the grid must be concrete. At a node the derivative is that of the spline.
     """
 
     def spectrum(label: jax.Array) -> jax.Array:
@@ -80,13 +78,9 @@ def cramer_rao(
 ) -> Float[np.ndarray, " N"]:
     """Least standard deviation of log g that an unbiased method can reach for each star; the other labels are unknown.
 
-    Args:
-        labels: as in ``fisher_information``.
-        error: as in ``fisher_information``.
-        grid: as in ``fisher_information``.
-        prior: adds what is known of the labels before a spectrum is seen (van Trees): the information of normal distributions
-            with the variance of the survey's uniform ones. A method that was trained on such a survey has this knowledge, and
-            can lie below the floor without the prior.
+    Arguments are those of ``fisher_information``. ``prior`` adds what is known of the labels before a spectrum is seen (van Trees):
+    the information of normal distributions with the variance of the survey's uniform ones. A method that was trained on such a
+    survey has this knowledge, and can lie below the floor without the prior.
     """
     return log_g_floor(fisher_information(labels, error, grid), prior=prior)
 

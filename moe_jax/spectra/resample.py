@@ -100,14 +100,8 @@ def resample(
 ) -> MaskedSpectra:
     """Spectra on other pixels, with the flux conserved.
 
-    A new pixel is masked where good pixels cover less than half of it. The errors are those of independent pixels.
-
-    Args:
-        flux: flux density per unit wavelength.
-        error: standard deviation of the flux.
-        good: False for masked pixels; what these hold does not matter.
-        overlap: result of ``overlaps`` for the old and new wavelengths.
-        target: wavelengths of the new pixels.
+    The flux is a density per unit wavelength; what masked pixels hold does not matter. ``overlap`` is that of ``overlaps``. A new
+    pixel is masked where good pixels cover less than half of it. The errors are those of independent pixels.
     """
     good = np.asarray(good)
     width = np.diff(pixel_edges(target))
@@ -126,11 +120,7 @@ def fill_masked(
 ) -> Float[AnyArray, "N P"]:
     """Replaces masked pixels by the least-squares fit of the basis to the good pixels of the same star.
 
-    Args:
-        flux: spectra; what masked pixels hold does not matter.
-        good: False for masked pixels.
-        center: mean flux of the training stars.
-        basis: R orthonormal directions in which the training stars vary.
+    The basis holds orthonormal directions in which the training stars vary about their mean flux ``center``.
     """
     xp = namespace(flux)
 

@@ -41,14 +41,9 @@ def save_spectra(
     on_written: Callable[[int], None] = lambda _: None,
     snr: AnyArray | None = None,
 ) -> None:
-    """Writes spectra that are computed or read in parts, in the layout of this module, float32.
+    """Writes spectra that are computed or read in parts of ``chunk_stars`` stars, in the layout of this module, float32.
 
-    Args:
-        path: file to write.
-        spectra: spectra and labels.
-        chunk_stars: number of stars in memory at a time.
-        on_written: called after each part with its number of stars; for a progress bar.
-        snr: (N,) the label of this name; by default it is computed from the spectra.
+    ``on_written`` is called after each part with its number of stars. The label ``snr`` is by default computed from the spectra.
     """
     shape, computed = (spectra.n_stars, len(spectra.wave)), np.zeros(spectra.n_stars, np.float32)
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
@@ -162,17 +157,12 @@ def require_spectra(path: Path, arrays: Mapping[str, Any], wave: str, flux: str,
 
 def _arrays_of(arrays: Mapping[str, Any]) -> str:
     """Names and shapes of the first arrays of a file."""
-    found: list[str] = []
-
-    def note(name: str, array: Any) -> None:
-        if hasattr(array, "shape"):
-            found.append(f"{name} {array.shape}")
-
+    everything: dict[str, Any] = {}
     if isinstance(arrays, h5py.Group):
-        arrays.visititems(note)
+        arrays.visititems(everything.__setitem__)
     else:
-        for name, array in arrays.items():
-            note(name, array)
+        everything.update(arrays)
+    found = [f"{name} {array.shape}" for name, array in everything.items() if hasattr(array, "shape")]
     return ", ".join([*found[:8], *["..."] * (len(found) > 8)]) or "no arrays"
 
 

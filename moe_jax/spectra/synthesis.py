@@ -175,9 +175,6 @@ def synthesize_node(node: Node) -> NodeSpectrum:
         node: labels; T_eff, log g and [M/H] must be those of a MARCS model. [alpha/M] changes the lines only: the
             atmosphere keeps its own composition.
 
-    Returns:
-        The normalised flux and the log continuum, (P,) each.
-
     Raises:
         ValueError: where MARCS has no such model.
         ModuleNotFoundError: where the extra ``synthesis`` is not installed.

@@ -38,10 +38,7 @@ _UNITS |= dict.fromkeys(("um", "µm", "μm", "micron", "microns", "micrometer", 
 
 
 class TelescopeFile:
-    """A file of telescope spectra: wavelengths are read at once, spectra in parts.
-
-    Args:
-        path: an HDF5 or FITS file in the layout of this module.
+    """An HDF5 or FITS file in the layout of this module: wavelengths are read at once, spectra in parts.
 
     Raises:
         InputError: one sentence that names the file, the field, what was found and what is expected.
