@@ -100,7 +100,12 @@ def fit_moe(
 def predict_moe(
     mixture: MixtureOfExperts, x: Float[AnyArray, "N P"], features: Float[AnyArray, "N F"] | None = None
 ) -> MoEPrediction:
-    """Predictions of a mixture for any rows, with the columns of the fit; the features are x by default.
+    """Predictions of a mixture for any rows.
+
+    Args:
+        mixture: result of ``fit_moe``.
+        x: columns as in the fit.
+        features: columns as in the fit; x by default.
 
     Raises:
         InputError: another number of columns than in the fit.

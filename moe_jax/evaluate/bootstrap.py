@@ -144,8 +144,15 @@ def bootstrap_delta_r2(
 ) -> Bootstrap:
     """Paired bootstrap of R2(prediction) - R2(baseline) over stars, all resamples in one vectorised call.
 
-    The intervals cover the sampling of test stars, not new training stars, noise or gate seeds. The options are the keyword
-    arguments of ``bootstrap_gain``: ``n_resamples``, ``confidence_level``, ``method``, ``groups``, ``n_groups``, ``n_borrowed``.
+    The intervals cover the sampling of test stars, not new training stars, noise or gate seeds.
+
+    Args:
+        key: random key.
+        y: target.
+        prediction: of the method.
+        baseline: predictions of the method it is compared with, for the same stars.
+        options: keyword arguments of ``bootstrap_gain``: ``n_resamples``, ``confidence_level``, ``method``, ``groups``,
+            ``n_groups`` and ``n_borrowed``.
 
     Raises:
         InputError: if shapes disagree, a value is not finite, or an option is out of range.

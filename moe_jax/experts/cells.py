@@ -30,7 +30,11 @@ def _bin(values: AnyArray, edges: tuple[float, ...]) -> AnyArray:
 @convert_arguments()
 @by_numpy
 def assign_cells(T_eff: Float[AnyArray, " N"], M_H: Float[AnyArray, " N"]) -> Int[AnyArray, " N"]:
-    """Cell of each star by T_eff (K) and [M/H]: 3 * (T_eff bin) + ([M/H] bin), or -1 where no cell covers it (NaN labels too).
+    """Cell of each star: 3 * (T_eff bin) + ([M/H] bin), or -1 for a star that no cell covers (NaN labels included).
+
+    Args:
+        T_eff: effective temperature, K.
+        M_H: metallicity, dex.
 
     Raises:
         InputError: where the shapes disagree.

@@ -153,7 +153,12 @@ def cross_fitted_predictions(
 ) -> Float[AnyArray, "N K"]:
     """Predictions to which the star itself did not contribute: that of its own cell's expert is replaced by the out-of-fold one.
 
-    The other experts were fitted to the stars of other cells, so their predictions stay. A star of cell -1 keeps all of them.
+    The other experts were fitted to the stars of other cells, so their predictions stay.
+
+    Args:
+        predictions: of all experts, for the stars to which the experts were fitted.
+        out_of_fold: of ``fit_experts``.
+        cell: expert that was fitted to each star; a star of cell -1 keeps all its predictions.
     """
     xp = namespace(predictions)
     was_fitted_to = cell[:, None] == xp.arange(predictions.shape[1])[None, :]

@@ -37,7 +37,12 @@ def fit_classifier(
 ) -> ClassifierFit:
     """Fits the classification gate in float64, with the C of the lowest cross-validated log loss; all arguments concrete.
 
-    The features are standardised, and every cell 0 .. K - 1 must occur. C is an inverse penalty, ``seed`` that of the folds.
+    Args:
+        features: standardised features of the covered training stars.
+        cell: cell of each star, 0 .. K - 1; every cell must occur.
+        C_grid: inverse penalties to choose from.
+        n_folds: folds of the cross-validation.
+        seed: seed of the shuffle into folds.
 
     Raises:
         InputError: shapes that disagree, a cell that is missing or holds fewer stars than folds, all stars in one cell, fewer than

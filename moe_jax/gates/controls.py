@@ -104,7 +104,12 @@ def fit_mlp_regressor(
 ) -> tuple[Regressor, GateFit]:
     """Regresses y on x with the network of an MLP gate, which is trained as a gate is; x and y are standardised inside.
 
-    ``init`` and ``entropy_penalty`` of the configuration do not apply: there are no weights.
+    Args:
+        key: draws the initial params, the validation stars and the batches.
+        x: columns that the network sees.
+        y: target.
+        hidden: units of the network.
+        config: ``GateConfig()`` by default. ``init`` and ``entropy_penalty`` do not apply: there are no weights.
 
     Raises:
         InputError: shapes that disagree, or too few stars.

@@ -78,9 +78,13 @@ def cramer_rao(
 ) -> Float[np.ndarray, " N"]:
     """Least standard deviation of log g that an unbiased method can reach for each star; the other labels are unknown.
 
-    Arguments are those of ``fisher_information``. ``prior`` adds what is known of the labels before a spectrum is seen (van Trees):
-    the information of normal distributions with the variance of the survey's uniform ones. A method that was trained on such a
-    survey has this knowledge, and can lie below the floor without the prior.
+    Args:
+        labels: as in ``fisher_information``.
+        error: as in ``fisher_information``.
+        grid: as in ``fisher_information``.
+        prior: adds what is known of the labels before a spectrum is seen (van Trees): the information of normal distributions
+            with the variance of the survey's uniform ones. A method that was trained on such a survey has this knowledge, and
+            can lie below the floor without the prior.
     """
     return log_g_floor(fisher_information(labels, error, grid), prior=prior)
 

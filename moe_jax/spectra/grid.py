@@ -143,9 +143,14 @@ def spline_weights(nodes: Float[np.ndarray, " n"], x: Float[AnyArray, " N"]) -> 
 
 
 def interpolate_grid(grid: SpectralGrid, labels: Float[AnyArray, "N 4"]) -> GridSpectra:
-    """(N, P) spectra at any labels (T_eff, log g, [M/H], [alpha/M]) inside the grid, by tensor-product cubic splines.
+    """Spectra at any labels inside the grid, by tensor-product cubic splines.
 
-    The axes must be concrete, since SciPy sets the splines up; the coefficients may be traced.
+    Args:
+        grid: the axes must be concrete, since SciPy sets the splines up; the coefficients may be traced.
+        labels: T_eff, log g, [M/H], [alpha/M] of N stars.
+
+    Returns:
+        (N, P) normalised flux and log continuum.
     """
     axis_weights = [spline_weights(np.asarray(axis, np.float64), labels[:, i]) for i, axis in enumerate(grid[:4])]
     weights = jnp.einsum("nt,ng,nz,nm->ntgzm", *axis_weights, precision="highest").reshape(len(labels), -1)

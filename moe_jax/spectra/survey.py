@@ -71,7 +71,13 @@ class Spectra(Protocol):
 def add_noise(
     key: PRNGKeyArray, flux: Float[AnyArray, "N P"], error: Float[AnyArray, "N P"], noise_level: ArrayLike
 ) -> Float[jax.Array, "N P"]:
-    """Draws noisy spectra from clean flux and its error at noise level 1: flux + noise_level * error * N(0, 1), without clipping.
+    """Draws noisy spectra: flux + noise_level * error * N(0, 1), without clipping.
+
+    Args:
+        key: random key.
+        flux: clean flux.
+        error: standard deviation at noise level 1.
+        noise_level: factor on the errors.
 
     Raises:
         InputError: where flux and error disagree in shape.
