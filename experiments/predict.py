@@ -26,7 +26,7 @@ where the mixture or the local experts answer):
     mixture_uncertainty  half-width of its 68 % interval
     weight_0 to 8      weight of each expert in the mixture; they sum to 1
     distance           distance from the training stars in feature space, in units of the limit for unlike_training
-    n_masked           masked pixels, in the file or since they stand out
+    n_masked           pixels of the model that are masked in the file, not reached by the spectrum, or stand out
     flags              names of what is unusual, joined by |:
       poor_fit           a misfit that leaves log g uncertain by more than 0.5, or drove a label to the edge of the grid,
                          lines broader than the fit knows (a resolution below 1,667), or chi2 above 100
@@ -36,7 +36,7 @@ where the mixture or the local experts answer):
       velocity_uncertain another velocity fits almost as well
       not_a_star         no spectrum of the grid is seen
       unlike_training    of a mixture's answer: distance above 1; only 0.1 % of the training stars are further out
-      many_masked        more than 10 % of the pixels, or of the pixels of one line, are masked in the file
+      many_masked        more than 10 % of the model's pixels, or of those of one line, are masked in the file or not reached
       not_predicted      more than half of the pixels are masked, the spectrum has no positive median to scale by, or the fit
                          is given errors below 1e-7 or above 100 times the flux
 """

@@ -98,7 +98,8 @@ def prepare_application(
     if covered.mean() < 1 - TOO_MANY or not all(covered[line].any() for line in lines):
         raise InputError(
             f"{source}: found {wave[0]:g} to {wave[-1]:g} Angstrom, which cover {covered.mean():.0%} of the model's pixels, "
-            f"expected most of {target[0]:g} to {target[-1]:g}, and the lines from {min(lows):g} to {max(highs):g}"
+            f"expected most of {target[0]:g} to {target[-1]:g}, and the lines from {min(lows):g} to {max(highs):g}; "
+            "a model of your own pixels needs these lines only (`regress_gate --train-file`)"
         )
     return Application(model, model.uncertainty, overlap, wave, answer, resolution)
 
