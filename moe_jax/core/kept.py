@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from moe_jax.core.trees import load_tree, save_tree
 
 Tree = TypeVar("Tree")
 _PACKAGE = Path(__file__).resolve().parents[1]
+_IMPORTED = time.time()
 _MOST = 16  # files of one name that stay; the oldest go first
 _programs: dict[Path, Any] = {}  # of this process
 
@@ -86,6 +88,8 @@ def _path(name: str, ending: str, *depends_on: Any) -> Path | None:
     folder = _setting("compilation_cache_dir")
     if not folder or "://" in folder or not _setting("enable_compilation_cache"):
         return None
+    if any(file.stat().st_mtime > _IMPORTED for file in _files() if file.exists()):
+        return None  # what runs may not be what is on disk, and nothing may be kept under its name
     text = repr((_package(), depends_on))
     return Path(folder) / f"moe_jax-{name}-{hashlib.sha256(text.encode()).hexdigest()[:20]}{ending}"
 
@@ -96,9 +100,15 @@ def _setting(name: str) -> Any:
 
 
 @functools.cache
+def _files() -> list[Path]:
+    """The modules and the data of this package; neither folders nor the links by which editors lock files."""
+    return sorted(path for path in [*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("data/*")] if path.is_file())
+
+
+@functools.cache
 def _package() -> str:
     """Hash of the modules and of the data of this package."""
-    return fingerprint(sorted([*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("data/*")]))
+    return fingerprint(_files())
 
 
 @contextlib.contextmanager

@@ -35,8 +35,9 @@ def load_tree(path: Path | str, kind: type[Tree]) -> Tree:
     """
     try:
         with np.load(path) as file:
-            leaves = dict(file)
-    except (zipfile.BadZipFile, ValueError, EOFError) as reason:
+            leaves = {name: np.asarray(leaf) for name, leaf in file.items()}
+    # One byte can make NumPy take a file for another format, or ``zipfile`` a file for one that it cannot read.
+    except (zipfile.BadZipFile, ValueError, EOFError, RuntimeError, TypeError) as reason:
         raise InputError(f"{path}: found a file that cannot be read ({reason}), expected a tree of arrays") from reason
     return build_tree(str(path), kind, leaves)
 

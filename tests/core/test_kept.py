@@ -1,3 +1,5 @@
+import os
+import time
 from typing import NamedTuple
 
 import jax
@@ -69,6 +71,34 @@ def test_what_a_program_depends_on_makes_another(folder, monkeypatch):
     monkeypatch.setattr(kept, "_package", lambda: "changed code")
     call()
     assert calls == [(3,)]
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    (tmp_path / "package" / "data").mkdir(parents=True)
+    (tmp_path / "package" / "module.py").write_text("x = 1")
+    monkeypatch.setattr(kept, "_PACKAGE", tmp_path / "package")
+    monkeypatch.setattr(kept, "_IMPORTED", time.time() + 10)
+    for cached in (kept._files, kept._package):
+        cached.cache_clear()
+    yield tmp_path / "package"
+    for cached in (kept._files, kept._package):
+        cached.cache_clear()
+
+
+def test_code_that_changes_while_a_process_runs_is_not_taken_for_what_runs(folder, package):
+    os.utime(package / "module.py", (time.time() + 20,) * 2)
+    call()
+    assert not folder.exists()
+    assert kept.kept_tree("pair", Pair, lambda: Pair(np.ones(2), None)).total.tolist() == [1.0, 1.0]
+    assert not folder.exists()
+
+
+def test_an_editors_lock_and_a_folder_are_no_code(folder, package):
+    (package / ".#module.py").symlink_to("user@host.1")
+    (package / "data" / "notes").mkdir()
+    call()
+    assert len(list(folder.glob("moe_jax-both-*"))) == 1
 
 
 def test_a_damaged_program_is_traced_again(folder):

@@ -1,4 +1,5 @@
 import re
+import zipfile
 from typing import NamedTuple
 
 import jax
@@ -72,9 +73,19 @@ def test_a_damaged_file_is_refused(tmp_path):
     path = tmp_path / "tree.npz"
     save_tree(path, tree())
     content = path.read_bytes()
-    for damage in (content[: len(content) // 2], b"", b"\x89PNG\r\n" * 20):
+    unknown, encrypted = bytearray(content), bytearray(content)
+    entry = content.index(b"PK\x01\x02")  # of the first array in the directory of the file
+    unknown[entry + 10], encrypted[entry + 8] = 255, 1
+    np.save(tmp_path / "array.npy", np.ones(3))
+    array = (tmp_path / "array.npy").read_bytes()
+    for damage in (content[: len(content) // 2], b"", b"\x89PNG\r\n" * 20, unknown, encrypted, array):
         path.write_bytes(damage)
         with pytest.raises(InputError, match=r"tree\.npz: found a file that cannot be read"):
             load_tree(path, Tree)
+    with zipfile.ZipFile(path, "w") as file:
+        for name in name_leaves(tree()):
+            file.writestr(name, "text")
+    with pytest.raises(InputError, match=r"tree\.npz: wave has shape \(\), expected"):
+        load_tree(path, Tree)
     with pytest.raises(FileNotFoundError):
         load_tree(tmp_path / "none.npz", Tree)
