@@ -32,7 +32,8 @@ def good_medians(values: Float[np.ndarray, "N P"], good: Bool[np.ndarray, "N P"]
     """Median of each star's good pixels; NaN where there are none."""
     if good.all():
         return np.median(values, axis=1)
-    return np.array([np.median(row[used]) if used.any() else np.nan for row, used in zip(values, good, strict=True)])
+    medians = (np.median(row[used]) if used.any() else np.nan for row, used in zip(values, good, strict=True))
+    return np.fromiter(medians, values.dtype)  # NaN would make float64 of float32, and change the last digit of other stars
 
 
 def pixel_edges(wave: Float[AnyArray, " P"]) -> Float[np.ndarray, " P1"]:

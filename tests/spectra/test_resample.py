@@ -3,7 +3,7 @@ import pytest
 
 from moe_jax import InputError
 from moe_jax.spectra.pixels import WAVE
-from moe_jax.spectra.resample import fill_masked, overlaps, pixel_edges, resample
+from moe_jax.spectra.resample import fill_masked, good_medians, overlaps, pixel_edges, resample
 
 
 def brute_force(flux, wave, target):
@@ -85,3 +85,13 @@ def test_bad_wavelengths():
         overlaps(np.array([1.0, 3.0, 2.0]), WAVE)
     with pytest.raises(InputError, match="target holds 1 wavelengths"):
         overlaps(WAVE, np.array([1.0]))
+
+
+def test_medians_of_good_pixels(rng):
+    """In the precision of the flux, whether or not a star has no pixel: so no star depends on those beside it."""
+    flux, good = rng.normal(size=(4, 101)).astype(np.float32), rng.random((4, 101)) > 0.2
+    good[3] = False
+    medians = good_medians(flux, good)
+    assert medians.dtype == np.float32
+    assert list(medians[:3]) == [np.median(row[used]) for row, used in zip(flux[:3], good[:3], strict=True)]
+    assert np.isnan(medians[3])
