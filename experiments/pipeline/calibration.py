@@ -172,14 +172,14 @@ class LabelledPrediction(NamedTuple):
     """What a model predicts for stars whose log g is known."""
 
     log_g: np.ndarray  #: true
-    mag: np.ndarray
-    cell: np.ndarray  #: true cell, -1 outside
     prediction: np.ndarray
     sigma: np.ndarray  #: before calibration
     half_width: np.ndarray  #: (N, L)
     group: np.ndarray  #: likeliest cell, by which intervals are calibrated
+    cell: np.ndarray  #: true cell, -1 outside
     distance: np.ndarray
     parts: np.ndarray  #: (N, 4) misfit, coefficients, spread, noise
+    mag: np.ndarray
 
     @property
     def residual(self) -> np.ndarray:
@@ -213,7 +213,7 @@ def predict_labelled(
     model: Model, stars: Observation, start: int = 0, stop: int | None = None, *, local: bool = False
 ) -> LabelledPrediction:
     """Applies a model, or its local linear experts, to the stars ``start`` to ``stop - 1`` of a survey, by default to all."""
-    known = (np.asarray(array)[start:stop] for array in (stars.labels.log_g, stars.labels.mag, stars.cell))
+    log_g, mag, cell = (np.asarray(array)[start:stop] for array in (stars.labels.log_g, stars.labels.mag, stars.cell))
     predictions = []
     for _, flux, error in stars.slices(start, stop):
         # Padded to a whole slice, so that all slices share one compiled program.
@@ -224,7 +224,10 @@ def predict_labelled(
         answer: Any = of_slice.local if local else (of_slice.log_g, of_slice.sigma, of_slice.half_width)
         columns = (*answer, of_slice.cell, of_slice.distance, parts)
         predictions.append([np.asarray(column)[: len(flux)] for column in columns])
-    return LabelledPrediction(*known, *map(np.concatenate, zip(*predictions, strict=True)))
+    prediction, sigma, half_width, group, distance, variances = (
+        np.concatenate(column) for column in zip(*predictions, strict=True)
+    )
+    return LabelledPrediction(log_g, prediction, sigma, half_width, group, cell, distance, variances, mag)
 
 
 def calibrate_uncertainty(uncertainty: Uncertainty, stars: LabelledPrediction) -> Uncertainty:

@@ -86,9 +86,21 @@ class Observation:
     noise_keys: np.ndarray  #: (at least N, 2) data of a random key for each star
     noise_level: float | None  #: None: the spectra are as observed, and no noise is drawn
     cell: jax.Array  #: (N,) the expert of each star, -1 where it has none
-    wave: AnyArray  #: (P,) vacuum wavelength, Angstrom
-    labels: Labels  #: of all stars
-    n_stars: int  #: N
+
+    @property
+    def wave(self) -> AnyArray:
+        """(P,) vacuum wavelength, Angstrom."""
+        return self.spectra.wave
+
+    @property
+    def labels(self) -> Labels:
+        """Labels of all stars."""
+        return self.spectra.labels
+
+    @property
+    def n_stars(self) -> int:
+        """N."""
+        return self.spectra.n_stars
 
     def flux(self, start: int = 0, stop: int | None = None) -> jax.Array:
         """Noisy flux of the stars ``start`` to ``stop - 1``, by default of all; (n, P)."""
@@ -148,10 +160,9 @@ def slices(start: int, stop: int) -> Iterator[slice]:
 
 def observe(key: jax.Array, spectra: Spectra, config: DataConfig) -> Observation:
     """Spectra with the noise of a key."""
-    wave, labels, n_stars = spectra.wave, spectra.labels, spectra.n_stars
-    keys = np.asarray(_draw_keys(key, -(-n_stars // DRAWN) * DRAWN))
+    keys = _draw_keys(key, -(-spectra.n_stars // DRAWN) * DRAWN)
     noise_level = None if config.noise == "observed" else config.noise_level
-    return Observation(spectra, keys, noise_level, experts_of(labels, config), wave, labels, n_stars)
+    return Observation(spectra, np.asarray(keys), noise_level, experts_of(spectra.labels, config))
 
 
 def observe_surveys(config: DataConfig, surveys: tuple[Spectra, Spectra] | None = None) -> tuple[Observation, Observation]:
