@@ -88,9 +88,9 @@ def _path(name: str, ending: str, *depends_on: Any) -> Path | None:
     folder = _setting("compilation_cache_dir")
     if not folder or "://" in folder or not _setting("enable_compilation_cache"):
         return None
-    if any(file.stat().st_mtime > _IMPORTED for file in _files() if file.exists()):
-        return None  # what runs may not be what is on disk, and nothing may be kept under its name
-    text = repr((_package(), depends_on))
+    if (package := _package()) is None:
+        return None
+    text = repr((package, depends_on))
     return Path(folder) / f"moe_jax-{name}-{hashlib.sha256(text.encode()).hexdigest()[:20]}{ending}"
 
 
@@ -100,15 +100,11 @@ def _setting(name: str) -> Any:
 
 
 @functools.cache
-def _files() -> list[Path]:
-    """The modules and the data of this package; neither folders nor the links by which editors lock files."""
-    return sorted(path for path in [*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("data/*")] if path.is_file())
-
-
-@functools.cache
-def _package() -> str:
-    """Hash of the modules and of the data of this package."""
-    return fingerprint(_files())
+def _package() -> str | None:
+    """Hash of the modules and of the data of this package; None where one has changed since, and may not be what runs."""
+    files = [*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("data/*")]
+    files = sorted(path for path in files if path.is_file())  # neither folders nor the links by which editors lock files
+    return None if any(path.stat().st_mtime > _IMPORTED for path in files) else fingerprint(files)
 
 
 @contextlib.contextmanager

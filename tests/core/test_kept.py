@@ -79,11 +79,9 @@ def package(tmp_path, monkeypatch):
     (tmp_path / "package" / "module.py").write_text("x = 1")
     monkeypatch.setattr(kept, "_PACKAGE", tmp_path / "package")
     monkeypatch.setattr(kept, "_IMPORTED", time.time() + 10)
-    for cached in (kept._files, kept._package):
-        cached.cache_clear()
+    kept._package.cache_clear()
     yield tmp_path / "package"
-    for cached in (kept._files, kept._package):
-        cached.cache_clear()
+    kept._package.cache_clear()
 
 
 def test_code_that_changes_while_a_process_runs_is_not_taken_for_what_runs(folder, package):
