@@ -300,8 +300,9 @@ def compute(config: CalibrateConfig, stages: Stages) -> Results:
             columns = {"half": HALVES[half], "set_size": size, "comparison": name}
             tables.append(coverage_tables(np.concatenate(ends), true, **columns))
     coverage, simultaneous = (pd.concat(parts, ignore_index=True) for parts in zip(*tables, strict=True))
-    confirmed = [table[table["half"] == HALVES[1]].drop(columns="half") for table in (coverage, simultaneous)]
-    results = {"coverage": confirmed[0], "simultaneous": confirmed[1], "ranking": rank_methods(coverage, HALVES[0])}
+    confirmed = {"coverage": coverage, "simultaneous": simultaneous}
+    results = {name: table[table["half"] == HALVES[1]].drop(columns="half") for name, table in confirmed.items()}
+    results["ranking"] = rank_methods(coverage, HALVES[0])
     return Results(
         "Do the intervals hold what they promise?",
         sections_of(config, results, truth, population.half(1)),

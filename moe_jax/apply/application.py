@@ -204,7 +204,8 @@ def apply_model(application: Application, spectra: MaskedSpectra, first_star: in
         spectra only.
     """
     n_stars = len(spectra.flux)
-    pad = ((0, max(64, 2 ** (max(n_stars, pad_to) - 1).bit_length()) - n_stars), (0, 0))
+    n_padded = max(64, 2 ** (max(n_stars, pad_to) - 1).bit_length())
+    pad = ((0, n_padded - n_stars), (0, 0))
     prediction, on_model = _apply_mixture(application, MaskedSpectra(*(np.pad(array, pad, mode="edge") for array in spectra)))
     usable, masked = on_model.usable[:n_stars], ~on_model.good[:n_stars]
     wave, distance = np.asarray(application.model.wave), np.asarray(prediction.distance)[:n_stars]

@@ -87,10 +87,11 @@ def test_what_can_be_put_right_is(small_survey, rng):
             in_bands = (found.used[:, in_telluric_bands()] == 0).all(axis=1)
             assert in_bands.sum() >= 5
             assert (found.n_masked[in_bands] >= in_telluric_bands().sum()).all()
-    # The case is the last one. Scaled errors are those of the untouched spectra, but for a common factor, which is in chi2.
-    assert (np.abs(found.chi2 - 7) < 2).all()  # the mean of 16 and 1, less what stood out of the first fit
-    np.testing.assert_allclose(found.error[:, 1], plain.error[:, 1], rtol=0.2)
-    assert (moved < plain.error[:, 1]).all()
+        if case == "errors understated by 4 in the blue half":
+            # Scaled errors are those of the untouched spectra, but for a common factor, which is in chi2.
+            assert (np.abs(found.chi2 - 7) < 2).all()  # the mean of 16 and 1, less what stood out of the first fit
+            np.testing.assert_allclose(found.error[:, 1], plain.error[:, 1], rtol=0.2)
+            assert (moved < plain.error[:, 1]).all()
     assert fit("half of another star at 200 km/s").flags()[BLENDED].sum() >= 6
     assert fit("resolution 1500").flags()[POOR_FIT].all()
     # What no explanation puts right stays as it was fitted first.
