@@ -62,6 +62,7 @@ from moe_jax.apply.application import SAME_WAVE, Application, apply_model, needs
 from moe_jax.apply.catalogue import open_catalogue, require_suffix
 from moe_jax.apply.robust import fit_robustly
 from moe_jax.core.arrays import InputError
+from moe_jax.core.parallel import one_ahead
 from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.resample import MaskedSpectra, air_to_vacuum
 from moe_jax.spectra.spectrum_files import Source, open_spectra
@@ -91,7 +92,7 @@ class PredictConfig:
     which finds by itself how blurred they are."""
     plots: str = ""
     """Stars of each file whose fit is drawn, in the folder OUT_plots: 5 for the first five, or their numbers, as in 3,17 or 3,."""
-    chunk_stars: int = 2_048
+    chunk_stars: int = 512
     """Stars in memory at a time."""
 
     def __post_init__(self) -> None:
@@ -135,16 +136,15 @@ def main(config: PredictConfig) -> None:
                 application = _prepare(config, model, path, source, quiet=star > 0)
                 chunk = min(config.chunk_stars, source.n_stars)
                 with stages.chunks(path.name, source.n_stars) as advance:
-                    for start in range(0, source.n_stars, chunk):
-                        stop = min(start + chunk, source.n_stars)
-                        spectra = source.read(start, stop)
+                    starts = range(0, source.n_stars, chunk)
+                    for start, spectra in one_ahead((i, source.read(i, min(i + chunk, source.n_stars))) for i in starts):
                         part = apply_model(application, spectra, star + start, chunk)
                         drawn += _draw(config, application, spectra, part, figures)
                         part.insert(0, "file", name)
                         add_rows(part)
                         flags.update(flag for row in part["flags"] for flag in row.split("|") if flag)
                         masked += int(part["n_masked"].sum())
-                        advance(stop - start)
+                        advance(len(part))
                 star += source.n_stars
             n_stars += star
     console.print(f"{config.output}: {n_stars:,} stars, {masked:,} masked pixels")

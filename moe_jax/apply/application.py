@@ -164,7 +164,8 @@ def to_model(application: Application, spectra: MaskedSpectra) -> ModelSpectra:
         factor_error = MEDIAN_ERROR * np.where(usable, relative, 0.0)
         flux, error = flux * factor[:, None], error * factor[:, None]
     usable &= np.isfinite(flux).all(axis=1)
-    return ModelSpectra(np.where(usable[:, None], flux, 0.0), error if has_errors else None, good, usable, factor, factor_error)
+    flux = flux if usable.all() else np.where(usable[:, None], flux, 0.0)
+    return ModelSpectra(flux, error if has_errors else None, good, usable, factor, factor_error)
 
 
 def _correlated_noise(
@@ -206,7 +207,8 @@ def apply_model(application: Application, spectra: MaskedSpectra, first_star: in
     n_stars = len(spectra.flux)
     n_padded = max(64, 2 ** (max(n_stars, pad_to) - 1).bit_length())
     pad = ((0, n_padded - n_stars), (0, 0))
-    prediction, on_model = _apply_mixture(application, MaskedSpectra(*(np.pad(array, pad, mode="edge") for array in spectra)))
+    padded = MaskedSpectra(*(np.pad(array, pad, mode="edge") for array in spectra)) if n_padded > n_stars else spectra
+    prediction, on_model = _apply_mixture(application, padded)
     usable, masked = on_model.usable[:n_stars], ~on_model.good[:n_stars]
     wave, distance = np.asarray(application.model.wave), np.asarray(prediction.distance)[:n_stars]
     many = masked.mean(axis=1) > MANY
@@ -260,9 +262,9 @@ def _apply_mixture(application: Application, spectra: MaskedSpectra) -> tuple[Mi
     """What the model predicts, with the noise that resampled pixels share; and the spectra on its pixels."""
     on_model = to_model(application, spectra)
     flux, error, good, usable, _, factor_error = on_model
-    fillable = np.where(usable[:, None], good, True)  # an unusable star has nothing to be filled from; its results are dropped
-    optional = [None if array is None else jnp.asarray(array, flux.dtype) for array in (error, factor_error)]
-    prediction = predict_model(application.model, jnp.asarray(flux), optional[0], jnp.asarray(fillable), optional[1])
+    fillable = good | ~usable[:, None]  # an unusable star has nothing to be filled from; its results are dropped
+    optional = [None if array is None else np.asarray(array, flux.dtype) for array in (error, factor_error)]
+    prediction = predict_model(application.model, flux, optional[0], fillable, optional[1])
     if application.overlap is not None and error is not None:
         assert prediction.variance is not None
         assert prediction.gradient is not None

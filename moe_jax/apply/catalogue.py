@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -60,7 +61,22 @@ def open_catalogue(path: Path | str) -> Iterator[AddRows]:
 @contextmanager
 def _write_csv(path: Path) -> Iterator[AddRows]:
     with path.open("w", newline="") as file:
-        yield lambda part: part.to_csv(file, index=False, header=file.tell() == 0, float_format="%.6g")
+        rows = csv.writer(file, lineterminator=os.linesep)
+
+        def add_rows(part: pd.DataFrame) -> None:  # pandas takes three times as long for it
+            if file.tell() == 0:
+                rows.writerow(part.columns)
+            columns = ([_text(x) for x in column.tolist()] for _, column in part.items())
+            rows.writerows(zip(*columns, strict=True))
+
+        yield add_rows
+
+
+def _text(x: object) -> object:
+    """What stands in a CSV file: six digits of a fraction, nothing for NaN."""
+    if not isinstance(x, float):
+        return x
+    return f"{x:.6g}" if x == x else ""
 
 
 @contextmanager

@@ -172,16 +172,19 @@ def fit_leverage(
 
 @jax.jit
 def approximate_leverage(leverage: Leverage, flux: Float[AnyArray, "N P"]) -> Float[jax.Array, "N K"]:
-    """1/n_k + h_k of each star and expert."""
+    """1/n_k + h_k of each star and expert.
 
-    def of_expert(expert: tuple[jax.Array, ...]) -> jax.Array:
-        n_stars, mean, inverse, core = expert
-        x = flux - mean[None, :]
-        z = matmul(x * inverse[None, :], leverage.basis.T)
-        return 1.0 / n_stars + jnp.maximum(jnp.sum(x**2 * inverse[None, :], axis=1) - jnp.sum(z * matmul(z, core), axis=1), 0.0)
-
-    by_expert = lax.map(of_expert, (leverage.n_stars, leverage.mean, leverage.inverse_diagonal, leverage.core))
-    return by_expert.T
+    The flux is taken from one center, that of all experts, so that each product reads it once, not once for each expert.
+    """
+    n_stars, mean, inverse, basis, core = leverage
+    center = jnp.mean(mean, axis=0)
+    x, shift = flux - center[None, :], mean - center[None, :]
+    square = matmul(x**2, inverse.T) - 2 * matmul(x, (inverse * shift).T) + jnp.sum(inverse * shift**2, axis=1)[None, :]
+    directions = inverse[:, None, :] * basis[None, :, :]  # (K, R, P)
+    z = matmul(x, directions.reshape(-1, x.shape[1]).T).reshape(len(x), *core.shape[:2])
+    z = jnp.moveaxis(z, 0, 1) - matmul(directions, shift[:, :, None])[:, None, :, 0]  # (K, N, R)
+    along = jnp.sum(z * matmul(z, core), axis=2).T
+    return 1.0 / n_stars[None, :] + jnp.maximum(square - along, 0.0)
 
 
 @jax.jit

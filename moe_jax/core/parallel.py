@@ -1,15 +1,31 @@
-"""Applies one function to many inputs, on all devices, in one compiled call."""
+"""Applies one function to many inputs on all devices, in one compiled call; and reads ahead."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Item = TypeVar("Item")
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The items, none of which is None; a thread makes the next one while the caller works on the last.
+
+    Making them must not use JAX: two threads that compute can wait for each other.
+    """
+    source = iter(items)
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(next, source, None)
+        while (item := ahead.result()) is not None:
+            ahead = thread.submit(next, source, None)
+            yield item
 
 
 def devices_for(n_inputs: int, devices: Sequence[jax.Device] | None = None) -> tuple[jax.Device, ...]:

@@ -136,7 +136,8 @@ def fill_masked(
     if xp is jnp:
         return map_rows(fit, (flux, good), batch_size=64)
     masked = np.flatnonzero(~good.all(axis=1))
+    if not len(masked):
+        return flux
     filled = flux.copy()
-    if len(masked):
-        filled[masked] = map_rows(fit, (flux[masked], good[masked]))
+    filled[masked] = map_rows(fit, (flux[masked], good[masked]))
     return filled

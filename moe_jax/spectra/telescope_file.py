@@ -74,7 +74,7 @@ class TelescopeFile:
         """The stars ``start`` to ``stop - 1``, float32. Errors are NaN where the file has neither errors nor ivar."""
         with _open(self.path) as arrays:
             stars = {kind: arrays[field][start:stop] for kind, field in self._fields.items() if kind != "wave"}
-        values = {kind: np.asarray(array, np.float64 if kind in UNCERTAINTIES else np.float32) for kind, array in stars.items()}
+        values = {kind: np.asarray(array, np.float32 if kind in ("flux", "error") else np.float64) for kind, array in stars.items()}
         values = {kind: array[:, self._order] for kind, array in values.items()}
         return mask_unusable(values["flux"], error_of(values))
 
@@ -122,11 +122,12 @@ def mask_unusable(flux: Float[AnyArray, "N P"], error: Float[AnyArray, "N P"] | 
     """Spectra, float32, with the pixels masked that are not finite or have no positive error."""
     flux = np.asarray(flux, np.float32)
     good = np.isfinite(flux)
-    if error is None:
-        return MaskedSpectra(np.where(good, flux, 0.0), np.full_like(flux, np.nan), good)
-    error = np.asarray(error, np.float32)
-    good &= np.isfinite(error) & (error > 0)
-    return MaskedSpectra(np.where(good, flux, 0.0), np.where(good, error, 0.0), good)
+    if error is not None:
+        error = np.asarray(error, np.float32)
+        good &= np.isfinite(error) & (error > 0)
+    if not good.all():  # otherwise copies would take longer than reading
+        flux, error = np.where(good, flux, 0.0), None if error is None else np.where(good, error, 0.0)
+    return MaskedSpectra(flux, np.full_like(flux, np.nan) if error is None else error, good)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ import pytest
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct
 
-import moe_jax
 from moe_jax import InputError, ridge_leverage
 from moe_jax.apply.uncertainty import (
     approximate_leverage,
@@ -16,6 +15,7 @@ from moe_jax.apply.uncertainty import (
     residual_variance,
     sum_flux,
 )
+from moe_jax.core.pca import fit_pca
 
 
 @pytest.mark.parametrize("shape", [(30, 80), (80, 30)], ids=["kernel form", "primal form"])
@@ -72,7 +72,7 @@ def test_leverage_of_a_low_rank_and_a_diagonal_is_exact(rng, x64):
 def test_leverage_of_real_spectra_follows_the_exact_one(noisy_flux, survey):
     """The model keeps 16 directions and a diagonal: in float32, on spectra, stars are ordered as by the exact leverage."""
     train, new = noisy_flux[:800], noisy_flux[800:900]
-    pca = moe_jax.core.pca.fit_pca(jax.random.key(0), train, 16)
+    pca = fit_pca(jax.random.key(0), train, 16)
     sums = sum_flux(train, np.ones_like(train), np.zeros(800, int), pca.mean, pca.components, 1)
     leverage = fit_leverage(sums, pca.mean, pca.components, np.array([1.0], "f4"), np.array([800.0], "f4"))
     ours, exact = np.asarray(approximate_leverage(leverage, new))[:, 0], np.asarray(ridge_leverage(train, 1.0, new))

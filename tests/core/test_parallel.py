@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax import GateConfig, MLPGate, fit_gate, fit_gates
-from moe_jax.core.parallel import map_devices
+from moe_jax.core.parallel import map_devices, one_ahead
 
 pytestmark = pytest.mark.slow
 
@@ -17,6 +18,25 @@ def test_is_a_vmap(rng, dtype):
     ours = map_devices(lambda m, v: (jnp.tanh(m) @ v, jnp.sum(m)), matrices, shared)
     np.testing.assert_allclose(ours[0], np.tanh(matrices) @ shared, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(ours[1], matrices.sum(axis=(1, 2)), rtol=1e-5, atol=1e-6)
+
+
+def test_items_are_made_one_ahead_and_in_order():
+    made = []
+
+    def make():
+        for i in range(4):
+            made.append((i, threading.get_ident()))
+            yield i
+        raise OSError("the file ends")
+
+    seen = []
+    with pytest.raises(OSError, match="the file ends"):
+        for item in one_ahead(make()):
+            seen.append(item)
+            assert len(made) <= item + 2
+    assert seen == [0, 1, 2, 3]
+    assert threading.get_ident() not in [thread for _, thread in made]
+    assert not any("ThreadPool" in thread.name for thread in threading.enumerate())
 
 
 def gates_and_single_runs(n_devices):
