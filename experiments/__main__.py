@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import sys
 from pathlib import Path
 
 from rich.table import Table
@@ -35,7 +36,10 @@ def run_time(name: str) -> str:
 
 
 def main() -> None:
-    """Prints the list."""
+    """Prints the list; a word after it is not the way to run one."""
+    if words := [word for word in sys.argv[1:] if word not in ("-h", "--help")]:
+        name = words[0] if words[0] in COMMANDS else "NAME"
+        sys.exit(f"experiments: found {words[0]!r}, expected nothing: run python -m experiments.{name}")
     table = Table(title="python -m experiments.NAME [--preset smoke] [--help]")
     table.add_column("NAME", no_wrap=True)
     table.add_column("question")

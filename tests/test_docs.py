@@ -12,6 +12,7 @@ import nbformat
 import pytest
 
 from experiments.__main__ import COMMANDS, first_line
+from experiments.__main__ import main as list_experiments
 
 pytestmark = pytest.mark.slow
 
@@ -100,6 +101,12 @@ def test_the_list_of_experiments():
     for name in COMMANDS:
         assert name in done.stdout
         assert 20 < len(first_line(name)) < 160, name
+
+
+def test_a_word_after_the_list_names_the_way(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["experiments", "predict", "model"])
+    with pytest.raises(SystemExit, match="found 'predict', expected nothing: run python -m experiments.predict"):
+        list_experiments()
 
 
 def test_help_teaches():

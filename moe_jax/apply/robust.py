@@ -51,13 +51,13 @@ SECOND_STAR = 13.0  #: decrease of chi2 by a second star, in units of the misfit
 SECOND_VELOCITY = 19.0  #: the same of one at another velocity; more templates are compared
 ABSURD = 100.0  #: chi2 above which the errors, or the fit, mean nothing
 COOL = 4250.0  #: K; below, molecules matter that the grid does not have
+BROADEST = 0.97 * np.sqrt(BROADENING_NODES[-1]) * GRID_WIDTH  #: km/s; the fit knows hardly broader lines
 SURELY = 0.999  #: probability of lying outside the cells that is flagged
 _CERTAIN = 3.0  # standard deviations of a constant that is fitted
 _MANY_MASKED = 10  # pixels that stand out, above which a star is fitted again
 _RUN, _GROWTH = 4, 5  # so many masked neighbours are a feature, and so many pixels on both sides belong to it
 _REGION, _FEW = 256, 32  # pixels over which errors are compared, and of chi2 1 that are added to them
 _UNEVEN = 2.0  # ratio of two regions' chi2 above which the errors are scaled by region
-_BROADEST = 0.97 * np.sqrt(BROADENING_NODES[-1]) * GRID_WIDTH  # km/s
 _STATED = (1e-7, 100.0)  # median errors in units of the median flux at which float32 still fits; others mean nothing
 _LEAST_GOOD = 0.3  # part of the pixels of the grid that a fit needs
 
@@ -160,7 +160,7 @@ def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], resolution
         blend_gain=known(fit.blend_gain / np.maximum(widening, 1e-30)),
         second_gain=known(second_velocity(fit, flux, used_error) / np.maximum(widening, 1e-30)),
         outside=known(outside_cells(labels, np.sqrt(variance))),
-        too_broad=fit.broadening >= _BROADEST,
+        too_broad=fit.broadening >= BROADEST,
         at_edge=np.logical_or.reduce(fit.at_edge, axis=1),
         fitted=fitted,
         flux=flux,
@@ -277,7 +277,10 @@ def grow(out: Bool[np.ndarray, "N P"]) -> Bool[np.ndarray, "N P"]:
 
 def in_a_row(out: Bool[np.ndarray, "N P"]) -> Bool[np.ndarray, "N P"]:
     """Those of the masked pixels that lie in a row of at least ``_RUN``."""
-    return np.asarray(scipy.ndimage.binary_opening(out, np.ones((1, _RUN), bool)))
+    rows = out.sum(axis=1) >= _RUN  # most spectra have none
+    found = np.zeros_like(out)
+    found[rows] = scipy.ndimage.binary_opening(out[rows], np.ones((1, _RUN), bool))
+    return found
 
 
 def local_chi2(residual: Float[np.ndarray, "N P"], good: Bool[AnyArray, "N P"]) -> Float[np.ndarray, "N P"]:

@@ -123,11 +123,12 @@ def fit_labels(
     arrays = on_all(tuple(model[1:]), devices)
     fits = []
     for start in range(0, len(flux), _BLOCK * len(devices)):
-        # The last star fills the last blocks.
-        rows = np.minimum(np.arange(start, start + _BLOCK * len(devices)), len(flux) - 1)
-        blocks = tuple(
-            array[rows].reshape(len(devices), _BLOCK, *array.shape[1:]) for array in (flux, error, good, known, constant)
-        )
+        # The last star fills the last blocks, without a good pixel, so that no steps are made for it.
+        places = np.arange(start, start + _BLOCK * len(devices))
+        rows = np.minimum(places, len(flux) - 1)
+        usable = good[rows] & (places < len(flux))[:, None]
+        given = (flux[rows], error[rows], usable, known[rows], constant[rows])
+        blocks = tuple(array.reshape(len(devices), _BLOCK, *array.shape[1:]) for array in given)
         shared = on_all(blocks, devices), arrays
         static = {"axes": axes, "free": free, "n_continuum": n_continuum, "devices": devices}
         fits.append(call_kept(_fit_blocks, *shared, results=[LabelFit], **static))

@@ -129,8 +129,8 @@ def solve(
     """Levenberg-Marquardt, masking of the pixels that stand out, and Levenberg-Marquardt again.
 
     Either stops where a star does not expect to lower its chi2 by more than the tolerance times chi2. A star whose weights have
-    changed has an infinite chi2, which makes it stay where it is and be evaluated again. Stars need different numbers of steps:
-    each step is one of the first ``_AT_ONCE`` stars that still go on.
+    changed has an infinite chi2, which makes it stay where it is and be evaluated again. That of a star without weights stays
+    infinite. Stars need different numbers of steps: each step is one of the first ``_AT_ONCE`` stars that still go on.
 
     Returns:
         The state, and the weights that it belongs to.
@@ -170,7 +170,7 @@ def solve(
         state = progress.state
         masked = lax.cond(i > 0, lambda: _mask(data, state.flux, data.flux.shape[1] // _N_BLOCKS), lambda: weight)
         changed = jnp.any(masked != weight, axis=1) | (i == 0)
-        active = changed | (progress.gain > tolerance * state.chi2)
+        active = (changed | (progress.gain > tolerance * state.chi2)) & jnp.any(masked > 0, axis=1)
         state = state._replace(chi2=jnp.where(changed, jnp.inf, state.chi2))
         start = progress._replace(state=state, active=active, n_steps=jnp.zeros(n, jnp.int32))
         end = lax.while_loop(lambda progress: jnp.any(progress.active), lambda progress: iterate(progress, masked), start)

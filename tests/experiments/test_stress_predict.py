@@ -57,6 +57,19 @@ def test_scores_are_of_stars_without_a_flag():
     assert row == {"case": "case", "flagged": pytest.approx(1 / 3), "rms": pytest.approx(np.sqrt(0.05)), "coverage": 0.5}
 
 
+def test_what_no_flag_can_see():
+    """Good spectra are flagged as often as noise makes it; a second star is hidden by large errors and seen by small ones."""
+    exposure, log_g = stress_predict.draw_exposure(stress_predict.StressConfig(n_stars=20))
+    seen, bias = stress_predict.most_flagged(exposure, log_g)
+    assert 0.005 <= seen < 0.1
+    assert bias < 0.02
+    two = SPOILINGS["two stars in one"](np.random.default_rng(0), exposure)
+    shares = [stress_predict.most_flagged(two._replace(error=two.error * factor), log_g) for factor in (1e3, 1.0, 0.1)]
+    assert shares[0][0] == pytest.approx(stress_predict.FALSE_ALARMS, rel=0.1)
+    assert shares[0][1] > 0.1
+    assert 0.3 < shares[1][0] < 0.95 < shares[2][0]
+
+
 def test_each_real_star_needs_a_label(tmp_path):
     survey = simulate_survey(jax.random.key(0), 2)
     save_survey(tmp_path / "stars.h5", survey)
