@@ -3,10 +3,11 @@
 A spectrum is resampled to the pixels of the grid, scaled, and fitted by ``moe_jax.spectra.label_fit``: labels, velocity, broadening
 and a continuum. Where many pixels stand out, they are masked with their surroundings and the star is fitted once more.
 
-Some spectra have a constant added to them (a sky that was subtracted wrongly), or a stretched wavelength scale. Most have not, and
-lose precision where it is fitted. So each is given a probability, from how much it lowers chi2: half of the stars are taken to have
-one, of a normal distribution with the width ``RARE``. The labels are means over both cases. Where a constant is beyond doubt, the
-star is fitted once more with it.
+Some spectra have a constant added to them (a sky that was subtracted wrongly), a stretched wavelength scale, or emission in the
+cores of the calcium triplet (a chromosphere). Most have not, and lose precision where it is fitted. So each is given a probability,
+from how much it lowers chi2: half of the stars are taken to have one, of a normal distribution with the width ``RARE``. The labels
+are means over all cases. Where a constant is beyond doubt, the star is fitted once more with it. Where emission is, it is fitted
+without the cores.
 
 How well a fit describes a spectrum is judged by three chi2: of single pixels, of the residuals' means over 4 pixels, and of those
 over 32. The first one alone says that the stated errors are wrong, and scales the uncertainties. The other two, divided by the
@@ -16,6 +17,7 @@ first, are near 1 unless residuals hang together, as those of lines and continua
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,7 +31,16 @@ from moe_jax.spectra.broadening import broadening_width
 from moe_jax.spectra.fisher import LABEL_UNITS
 from moe_jax.spectra.grid import GRID_RESOLUTION
 from moe_jax.spectra.label_fit import N_CONTINUUM, LabelFit, fit_labels
-from moe_jax.spectra.label_model import BROADENING_NODES, GRID_WIDTH, NORMALISE_TERMS, chebyshev_terms, default_model, rebin
+from moe_jax.spectra.label_model import (
+    BROADENING_NODES,
+    CALCIUM,
+    GRID_WIDTH,
+    LIGHT_SPEED,
+    NORMALISE_TERMS,
+    chebyshev_terms,
+    default_model,
+    rebin,
+)
 from moe_jax.spectra.label_start import SEPARATION, velocity_gains
 from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.resample import MaskedSpectra, good_medians, overlaps, resample
@@ -46,14 +57,14 @@ EMISSIONS = 3  #: so many lines in emission are flagged
 QUANTILES = (0.93, 1.66, 2.11)  #: of |error| / standard deviation at the levels of ``moe_jax.apply.conformal``
 UNIQUE = 25.0  #: contrast below which the velocity is not unique
 NO_STAR = 12.0  #: contrast below which nothing looks like a star
-RARE = (0.1, 20.0)  #: standard deviations of a constant (of the median flux), and of a stretch (km/s at the ends)
+RARE = (0.1, 20.0, 0.2)  #: standard deviations of a constant, a stretch (km/s at the ends) and emission; of the median flux
 SECOND_STAR = 13.0  #: decrease of chi2 by a second star, in units of the misfit, above which a star is a blend
 SECOND_VELOCITY = 19.0  #: the same of one at another velocity; more templates are compared
 ABSURD = 100.0  #: chi2 above which the errors, or the fit, mean nothing
 COOL = 4250.0  #: K; below, molecules matter that the grid does not have
 BROADEST = 0.97 * np.sqrt(BROADENING_NODES[-1]) * GRID_WIDTH  #: km/s; the fit knows hardly broader lines
 SURELY = 0.999  #: probability of lying outside the cells that is flagged
-_CERTAIN = 3.0  # standard deviations of a constant that is fitted
+_CERTAIN = 3.0  # standard deviations above which a constant is fitted, or the cores are masked
 _MANY_MASKED = 10  # pixels that stand out, above which a star is fitted again
 _RUN, _GROWTH = 4, 5  # so many masked neighbours are a feature, and so many pixels on both sides belong to it
 _REGION, _FEW = 256, 32  # pixels over which errors are compared, and of chi2 1 that are added to them
@@ -139,7 +150,7 @@ def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], resolution
     n_emission = (bright[:, 1:] & ~bright[:, :-1]).sum(axis=1)
     widening = fit.chi2 * np.maximum(ratio, 1.0).max(axis=1) * expected[-1]
     _, plain = add_prior(fit.labels, fit.covariance * widening[:, None, None])
-    labels, covariance = allow_rare(fit, widening, np.array(RARE) * [0.5, 1.0])
+    labels, covariance = allow_rare(fit, widening, np.array(RARE) * [0.5, 1.0, 0.5])
     labels, covariance = add_prior(labels, covariance)
     variance = np.diagonal(covariance, axis1=1, axis2=2)
 
@@ -175,7 +186,8 @@ def _fit_and_doubt(
 ) -> tuple[LabelFit, np.ndarray, np.ndarray]:
     """Fits, and fits once more where something is wrong with a spectrum that can be put right.
 
-    Where many pixels stand out, their surroundings are masked too. Where a constant is beyond doubt, it is fitted. Where the
+    Where many pixels stand out, their surroundings are masked too. Where a constant is beyond doubt, it is fitted. Where emission
+    in the cores of the calcium triplet is, and more so than a constant, which looks alike, these are masked. Where the
     residuals are independent, but larger in some regions, the errors are scaled in each region. Where residuals hang together,
     two explanations are tried: a richer continuum, and bands of the Earth's atmosphere. One that explains them all is believed.
 
@@ -189,14 +201,16 @@ def _fit_and_doubt(
     if uneven.any():
         error = np.where(uneven[:, None], error * np.sqrt(local), error).astype(np.float32)
     with np.errstate(invalid="ignore"):
-        constant = np.abs(fit.rare[:, 0]) > _CERTAIN * fit.rare_error[:, 0] * np.sqrt(np.maximum(fit.chi2, 1.0))
+        seen = fit.rare / (fit.rare_error * np.sqrt(np.maximum(fit.chi2, 1.0))[:, None])
+    constant, filled = np.abs(seen[:, 0]) > _CERTAIN, (seen[:, 2] > _CERTAIN) & (seen[:, 2] > np.abs(seen[:, 0]))
+    cores = filled[:, None] & in_calcium_cores(fit.velocity)
 
     def refit(chosen: np.ndarray, keep: Callable[[np.ndarray], np.ndarray], n_continuum: int, doubtful: bool) -> None:
         """Fits some stars again, with those pixels that ``keep`` makes of the masked ones."""
         rows = np.flatnonzero(fitted & chosen)
         if not len(rows):
             return
-        kept = good[rows] & keep(good[rows] & ~fit.good[rows])
+        kept = good[rows] & keep(good[rows] & ~fit.good[rows]) & ~cores[rows]
         other = fit_labels(flux[rows], error[rows], kept, n_continuum=n_continuum, additive=constant[rows])
         other.n_masked[:] = (good[rows] & ~other.good).sum(axis=1)
         new_ratio = scale_ratio(other, flux[rows], error[rows], expected)
@@ -209,7 +223,7 @@ def _fit_and_doubt(
     def without_rows(out: np.ndarray) -> np.ndarray:  # which may have been masked since the continuum was wrong
         return np.logical_or(~out, in_a_row(out))
 
-    refit((n_masked > _MANY_MASKED) | constant | uneven, lambda out: ~grow(out), N_CONTINUUM, doubtful=False)
+    refit((n_masked > _MANY_MASKED) | constant | filled | uneven, lambda out: ~grow(out), N_CONTINUUM, doubtful=False)
     refit(ratio[:, 1] > LIMITS[1], without_rows, N_WAVY, doubtful=True)
     misfit = np.flatnonzero((ratio > LIMITS).any(axis=1))
     absorbed, bands = np.zeros(len(flux), bool), in_telluric_bands()
@@ -219,22 +233,33 @@ def _fit_and_doubt(
 
 
 def allow_rare(
-    fit: LabelFit, widening: Float[np.ndarray, " N"], width: Float[np.ndarray, " 2"]
+    fit: LabelFit, widening: Float[np.ndarray, " N"], width: Float[np.ndarray, " R"]
 ) -> tuple[Float[np.ndarray, "N 4"], Float[np.ndarray, "N 4 4"]]:
-    """Mean and covariance of the labels if a constant and a stretch are there with probability 1/2 each, of normal distributions.
+    """Mean and covariance of the labels if each rare thing is there with probability 1/2, of a normal distribution.
 
-    These have the standard deviations ``width``; ``widening`` is a factor on all variances of the fit.
+    These have the standard deviations ``width``; ``widening`` is a factor on all variances of the fit. Two of them can look alike,
+    as an added constant and filled cores do. So all combinations are compared by their evidence.
     """
-    variance = np.maximum(fit.rare_error**2 * widening[:, None], 1e-12 * width**2)  # a share of 1 has no logarithm
-    share = width**2 / (width**2 + variance)
-    evidence = 0.5 * np.log1p(-share) + 0.5 * share * fit.rare**2 / variance  # log of the Bayes factor
-    probability = scipy.special.expit(evidence)
-    shift = (share * fit.rare)[..., None] * fit.rare_slope
-    labels = fit.labels + np.einsum("nk,nki->ni", probability, shift)
-    spread = np.einsum("nk,nki,nkj->nij", probability * share * variance, fit.rare_slope, fit.rare_slope)
-    spread += np.einsum("nk,nki,nkj->nij", probability * (1 - probability), shift, shift)
+    deviation = np.sqrt(np.maximum(fit.rare_error**2 * widening[:, None], 1e-12 * width**2)) / width
+    score, eye = fit.rare / width / deviation**2, np.eye(len(width))
+    alike = fit.rare_correlation * np.where(eye, 0.0, 0.999)  # float32 may make it singular
+    information = (alike + eye) / (deviation[:, :, None] * deviation[:, None, :])
+    means, squares, evidences = [], [], []
+    for there in itertools.product((0.0, 1.0), repeat=len(width)):
+        both = np.outer(there, there)
+        inner = eye + both * information
+        variance, known = both * np.linalg.inv(inner), score * there
+        mean = np.einsum("nij,nj->ni", variance, known)
+        means.append(mean)
+        squares.append(variance + mean[:, :, None] * mean[:, None, :])
+        evidences.append(0.5 * np.sum(mean * known, axis=1) - 0.5 * np.linalg.slogdet(inner)[1])
+    probability = scipy.special.softmax(evidences, axis=0)
+    mean, square = (np.einsum("cn,cn...->n...", probability, np.array(moments)) for moments in (means, squares))
+    slope = fit.rare_slope * width[:, None]
+    spread = square - mean[:, :, None] * mean[:, None, :]
     low, high = grid_range()
-    return np.clip(labels, low, high), fit.covariance * widening[:, None, None] + spread
+    labels = np.clip(fit.labels + np.einsum("nk,nki->ni", mean, slope), low, high)
+    return labels, fit.covariance * widening[:, None, None] + np.einsum("nki,nkl,nlj->nij", slope, spread, slope)
 
 
 def outside_cells(labels: Float[np.ndarray, "N 4"], error: Float[np.ndarray, "N 4"]) -> Float[np.ndarray, " N"]:
@@ -313,6 +338,13 @@ def local_excess(
     square = np.where(good, residual, 0.0) ** 2
     mean = [square[:, part].sum(axis=1) / np.maximum(good[:, part].sum(axis=1), 1) for part in (inside, ~inside)]
     return mean[0] / np.maximum(mean[1], 1e-30)
+
+
+def in_calcium_cores(velocity: Float[AnyArray, " N"]) -> Bool[np.ndarray, "N P"]:
+    """Whether a pixel, as observed, lies in the core of a line of the calcium triplet."""
+    at_rest = WAVE / (1 + np.nan_to_num(np.asarray(velocity))[:, None] / LIGHT_SPEED)
+    half_width = 2 * GRID_WIDTH / LIGHT_SPEED
+    return np.logical_or.reduce([np.abs(at_rest / line - 1) < half_width for line in CALCIUM])
 
 
 def in_telluric_bands() -> Bool[np.ndarray, " P"]:

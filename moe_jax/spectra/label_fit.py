@@ -72,9 +72,10 @@ class LabelFit(NamedTuple):
     constant: Float[AnyArray, " N"]  #: flux that is added to the star's; 0 unless asked for
     good: Bool[AnyArray, "N P"]  #: pixels used, as observed
     flux: Float[AnyArray, "N P"]  #: the fitted model on the pixels as observed
-    rare: Float[AnyArray, "N 2"]  #: what a linear step finds of a constant (flux), and of a stretch (km/s at the red end)
-    rare_error: Float[AnyArray, "N 2"]  #: their standard deviations
-    rare_slope: Float[AnyArray, "N 2 4"]  #: by how much the labels change with them
+    rare: Float[AnyArray, "N 3"]  #: of a constant, a stretch (km/s at the red end) and calcium emission: what a linear step finds
+    rare_error: Float[AnyArray, "N 3"]  #: their standard deviations
+    rare_slope: Float[AnyArray, "N 3 4"]  #: by how much the labels change with them
+    rare_correlation: Float[AnyArray, "N 3 3"]  #: of what they do to the spectrum, apart from what the fit can imitate
     blend_gain: Float[AnyArray, " N"]  #: by how much the light of a second star would lower chi2
 
 
@@ -188,7 +189,7 @@ def _fit_block(
     n_masked = jnp.sum(usable & (observed == 0), axis=1) + jnp.sum((data.weight > 0) & (weight == 0), axis=1)
     data = data._replace(weight=weight)
     fit = _report(problem, state, data, usable, contrast, n_masked, _blend_gain(problem, state, data, smooth))
-    unit = jnp.concatenate([scale, jnp.ones_like(scale)], axis=1)  # of a constant, and of a stretch
+    unit = jnp.concatenate([scale, jnp.ones_like(scale), scale], axis=1)  # of a constant, a stretch, and emission
     return fit._replace(
         continuum=fit.continuum * scale,
         constant=fit.constant * scale[:, 0],
@@ -247,27 +248,32 @@ def _report(
     )
 
 
-def _rare(state: State, data: Stars) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What the residuals say of a constant and of a stretch of the wavelengths: a linear step along both, a score test.
+def _rare(state: State, data: Stars) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What the residuals say of a constant, a stretch of the wavelengths, and emission: a linear step along each, a score test.
 
     Whatever the parameters of the fit can imitate does not count. The fit has eliminated the polynomial. Its ridge leaves the
     residuals not quite orthogonal to the polynomial.
 
     Returns:
-        ``rare``, ``rare_error`` and ``rare_slope`` of ``LabelFit``.
+        ``rare``, ``rare_error``, ``rare_slope`` and ``rare_correlation`` of ``LabelFit``.
     """
     f, gram = state.normal.shape[1], state.gram
+    rare_rows = range(f + 1, gram.shape[1])
     solved = solve_small(_with_ridge(state.inner), jnp.swapaxes(state.cross[:, f:], 1, 2))
     eliminated = gram - jnp.einsum("nij,njk->nik", state.cross, jnp.pad(solved, ((0, 0), (0, 0), (f, 0))))
     gradient, cross = eliminated[:, :f, f], eliminated[:, :f, f + 1 :]
     slope = solve_small(_with_ridge(state.normal), cross)
-    power = jnp.stack([gram[:, i, i] for i in (f + 1, f + 2)], axis=1)
-    information = jnp.stack([eliminated[:, i, i] for i in (f + 1, f + 2)], axis=1) - jnp.einsum("nik,nik->nk", slope, cross)
+    power = jnp.stack([gram[:, i, i] for i in rare_rows], axis=1)
+    joint = eliminated[:, f + 1 :, f + 1 :] - jnp.einsum("nik,nij->nkj", slope, cross)
+    information = jnp.einsum("nkk->nk", joint)
     rare_error = 1.0 / jnp.sqrt(jnp.maximum(information, 1e-6 * power + 1e-30))  # float32 knows no smaller part
     score = eliminated[:, f, f + 1 :] - jnp.einsum("nik,ni->nk", slope, gradient)
-    unknown = jnp.stack([1.0 - data.additive, jnp.ones_like(data.additive)], axis=1)  # a constant that was fitted is not rare
+    one = jnp.ones_like(data.additive)
+    unknown = jnp.stack([one - data.additive, one, one], axis=1)  # a constant that was fitted is not rare
     rare = score * jnp.square(rare_error) * unknown
-    return rare, rare_error, -jnp.swapaxes(slope[:, :4], 1, 2) * jnp.asarray(UNITS[:4], rare.dtype)[None, None]
+    scale = rare_error * unknown
+    correlation = joint * scale[:, :, None] * scale[:, None, :]
+    return rare, rare_error, -jnp.swapaxes(slope[:, :4], 1, 2) * jnp.asarray(UNITS[:4], rare.dtype)[None, None], correlation
 
 
 def _blend_gain(problem: Problem, state: State, data: Stars, smooth: jax.Array) -> jax.Array:

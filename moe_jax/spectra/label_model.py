@@ -21,6 +21,7 @@ LIGHT_SPEED = 299792.458  # km/s
 GRID_WIDTH = LIGHT_SPEED / GRID_RESOLUTION / np.sqrt(8.0 * np.log(2.0))  #: standard deviation of the grid's line profile, km/s
 BROADENING_NODES = (0.0, 0.5, 1.25, 2.5, 4.5, 8.0)  #: variance added to the line profile, in units of GRID_WIDTH^2
 MAX_VELOCITY = 600.0  #: km/s
+CALCIUM = (8500.36, 8544.44, 8664.52)  #: Angstrom, vacuum: the triplet of ionised calcium
 REBIN = 4  # pixels of a coarse pixel
 _N_SOURCE = 160  # components of the grid from which those of the broadened grid are made
 _N_COMPONENTS = 128
@@ -179,3 +180,10 @@ def _flatten(spectra: np.ndarray) -> np.ndarray:
 def chebyshev_terms(n_pixels: int, n_terms: int) -> np.ndarray:
     """(n_terms, n_pixels) Chebyshev polynomials over the wavelength range."""
     return chebyshev.chebvander(np.linspace(-1.0, 1.0, n_pixels), n_terms - 1).T.astype(np.float32)
+
+
+def calcium_cores(n_pixels: int) -> np.ndarray:
+    """(n_pixels,) emission in the cores of the calcium triplet, of height 1 and as wide as the grid's line profile."""
+    wave = rebin(WAVE, len(WAVE) // n_pixels) / (len(WAVE) // n_pixels)
+    lines = np.array(CALCIUM)
+    return np.exp(-0.5 * ((wave[:, None] / lines - 1) * LIGHT_SPEED / GRID_WIDTH) ** 2).sum(axis=1)

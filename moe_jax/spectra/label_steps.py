@@ -16,7 +16,7 @@ from jax import lax
 
 from moe_jax.core.arrays import matmul
 from moe_jax.core.cholesky import solve_small
-from moe_jax.spectra.label_model import BROADENING_NODES, LabelModel, PixelModel, chebyshev_terms
+from moe_jax.spectra.label_model import BROADENING_NODES, LabelModel, PixelModel, calcium_cores, chebyshev_terms
 from moe_jax.spectra.label_point import UNITS, Stars, derivatives_at, model_point, model_rows
 
 _AT_ONCE = 8  # stars of a block that make a step together
@@ -42,8 +42,8 @@ class State(NamedTuple):
     x: jax.Array  # (n, 6)
     chi2: jax.Array  # (n,)
     normal: jax.Array  # (n, f, f) normal equations of the free parameters, the polynomial eliminated
-    gram: jax.Array  # (n, f + 3, f + 3) products of the derivatives, the residual, a constant and a stretch, in units of the errors
-    cross: jax.Array  # (n, f + 3, K + 1) of these with the polynomial and the constant
+    gram: jax.Array  # (n, f + 4, f + 4) products of the derivatives, the residual, and the rare three, in units of the errors
+    cross: jax.Array  # (n, f + 4, K + 1) of these with the polynomial and the constant
     inner: jax.Array  # (n, K + 1, K + 1) of the polynomial and the constant with each other
     continuum: jax.Array  # (n, K)
     constant: jax.Array  # (n,)
@@ -75,9 +75,10 @@ def _evaluate(problem: Problem, x: jax.Array, data: Stars) -> State:
     residual = flux - polynomial * spectrum - constant[:, None] * root
     derivatives = derivatives_at(point, root * polynomial, data)
     stretch = derivatives[:, 4] * jnp.linspace(-1.0, 1.0, n_pixels, dtype=x.dtype)[None]
-    rows = jnp.concatenate([free_rows(derivatives, problem), jnp.stack([residual, root, stretch], axis=1)], axis=1)
+    emission = root * jnp.asarray(calcium_cores(n_pixels), x.dtype)[None]
+    rows = jnp.concatenate([free_rows(derivatives, problem), jnp.stack([residual, root, stretch, emission], axis=1)], axis=1)
     gram = jnp.einsum("nip,njp->nij", rows, rows)
-    cross = matmul((rows * spectrum[:, None]).reshape(-1, n_pixels), terms[:k].T).reshape(n, f + 3, k)
+    cross = matmul((rows * spectrum[:, None]).reshape(-1, n_pixels), terms[:k].T).reshape(n, f + 4, k)
     cross = jnp.concatenate([cross, data.additive[:, None, None] * gram[:, :, f + 1 : f + 2]], axis=2)
     eliminated = solve_small(normal, jnp.swapaxes(cross[:, :f], 1, 2))
     reduced = gram[:, :f, :f] - jnp.einsum("nik,nkj->nij", cross[:, :f], eliminated)
@@ -181,8 +182,8 @@ def solve(
         x=x,
         chi2=jnp.full(n, jnp.inf, x.dtype),
         normal=zeros((n, f, f)),
-        gram=zeros((n, f + 3, f + 3)),
-        cross=zeros((n, f + 3, k + 1)),
+        gram=zeros((n, f + 4, f + 4)),
+        cross=zeros((n, f + 4, k + 1)),
         inner=zeros((n, k + 1, k + 1)),
         continuum=zeros((n, k)),
         constant=zeros(n),

@@ -18,6 +18,7 @@ from moe_jax.apply.robust import (
     expected_chi2,
     fit_robustly,
     grow,
+    in_calcium_cores,
     in_telluric_bands,
     local_chi2,
     local_excess,
@@ -94,6 +95,10 @@ def test_what_can_be_put_right_is(small_survey, rng):
             assert (moved < plain.error[:, 1]).all()
     assert fit("half of another star at 200 km/s").flags()[BLENDED].sum() >= 6
     assert fit("resolution 1500").flags()[POOR_FIT].all()
+    filled = fit("calcium triplet filled in")
+    cores = in_calcium_cores(filled.velocity)
+    assert (filled.used[cores] == 0).mean() > 0.6
+    assert (plain.used[cores] == 0).mean() < 0.2
     # What no explanation puts right stays as it was fitted first.
     waves = exposure.flux * (1 + 0.1 * np.sin(np.arange(4096) / 25)) + exposure.noise
     wavy = fit_robustly(MaskedSpectra(waves, exposure.error, np.ones(waves.shape, bool)), WAVE)
@@ -176,13 +181,37 @@ def test_rare_nuisances_are_averaged_over(rng):
         rare=np.array([[0.1, 0.0]]),
         rare_error=np.array([[error, 1e9]]),
         rare_slope=np.array([[[0, slope, 0, 0], [0, 0, 0, 0]]], float),
+        rare_correlation=np.eye(2)[None],
         labels=np.array([[5000.0, 3.0, -1.0, 0.0]]),
         covariance=np.eye(4)[None] * 1e-4,
     )
-    labels, covariance = allow_rare(fit, np.ones(1), np.array(RARE))
+    labels, covariance = allow_rare(fit, np.ones(1), np.array(RARE[:2]))
     alike = constant[np.abs(found - 0.1) < 0.005]
     assert labels[0, 1] - 3.0 == pytest.approx(slope * alike.mean(), abs=0.01)
     assert covariance[0, 1, 1] - 1e-4 == pytest.approx(slope**2 * alike.var(), rel=0.05)
+
+
+def test_rare_nuisances_that_look_alike(rng):
+    """Against a mean over draws, where what a constant and emission do to the spectrum correlates by .8."""
+    n, width, error, slope = 4_000_000, np.array(RARE)[[0, 2]], np.array([0.07, 0.1]), np.array([3.0, -1.0])
+    true = np.where(rng.random((n, 2)) < 0.5, 0.0, rng.normal(0, width, (n, 2)))
+    correlation = np.array([[1.0, 0.8], [0.8, 1.0]])
+    # A single step along one of the two also finds a part of the other.
+    noise = rng.multivariate_normal([0, 0], correlation, n)
+    found = error * ((true / error) @ correlation + noise)
+    fit = SimpleNamespace(
+        rare=np.array([[0.1, 0.12]]),
+        rare_error=error[None],
+        rare_slope=np.array([[[0, slope[0], 0, 0], [0, slope[1], 0, 0]]]),
+        rare_correlation=correlation[None],
+        labels=np.array([[5000.0, 3.0, -1.0, 0.0]]),
+        covariance=np.eye(4)[None] * 1e-4,
+    )
+    labels, covariance = allow_rare(fit, np.ones(1), width)
+    shift = (true @ slope)[(np.abs(found - fit.rare) < 0.015).all(axis=1)]
+    assert len(shift) > 2_000
+    assert labels[0, 1] - 3.0 == pytest.approx(shift.mean(), abs=0.015)
+    assert covariance[0, 1, 1] - 1e-4 == pytest.approx(shift.var(), rel=0.08)
 
 
 def test_stars_outside_the_cells():

@@ -7,7 +7,7 @@ from scipy.optimize import least_squares
 
 import moe_jax
 from moe_jax import InputError, fit_labels, interpolate_grid, load_grid
-from moe_jax.spectra.label_model import LIGHT_SPEED
+from moe_jax.spectra.label_model import LIGHT_SPEED, calcium_cores
 from moe_jax.spectra.pixels import WAVE
 
 pytestmark = pytest.mark.slow
@@ -144,6 +144,12 @@ def test_a_stretch_is_found(stars, fit):
     wrong = WAVE / (1 + 10 / LIGHT_SPEED * np.linspace(-1, 1, len(WAVE)))
     stretched = fit_labels(CubicSpline(WAVE, flux, axis=1, extrapolate=True)(wrong).astype(np.float32), error)
     assert np.median(stretched.rare[:, 1] - fit.rare[:, 1]) == pytest.approx(10, abs=1.5)
+
+
+def test_emission_in_the_calcium_triplet_is_found(stars, fit):
+    _, flux, error = stars
+    filled = fit_labels(flux + np.float32(0.03) * calcium_cores(len(WAVE)).astype(np.float32), error)
+    assert np.median(filled.rare[:, 2] - fit.rare[:, 2]) == pytest.approx(0.03, abs=0.005)
 
 
 def test_a_second_star_is_seen(stars, fit):
