@@ -204,6 +204,7 @@ def apply_model(application: Application, spectra: MaskedSpectra, first_star: in
         flags (names joined by |). NaN for a star that is not predicted, and in the columns of a mixture that knows sharper
         spectra only.
     """
+    spectra = MaskedSpectra(*map(np.asarray, spectra))  # pandas cannot index by arrays of JAX
     n_stars = len(spectra.flux)
     n_padded = max(64, 2 ** (max(n_stars, pad_to) - 1).bit_length())
     pad = ((0, n_padded - n_stars), (0, 0))

@@ -116,8 +116,10 @@ def predict_model(
     """
     if flux.shape[1] != len(model.wave):
         raise InputError(f"flux has shape {flux.shape}, expected (N, {len(model.wave)}) for the wavelengths of the model")
-    if isinstance(error, np.ndarray) and (error < 0).any():
-        raise InputError(f"error holds {error.min():g}, expected no negative errors: mask such pixels by good")
+    if isinstance(error, np.ndarray):
+        negative = error[(error < 0) if good is None else (error < 0) & np.asarray(good)]
+        if negative.size:
+            raise InputError(f"error holds {negative.min():g}, expected no negative errors: mask such pixels by good")
     if good is not None:
         if model.uncertainty is None:
             raise InputError("good was given for a model without uncertainties, expected one that knows how to fill masked pixels")

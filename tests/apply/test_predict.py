@@ -167,6 +167,19 @@ def test_another_scale_is_seen_and_undone(application, spectra, table):
     assert (apply_model(application._replace(scale=True), negative)["flags"] == NOT_PREDICTED).all()
 
 
+def test_arrays_of_jax_and_errors_of_masked_pixels(application, spectra):
+    """64 stars are not padded: as arrays of JAX they ended in a KeyError. A masked pixel may hold any error, -1 too."""
+    some = MaskedSpectra(*(array[:64].copy() for array in spectra))
+    some.good[0, 5], some.error[0, 5] = False, 0.0
+    before = apply_model(application, some)
+    pd.testing.assert_frame_equal(apply_model(application, MaskedSpectra(*map(jax.numpy.asarray, some))), before)
+    some.error[0, 5] = -1.0
+    pd.testing.assert_frame_equal(apply_model(application, some), before)
+    some.good[0, 5] = True
+    with pytest.raises(InputError, match="error holds -1, expected no negative errors"):
+        apply_model(application, some)
+
+
 def test_errors_that_mean_nothing(model, spectra):
     """Local experts take no noise for what it is; a fit says that there is no answer."""
     few = MaskedSpectra(*(array[:3] for array in spectra))
