@@ -57,15 +57,15 @@ def test_leverage_of_a_low_rank_and_a_diagonal_is_exact(rng, x64):
     np.testing.assert_allclose(sums.noise[1], (error[cell == 1] ** 2).sum(axis=0))
     own = flux[cell >= 0] - center
     np.testing.assert_allclose(sums.rest, ((own - own @ basis.T @ basis) ** 2).sum(axis=0))
-    leverage = fit_leverage(sums, center, basis, alpha, counts.astype(float))
     new = flux[:50]
-    for i in range(k):
+    for i, factor in ((0, 1.0), (1, 1.0), (1, 3.0)):  # of an expert that was fitted to more stars than were summed
+        leverage = fit_leverage(sums, center, basis, alpha, factor * counts)
         centred = flux[cell == i] - flux[cell == i].mean(axis=0)
-        scatter = centred.T @ centred
+        scatter = factor * centred.T @ centred
         beside = np.maximum(np.diag(scatter - basis.T @ (basis @ scatter @ basis.T) @ basis), 0)
         model = basis.T @ (basis @ scatter @ basis.T) @ basis + np.diag(beside) + alpha[i] * np.eye(p)
         x = new - flux[cell == i].mean(axis=0)
-        straight = np.einsum("np,pq,nq->n", x, np.linalg.inv(model), x) + 1 / counts[i]
+        straight = np.einsum("np,pq,nq->n", x, np.linalg.inv(model), x) + 1 / (factor * counts[i])
         np.testing.assert_allclose(approximate_leverage(leverage, new)[:, i], straight, rtol=1e-8)
 
 
