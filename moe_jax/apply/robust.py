@@ -203,7 +203,8 @@ def _fit_and_doubt(
     with np.errstate(invalid="ignore"):
         seen = fit.rare / (fit.rare_error * np.sqrt(np.maximum(fit.chi2, 1.0))[:, None])
     constant, filled = np.abs(seen[:, 0]) > _CERTAIN, (seen[:, 2] > _CERTAIN) & (seen[:, 2] > np.abs(seen[:, 0]))
-    cores = filled[:, None] & in_calcium_cores(fit.velocity)
+    cores = np.zeros(flux.shape, bool)
+    cores[filled] = in_calcium_cores(np.asarray(fit.velocity)[filled])
 
     def refit(chosen: np.ndarray, keep: Callable[[np.ndarray], np.ndarray], n_continuum: int, doubtful: bool) -> None:
         """Fits some stars again, with those pixels that ``keep`` makes of the masked ones."""
@@ -340,9 +341,9 @@ def local_excess(
     return mean[0] / np.maximum(mean[1], 1e-30)
 
 
-def in_calcium_cores(velocity: Float[AnyArray, " N"]) -> Bool[np.ndarray, "N P"]:
+def in_calcium_cores(velocity: Float[np.ndarray, " N"]) -> Bool[np.ndarray, "N P"]:
     """Whether a pixel, as observed, lies in the core of a line of the calcium triplet."""
-    at_rest = WAVE / (1 + np.nan_to_num(np.asarray(velocity))[:, None] / LIGHT_SPEED)
+    at_rest = WAVE / (1 + np.nan_to_num(velocity)[:, None] / LIGHT_SPEED)
     half_width = 2 * GRID_WIDTH / LIGHT_SPEED
     return np.logical_or.reduce([np.abs(at_rest / line - 1) < half_width for line in CALCIUM])
 
