@@ -178,15 +178,11 @@ def compute(config: StressConfig, stages: Stages) -> Results:
 
     with stages("cases"):
         table = judge(pd.DataFrame([score(name, predict(application, as_file(spoiled(name))), log_g) for name in cases]))
-    open_cases = table[table["handled"] == "no"]
+    limits = table.loc[table["handled"] == "no", ["case", "flagged"]]
     with stages("limits"):
-        limits = [
-            (name, flagged, *most_flagged(spoiled(name), log_g))
-            for name, flagged in zip(open_cases["case"], open_cases["flagged"], strict=True)
-        ]
+        limits[["most", "bias"]] = np.reshape([most_flagged(spoiled(name), log_g) for name in limits["case"]], (-1, 2))
     with stages("calibration"):
-        tables = {"cases": table, "calibration": calibrate_fit(config)}
-    tables["limits"] = pd.DataFrame(limits, columns=["case", "flagged", "most", "bias"])
+        tables = {"cases": table, "calibration": calibrate_fit(config), "limits": limits}
     n_handled = int((table["handled"][1:] == "yes").sum())
     summary = f"{n_handled} of {len(table) - 1} cases are handled"
     shape = {"flagged": ".1%", "rms": ".3f", "coverage": ".2f"}

@@ -343,7 +343,7 @@ def local_excess(
 
 def in_calcium_cores(velocity: Float[np.ndarray, " N"]) -> Bool[np.ndarray, "N P"]:
     """Whether a pixel, as observed, lies in the core of a line of the calcium triplet."""
-    at_rest = WAVE / (1 + np.nan_to_num(velocity)[:, None] / LIGHT_SPEED)
+    at_rest = WAVE / (1 + velocity[:, None] / LIGHT_SPEED)
     half_width = 2 * GRID_WIDTH / LIGHT_SPEED
     return np.logical_or.reduce([np.abs(at_rest / line - 1) < half_width for line in CALCIUM])
 

@@ -258,14 +258,12 @@ def _rare(state: State, data: Stars) -> tuple[jax.Array, jax.Array, jax.Array, j
         ``rare``, ``rare_error``, ``rare_slope`` and ``rare_correlation`` of ``LabelFit``.
     """
     f, gram = state.normal.shape[1], state.gram
-    rare_rows = range(f + 1, gram.shape[1])
     solved = solve_small(_with_ridge(state.inner), jnp.swapaxes(state.cross[:, f:], 1, 2))
     eliminated = gram - jnp.einsum("nij,njk->nik", state.cross, jnp.pad(solved, ((0, 0), (0, 0), (f, 0))))
     gradient, cross = eliminated[:, :f, f], eliminated[:, :f, f + 1 :]
     slope = solve_small(_with_ridge(state.normal), cross)
-    power = jnp.stack([gram[:, i, i] for i in rare_rows], axis=1)
     joint = eliminated[:, f + 1 :, f + 1 :] - jnp.einsum("nik,nij->nkj", slope, cross)
-    information = jnp.einsum("nkk->nk", joint)
+    power, information = (jnp.einsum("nkk->nk", products) for products in (gram[:, f + 1 :, f + 1 :], joint))
     rare_error = 1.0 / jnp.sqrt(jnp.maximum(information, 1e-6 * power + 1e-30))  # float32 knows no smaller part
     score = eliminated[:, f, f + 1 :] - jnp.einsum("nik,ni->nk", slope, gradient)
     one = jnp.ones_like(data.additive)
