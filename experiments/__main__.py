@@ -36,7 +36,7 @@ def run_time(name: str) -> str:
 
 
 def main() -> None:
-    """Prints the list; a word after it is not the way to run one."""
+    """Prints the list, or an error if a word follows."""
     if words := [word for word in sys.argv[1:] if word not in ("-h", "--help")]:
         name = words[0] if words[0] in COMMANDS else "NAME"
         sys.exit(f"experiments: found {words[0]!r}, expected nothing: run python -m experiments.{name}")

@@ -6,8 +6,8 @@
 
 Every case is one way to spoil the spectra of the same covered stars (``experiments.pipeline.spoilings``). A case is handled if
 at least 95 % of its stars are flagged, or if the stars without a flag have an rms of at most 1.35 times that of untouched spectra
-and 68 % intervals that cover .58 to .80 of them. For the other cases the report says how many
-stars any flag could see. Results go to results/stress_predict/PRESET.
+and 68 % intervals that cover .58 to .80 of them. For the other cases the report says how many stars a
+flag could see at most. Results go to results/stress_predict/PRESET.
 """
 
 from __future__ import annotations

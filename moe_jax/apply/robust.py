@@ -4,10 +4,10 @@ A spectrum is resampled to the pixels of the grid, scaled, and fitted by ``moe_j
 and a continuum. Where many pixels stand out, they are masked with their surroundings and the star is fitted once more.
 
 Some spectra have a constant added to them (a sky that was subtracted wrongly), a stretched wavelength scale, or emission in the
-cores of the calcium triplet (a chromosphere). Most have not, and lose precision where it is fitted. So each is given a probability,
-from how much it lowers chi2: half of the stars are taken to have one, of a normal distribution with the width ``RARE``. The labels
-are means over all cases. Where a constant is beyond doubt, the star is fitted once more with it. Where emission is, it is fitted
-without the cores.
+cores of the calcium triplet (a chromosphere). Most have not, and lose precision where it is fitted. So each combination is
+given a probability, from how much it lowers chi2: half of the stars are taken to have each of them, of a normal distribution with
+the width ``RARE``. The labels are means over all combinations. Where a constant is beyond doubt, the star is fitted once more with
+it. Where emission is beyond doubt, the star is fitted once more without the cores.
 
 How well a fit describes a spectrum is judged by three chi2: of single pixels, of the residuals' means over 4 pixels, and of those
 over 32. The first one alone says that the stated errors are wrong, and scales the uncertainties. The other two, divided by the
@@ -57,7 +57,7 @@ EMISSIONS = 3  #: so many lines in emission are flagged
 QUANTILES = (0.93, 1.66, 2.11)  #: of |error| / standard deviation at the levels of ``moe_jax.apply.conformal``
 UNIQUE = 25.0  #: contrast below which the velocity is not unique
 NO_STAR = 12.0  #: contrast below which nothing looks like a star
-RARE = (0.1, 20.0, 0.2)  #: standard deviations of a constant, a stretch (km/s at the ends) and emission; of the median flux
+RARE = (0.1, 20.0, 0.2)  #: standard deviations: constant (median fluxes), stretch (km/s at the ends), emission (median fluxes)
 SECOND_STAR = 13.0  #: decrease of chi2 by a second star, in units of the misfit, above which a star is a blend
 SECOND_VELOCITY = 19.0  #: the same of one at another velocity; more templates are compared
 ABSURD = 100.0  #: chi2 above which the errors, or the fit, mean nothing
