@@ -116,9 +116,10 @@ def judge(table: pd.DataFrame) -> pd.DataFrame:
 def most_flagged(spoiled: Exposure, log_g: np.ndarray) -> tuple[float, float]:
     """How many stars of a case a flag can see at most that is raised for ``FALSE_ALARMS`` of good spectra of each kind of star.
 
-    A good spectrum is one that the fit can make. The noise-free spoiled spectrum lies sqrt(d) standard deviations of the noise from
-    the nearest good one, where d is its chi2. To tell these two apart is the easiest task: no test does it with a higher
-    probability than Phi(sqrt(d) - z) (Neyman & Pearson 1933). The errors are taken to be those of the noise.
+    A good spectrum is one that the fit can make, of a star in the cells and without too broad lines. The noise-free spoiled
+    spectrum lies sqrt(d) standard deviations of the noise from the nearest one that the fit can make, where d is its chi2. If the
+    nearest one is good, to tell these two apart is the easiest task: no test does it with a higher probability than
+    Phi(sqrt(d) - z) (Neyman & Pearson 1933). If not, the star counts as seen. The errors are taken to be those of the noise.
 
     Returns:
         The mean of these probabilities, and the rms of the error in log g, without noise, of the stars that such a flag misses.
@@ -127,7 +128,8 @@ def most_flagged(spoiled: Exposure, log_g: np.ndarray) -> tuple[float, float]:
     fit = fit_labels(spoiled.flux.astype(np.float32), error.astype(np.float32))
     distance = np.sqrt(np.nansum(((spoiled.flux - fit.flux) / error) ** 2, axis=1))
     seen = scipy.special.ndtr(distance - scipy.special.ndtri(1 - FALSE_ALARMS))
-    seen[~np.isfinite(fit.chi2) | (fit.broadening >= BROADEST)] = 1.0  # the nearest spectrum is itself one that is flagged
+    outside = assign_cells(fit.labels[:, 0], fit.labels[:, 2]) < 0  # also where no fit is found
+    seen[outside | (fit.broadening >= BROADEST)] = 1.0  # the nearest spectrum is itself one that is flagged
     square = np.nan_to_num(fit.labels[:, 1] - log_g) ** 2
     return float(seen.mean()), float(np.sqrt(np.sum((1 - seen) * square) / max(np.sum(1 - seen), 1e-30)))
 
@@ -197,9 +199,9 @@ def compute(config: StressConfig, stages: Stages) -> Results:
         "## What no flag can see",
         table_markdown(tables["limits"], {"flagged": ".1%", "most": ".1%", "bias": ".2f"}),
         "The cases that are not handled. *most*: of these stars, no flag can be raised for more if it is raised for "
-        f"{FALSE_ALARMS:.1%} of the good spectra of each kind of star, even if it knew how each was spoiled. The noise hides the "
-        "difference from a spectrum that a star can have (Neyman & Pearson 1933). *bias*: rms error of log g, without any noise, "
-        "of the stars that such a flag misses.",
+        f"{FALSE_ALARMS:.1%} of the good spectra of each kind of star in the cells, even if it knew how each was spoiled. The "
+        "noise hides the difference from a spectrum that such a star can have (Neyman & Pearson 1933). *bias*: rms error of log g, "
+        "without any noise, of the stars that such a flag misses.",
         "## Calibration",
         table_markdown(tables["calibration"], {"found": ".3f", "used": ".2f"}),
         "*found*: with other simulated stars, disturbed as ordinary spectra are (`experiments.pipeline.spoilings.disturb`) or, for "

@@ -105,6 +105,7 @@ MUTATIONS = [
     ("moe_jax/apply/uncertainty.py", " - 2 * matmul(x, (inverse * shift).T)", ""),
     ("moe_jax/apply/uncertainty.py", "- matmul(directions, shift[:, :, None])[:, None, :, 0]", ""),
     ("experiments/stress_predict.py", "distance - scipy.special.ndtri(1 - FALSE_ALARMS)", "distance"),
+    ("experiments/stress_predict.py", "fit.labels[:, 2]) < 0", "fit.labels[:, 2]) < -1"),
     ("moe_jax/apply/uncertainty.py", "jnp.asarray(mse) / (1.0 + mean)", "jnp.asarray(mse)"),
     ("moe_jax/apply/uncertainty.py", "weights * (expert_predictions - mixture) ** 2", "(expert_predictions - mixture) ** 2"),
     ("moe_jax/apply/uncertainty.py", "np.log(total) + squared / total", "np.log(total) + squared"),

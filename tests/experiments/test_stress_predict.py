@@ -68,6 +68,11 @@ def test_what_no_flag_can_see():
     assert shares[0][0] == pytest.approx(stress_predict.FALSE_ALARMS, rel=0.1)
     assert shares[0][1] > 0.1
     assert 0.3 < shares[1][0] < 0.95 < shares[2][0]
+    survey = simulate_survey(jax.random.key(0), 20)
+    poor = np.asarray(survey.labels.M_H) < -2.1  # less metal than any cell has, which is seen without a residual
+    flux, error, log_g = (np.asarray(array, np.float64)[poor] for array in (survey.flux, survey.error, survey.labels.log_g))
+    assert poor.any()
+    assert stress_predict.most_flagged(Exposure(flux, np.zeros_like(flux), 0.2 * error), log_g) == (1.0, 0.0)
 
 
 def test_each_real_star_needs_a_label(tmp_path):
