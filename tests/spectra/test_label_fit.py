@@ -136,6 +136,8 @@ def test_what_the_residuals_say_is_what_a_fit_finds(stars, fit):
     shifted = step.labels + step.rare[:, :1] * step.rare_slope[:, 0]
     deviation = np.sqrt(np.einsum("nii->ni", fitted.covariance))
     assert np.median(np.abs(shifted - fitted.labels) / deviation, axis=0).max() < 0.3
+    assert not fitted.rare[:, 0].any()  # a constant that was fitted is not rare
+    assert not fitted.rare_correlation[:, 0].any()
 
 
 def test_a_stretch_is_found(stars, fit):
