@@ -36,12 +36,9 @@ from moe_jax.spectra.label_model import (
     CALCIUM,
     GRID_WIDTH,
     LIGHT_SPEED,
-    NORMALISE_TERMS,
-    chebyshev_terms,
     default_model,
     rebin,
 )
-from moe_jax.spectra.label_start import SEPARATION, velocity_gains
 from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.resample import MaskedSpectra, good_medians, overlaps, resample
 from moe_jax.spectra.simulate import LABEL_LATTICE
@@ -169,7 +166,7 @@ def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], resolution
         n_masked=np.where(fitted, fit.n_masked, 0),
         n_emission=n_emission,
         blend_gain=known(fit.blend_gain / np.maximum(widening, 1e-30)),
-        second_gain=known(second_velocity(fit, flux, used_error) / np.maximum(widening, 1e-30)),
+        second_gain=known(fit.second_gain / np.maximum(widening, 1e-30)),
         outside=known(outside_cells(labels, np.sqrt(variance))),
         too_broad=fit.broadening >= BROADEST,
         at_edge=np.logical_or.reduce(fit.at_edge, axis=1),
@@ -315,21 +312,6 @@ def local_chi2(residual: Float[np.ndarray, "N P"], good: Bool[AnyArray, "N P"]) 
     mean = square.sum(axis=1, keepdims=True) / np.maximum(good.sum(axis=1, keepdims=True), 1)
     total, number = (x.reshape(len(good), -1, _REGION).sum(axis=2) for x in (square, good))
     return np.repeat((total / np.maximum(mean, 1e-30) + _FEW) / (number + _FEW), _REGION, axis=1)
-
-
-def second_velocity(fit: LabelFit, flux: Float[np.ndarray, "N P"], error: Float[np.ndarray, "N P"]) -> Float[np.ndarray, " N"]:
-    """By how much the lines of a second star at another velocity would lower chi2.
-
-    The residuals are compared with the templates of the search for the velocity. The labels cannot imitate lines at another
-    velocity, so they are held.
-    """
-    model = default_model()
-    weight = np.where(fit.good, error, np.inf) ** -2
-    residual, total, light = rebin(weight * (flux - fit.flux)), rebin(weight), rebin(weight * fit.flux)
-    terms = chebyshev_terms(total.shape[1], NORMALISE_TERMS)
-    smooth = light / np.maximum(total, 1e-30) @ np.linalg.pinv(terms) @ terms
-    gain = velocity_gains(residual * smooth, total * smooth**2, model)
-    return np.where(np.abs(model.velocities - fit.velocity[:, None]) > SEPARATION, gain, 0.0).max(axis=1)
 
 
 def local_excess(

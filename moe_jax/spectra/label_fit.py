@@ -43,7 +43,7 @@ from moe_jax.spectra.label_point import (
     model_rows,
     take_pixels,
 )
-from moe_jax.spectra.label_start import find_velocity, flatten, nearest_node, smooth_continuum
+from moe_jax.spectra.label_start import SEPARATION, find_velocity, flatten, nearest_node, smooth_continuum, velocity_gains
 from moe_jax.spectra.label_steps import Problem, State, free_rows, next_place, solve
 from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.simulate import median_rows
@@ -77,6 +77,7 @@ class LabelFit(NamedTuple):
     rare_slope: Float[AnyArray, "N 3 4"]  #: by how much the labels change with them
     rare_correlation: Float[AnyArray, "N 3 3"]  #: of what they do to the spectrum, apart from what the fit can imitate
     blend_gain: Float[AnyArray, " N"]  #: by how much the light of a second star would lower chi2
+    second_gain: Float[AnyArray, " N"]  #: the same of one at another velocity
 
 
 @convert_arguments()
@@ -167,10 +168,10 @@ def _fit_block(
     scale = median_rows(flux[:, ::8])[:, None]
     scale = jnp.where(scale > 0, scale, 1.0)
     flux = flux / scale
-    weight = jnp.where(usable, 1.0 / jnp.square(jnp.where(usable, error, 1.0) / scale), 0.0)
+    given = jnp.where(usable, 1.0 / jnp.square(jnp.where(usable, error, 1.0) / scale), 0.0)
     # Light that no star has: far above the spectrum or below 0.
     beyond = jnp.maximum(jnp.maximum(flux - 3.0, -flux), 0.0)
-    observed = jnp.where(weight * jnp.square(beyond) > 64.0, 0.0, weight)
+    observed = jnp.where(given * jnp.square(beyond) > 64.0, 0.0, given)
     smooth = smooth_continuum(*coarsen(flux, observed))
     velocity, contrast = known, jnp.full(len(flux), jnp.inf)
     if 4 in free:
@@ -188,7 +189,7 @@ def _fit_block(
     state, weight = solve(problem, state.x, data, kept, _FINE_STEPS, _TOLERANCE)
     n_masked = jnp.sum(usable & (observed == 0), axis=1) + jnp.sum((data.weight > 0) & (weight == 0), axis=1)
     data = data._replace(weight=weight)
-    fit = _report(problem, state, data, usable, contrast, n_masked, _blend_gain(problem, state, data, smooth))
+    fit = _report(problem, state, data, flux, given, contrast, n_masked, smooth)
     unit = jnp.concatenate([scale, jnp.ones_like(scale), scale], axis=1)  # of a constant, a stretch, and emission
     return fit._replace(
         continuum=fit.continuum * scale,
@@ -204,17 +205,20 @@ def _report(
     problem: Problem,
     state: State,
     data: Stars,
-    usable: jax.Array,
+    flux: jax.Array,
+    given: jax.Array,
     contrast: jax.Array,
     n_masked: jax.Array,
-    blend_gain: jax.Array,
+    smooth: jax.Array,
 ) -> LabelFit:
+    """The fits. ``flux`` and their weights ``given`` are as observed, ``smooth`` is their continuum on coarse pixels."""
     free, axes = problem.free, problem.model.axes
     n_pixels = data.flux.shape[1]
     used = data.weight > 0
     units = jnp.asarray(UNITS, state.x.dtype)[np.array(free)]
-    eye = jnp.broadcast_to(jnp.eye(len(free), dtype=units.dtype), state.normal.shape)
-    covariance = solve_small(state.normal + 1e-12 * eye, eye) * units[None, :, None] * units[None, None, :]
+    normal = state.products[:, : len(free), : len(free)]
+    eye = jnp.broadcast_to(jnp.eye(len(free), dtype=units.dtype), normal.shape)
+    covariance = solve_small(normal + 1e-12 * eye, eye) * units[None, :, None] * units[None, None, :]
     low, high = (jnp.array([axis[i] for axis in axes], state.x.dtype) for i in (0, -1))
     # A last step, which is too small to be tried.
     last, gain = next_place(problem, state)
@@ -227,7 +231,8 @@ def _report(
     place = jnp.round((wave[None, :] - stretch * float(WAVE[0])) / (1.0 + stretch) / PIXEL).astype(jnp.int32)
     inside = (place >= 0) & (place < n_pixels)
     place = jnp.clip(place, 0, n_pixels - 1)
-    good, flux = take_pixels(place, used, state.flux)
+    good, model_flux = take_pixels(place, used, state.flux)
+    good = good & inside & (given > 0)
     return LabelFit(
         labels,
         covariance[:, :4, :4],
@@ -241,31 +246,33 @@ def _report(
         (labels <= low[None]) | (labels >= high[None]),
         state.continuum,
         state.constant,
-        good & inside & usable,
-        flux,
-        *_rare(state, data),
-        blend_gain,
+        good,
+        model_flux,
+        *_rare(state.products, data),
+        _blend_gain(problem, state, data, smooth),
+        _second_gain(problem.model, x[:, 4], flux - model_flux, jnp.where(good, given, 0.0), smooth),
     )
 
 
-def _rare(state: State, data: Stars) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def _rare(products: jax.Array, data: Stars) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """What the residuals say of a constant, a stretch of the wavelengths, and emission: a linear step along each, a score test.
 
-    Whatever the parameters of the fit can imitate does not count. The fit has eliminated the polynomial. Its ridge leaves the
-    residuals not quite orthogonal to the polynomial.
+    Whatever the parameters of the fit can imitate does not count.
+
+    Args:
+        products: those of the state.
+        data: the spectra.
 
     Returns:
         ``rare``, ``rare_error``, ``rare_slope`` and ``rare_correlation`` of ``LabelFit``.
     """
-    f, gram = state.normal.shape[1], state.gram
-    solved = solve_small(_with_ridge(state.inner), jnp.swapaxes(state.cross[:, f:], 1, 2))
-    eliminated = gram - jnp.einsum("nij,njk->nik", state.cross, jnp.pad(solved, ((0, 0), (0, 0), (f, 0))))
-    gradient, cross = eliminated[:, :f, f], eliminated[:, :f, f + 1 :]
-    slope = solve_small(_with_ridge(state.normal), cross)
-    joint = eliminated[:, f + 1 :, f + 1 :] - jnp.einsum("nik,nij->nkj", slope, cross)
-    power, information = (jnp.einsum("nkk->nk", products) for products in (gram[:, f + 1 :, f + 1 :], joint))
-    rare_error = 1.0 / jnp.sqrt(jnp.maximum(information, 1e-6 * power + 1e-30))  # float32 knows no smaller part
-    score = eliminated[:, f, f + 1 :] - jnp.einsum("nik,ni->nk", slope, gradient)
+    f = products.shape[1] - 4
+    gradient, cross = products[:, :f, f], products[:, :f, f + 1 :]
+    slope = solve_small(_with_ridge(products[:, :f, :f]), cross)
+    joint = products[:, f + 1 :, f + 1 :] - jnp.einsum("nik,nij->nkj", slope, cross)
+    power, information = (jnp.einsum("nkk->nk", each) for each in (products[:, f + 1 :, f + 1 :], joint))
+    rare_error = 1.0 / jnp.sqrt(jnp.maximum(information, 1e-6 * power + 1e-10))  # float32 knows no smaller part
+    score = products[:, f, f + 1 :] - jnp.einsum("nik,ni->nk", slope, gradient)
     one = jnp.ones_like(data.additive)
     unknown = jnp.stack([one - data.additive, one, one], axis=1)  # a constant that was fitted is not rare
     rare = score * jnp.square(rare_error) * unknown
@@ -300,6 +307,17 @@ def _blend_gain(problem: Problem, state: State, data: Stars, smooth: jax.Array) 
     power = power + jnp.sum(total * jnp.square(rest), axis=1)[:, None]
     information = jnp.maximum(power - jnp.einsum("nit,nit->nt", overlap, solved), 1e-3 * power)
     return jnp.max(jnp.square(jnp.maximum(score, 0.0)) / information, axis=1)
+
+
+def _second_gain(model: LabelModel, velocity: jax.Array, residual: jax.Array, weight: jax.Array, smooth: jax.Array) -> jax.Array:
+    """By how much the lines of a second star at another velocity would lower chi2.
+
+    The residuals are compared with the templates of the search for the velocity. The labels cannot imitate lines at another
+    velocity, so they are held.
+    """
+    gain = velocity_gains(rebin(weight * residual) * smooth, rebin(weight) * jnp.square(smooth), model)
+    apart = jnp.abs(jnp.asarray(model.velocities)[None] - velocity[:, None]) > SEPARATION
+    return jnp.max(jnp.where(apart, gain, 0.0), axis=1)
 
 
 def _with_ridge(normal: jax.Array) -> jax.Array:

@@ -61,8 +61,8 @@ class LabelModel(NamedTuple):
     nodes: Float[AnyArray, "L P4"]  #: coarse flattened spectra of the nodes, less their polynomial
     shifted: Float[AnyArray, "V T P4"]  #: the same of some nodes, at each velocity of the search
     velocities: Float[AnyArray, " V"]  #: km/s
-    node_square: Float[AnyArray, "L P4"]  #: squares of the nodes
-    shifted_power: Float[AnyArray, "V T P16"]  #: mean squares of the templates over ``REBIN`` coarse pixels
+    node_power: Float[AnyArray, "L P16"]  #: mean squares of the nodes over ``REBIN`` coarse pixels
+    shifted_power: Float[AnyArray, "V T P16"]  #: the same of the templates
 
 
 @functools.cache
@@ -120,7 +120,7 @@ def label_model(grid: SpectralGrid) -> LabelModel:
         flat_nodes.astype(np.float32),
         shifted.astype(np.float32),
         velocities.astype(np.float32),
-        np.square(flat_nodes).astype(np.float32),
+        (rebin(np.square(flat_nodes)) / REBIN).astype(np.float32),
         (rebin(np.square(shifted)) / REBIN).astype(np.float32),
     )
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from moe_jax.core.arrays import AnyArray, matmul
+from moe_jax.core.arrays import matmul
 from moe_jax.core.cholesky import solve_small
 from moe_jax.spectra.label_model import NORMALISE_TERMS, VELOCITY_STEP, LabelModel, chebyshev_terms, rebin
 from moe_jax.spectra.label_point import coarsen
@@ -42,8 +40,8 @@ def flatten(flux: jax.Array, weight: jax.Array, smooth: jax.Array) -> tuple[jax.
     return flat, weight * jnp.square(smooth) * jnp.repeat(possible, flat.shape[1] // _N_PARTS, axis=1)
 
 
-def velocity_gains(product: AnyArray, weight: AnyArray, model: LabelModel) -> Any:
-    """By how much the best template at each velocity lowers chi2, if its strength is free; for arrays of NumPy and of JAX.
+def velocity_gains(product: jax.Array, weight: jax.Array, model: LabelModel) -> jax.Array:
+    """By how much the best template at each velocity lowers chi2, if its strength is free.
 
     Args:
         product: (N, P4) coarse spectra times their weights.
@@ -92,6 +90,6 @@ def find_velocity(
 def nearest_node(flat: jax.Array, weight: jax.Array, model: LabelModel) -> jax.Array:
     """Labels (n, 4) of the node of the grid whose flattened spectrum is nearest."""
     nodes = jnp.asarray(model.nodes)
-    chi2 = matmul(weight, jnp.asarray(model.node_square).T) - 2.0 * matmul(weight * flat, nodes.T)
+    chi2 = matmul(rebin(weight), jnp.asarray(model.node_power).T) - 2.0 * matmul(weight * flat, nodes.T)
     places = jnp.unravel_index(jnp.argmin(chi2, axis=1), [len(axis) for axis in model.axes])
     return jnp.stack([jnp.asarray(axis, flat.dtype)[place] for axis, place in zip(model.axes, places, strict=True)], axis=1)

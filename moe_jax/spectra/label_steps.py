@@ -41,10 +41,7 @@ class State(NamedTuple):
 
     x: jax.Array  # (n, 6)
     chi2: jax.Array  # (n,)
-    normal: jax.Array  # (n, f, f) normal equations of the free parameters, the polynomial eliminated
-    gram: jax.Array  # (n, f + 4, f + 4) products of the derivatives, the residual, and the rare three, in units of the errors
-    cross: jax.Array  # (n, f + 4, K + 1) of these with the polynomial and the constant
-    inner: jax.Array  # (n, K + 1, K + 1) of the polynomial and the constant with each other
+    products: jax.Array  # (n, f + 4, f + 4) of the derivatives, the residual, and the rare three, without the polynomial's part
     continuum: jax.Array  # (n, K)
     constant: jax.Array  # (n,)
     flux: jax.Array  # (n, P) the model
@@ -52,39 +49,40 @@ class State(NamedTuple):
 
 
 def _evaluate(problem: Problem, x: jax.Array, data: Stars) -> State:
-    """The state at x."""
+    """The state at x.
+
+    The constant is solved after the polynomial, as a spectrum less its own best polynomial: the two look much alike, and float32
+    would not tell them apart in normal equations of both.
+    """
     point = model_point(model_rows(x, problem.model), x, data, problem.pixels)
     (n, n_pixels), f, k = data.flux.shape, len(problem.free), problem.n_continuum
     order = np.arange(k)
     terms = jnp.asarray(chebyshev_terms(n_pixels, 2 * k - 1), x.dtype)
     root = jnp.sqrt(data.weight)
     flux, spectrum = root * data.flux, root * point.spectrum  # in units of the errors
-    moments, right, border = (matmul(spectrum * other, terms.T) for other in (spectrum, flux, root))
+    moments, *right = (matmul(spectrum * other, terms.T) for other in (spectrum, flux, root))
     # Products of Chebyshev polynomials are sums of two others: 2 T_j T_k = T_(j + k) + T_|j - k|.
     inner = 0.5 * (moments[:, order[:, None] + order[None]] + moments[:, np.abs(order[:, None] - order[None])])
-    border = data.additive[:, None] * border[:, :k]
-    corner = jnp.where(data.additive > 0, jnp.sum(data.weight, axis=1), moments[:, 0])
-    inner = jnp.concatenate([inner, border[:, None]], axis=1)
-    inner = jnp.concatenate([inner, jnp.concatenate([border, corner[:, None]], axis=1)[..., None]], axis=2)
-    eye = jnp.eye(k + 1, dtype=inner.dtype)[None]
-    normal = inner + 1e-6 * jnp.einsum("nii->n", inner)[:, None, None] * eye
-    total = data.additive * jnp.sum(root * flux, axis=1)
-    coef = solve_small(normal, jnp.concatenate([right[:, :k], total[:, None]], axis=1)[..., None])[..., 0]
-    coef, constant = coef[:, :-1], coef[:, -1]
+    eye = jnp.broadcast_to(jnp.eye(k, dtype=inner.dtype), inner.shape)
+    inverse = solve_small(inner + 1e-6 * jnp.einsum("nii->n", inner)[:, None, None] * eye, eye)
+    coef, constant_coef = (jnp.einsum("nij,nj->ni", inverse, each[:, :k]) for each in right)
+    residual, rest = (each - matmul(its, terms[:k]) * spectrum for each, its in ((flux, coef), (root, constant_coef)))
+    constant = data.additive * jnp.sum(residual * rest, axis=1) / jnp.maximum(jnp.sum(jnp.square(rest), axis=1), 1e-30)
+    residual = residual - constant[:, None] * rest
+    coef = coef - constant[:, None] * constant_coef
     polynomial = matmul(coef, terms[:k])
-    residual = flux - polynomial * spectrum - constant[:, None] * root
     derivatives = derivatives_at(point, root * polynomial, data)
     stretch = derivatives[:, 4] * jnp.linspace(-1.0, 1.0, n_pixels, dtype=x.dtype)[None]
     emission = root * jnp.asarray(calcium_cores(n_pixels), x.dtype)[None]
-    rows = jnp.concatenate([free_rows(derivatives, problem), jnp.stack([residual, root, stretch, emission], axis=1)], axis=1)
-    gram = jnp.einsum("nip,njp->nij", rows, rows)
+    rows = jnp.concatenate([free_rows(derivatives, problem), jnp.stack([residual, rest, stretch, emission], axis=1)], axis=1)
+    products = jnp.einsum("nip,njp->nij", rows, rows)
+    chi2 = products[:, f, f]
     cross = matmul((rows * spectrum[:, None]).reshape(-1, n_pixels), terms[:k].T).reshape(n, f + 4, k)
-    cross = jnp.concatenate([cross, data.additive[:, None, None] * gram[:, :, f + 1 : f + 2]], axis=2)
-    eliminated = solve_small(normal, jnp.swapaxes(cross[:, :f], 1, 2))
-    reduced = gram[:, :f, :f] - jnp.einsum("nik,nkj->nij", cross[:, :f], eliminated)
+    products = products - jnp.einsum("nik,nkl,njl->nij", cross, inverse, cross)
+    along = products[:, f + 1] * (data.additive / jnp.maximum(products[:, f + 1, f + 1], 1e-30))[:, None]
+    products = products - along[:, :, None] * products[:, f + 1, None]
     model_flux = polynomial * point.spectrum + constant[:, None]
-    damping = jnp.full(n, _DAMPING, x.dtype)
-    return State(x, gram[:, f, f], reduced, gram, cross, inner, coef, constant, model_flux, damping)
+    return State(x, chi2, products, coef, constant, model_flux, jnp.full(n, _DAMPING, x.dtype))
 
 
 def free_rows(derivatives: jax.Array, problem: Problem) -> jax.Array:
@@ -103,9 +101,10 @@ def next_place(problem: Problem, state: State) -> tuple[jax.Array, jax.Array]:
     low = jnp.array([*(axis[0] for axis in axes), -jnp.inf, 0.0], state.x.dtype)[None, chosen]
     high = jnp.array([*(axis[-1] for axis in axes), jnp.inf, BROADENING_NODES[-1]], state.x.dtype)[None, chosen]
     here, eye = state.x[:, chosen], jnp.eye(len(chosen), dtype=state.x.dtype)[None]
-    gradient = state.gram[:, : len(chosen), len(chosen)]
+    f = len(chosen)
+    gradient = state.products[:, :f, f]
     move = ~((here <= low) & (gradient < 0)) & ~((here >= high) & (gradient > 0))
-    normal = state.normal * (move[:, :, None] & move[:, None, :])
+    normal = state.products[:, :f, :f] * (move[:, :, None] & move[:, None, :])
     diagonal = jnp.where(move, (1.0 + state.damping[:, None]) * jnp.einsum("nii->ni", normal) + 1e-12, 1.0)
     normal = normal * (1.0 - eye) + diagonal[:, :, None] * eye
     gradient = jnp.where(move, gradient, 0.0)
@@ -181,10 +180,7 @@ def solve(
     state = State(
         x=x,
         chi2=jnp.full(n, jnp.inf, x.dtype),
-        normal=zeros((n, f, f)),
-        gram=zeros((n, f + 4, f + 4)),
-        cross=zeros((n, f + 4, k + 1)),
-        inner=zeros((n, k + 1, k + 1)),
+        products=zeros((n, f + 4, f + 4)),
         continuum=zeros((n, k)),
         constant=zeros(n),
         flux=zeros(data.flux.shape),

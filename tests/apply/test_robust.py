@@ -24,10 +24,8 @@ from moe_jax.apply.robust import (
     local_excess,
     outside_cells,
     scale_chi2,
-    second_velocity,
 )
 from moe_jax.spectra.label_fit import fit_labels
-from moe_jax.spectra.label_model import default_model
 from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.resample import MaskedSpectra, overlaps
 from moe_jax.spectra.simulate import LABEL_LATTICE
@@ -108,16 +106,6 @@ def test_what_can_be_put_right_is(small_survey, rng):
     widening = first.chi2 * wavy.scale_chi2.max(axis=1)
     _, covariance = add_prior(first.labels, first.covariance * widening[:, None, None])
     np.testing.assert_allclose(wavy.plain_error, np.sqrt(covariance[:, 1, 1]), rtol=1e-4)
-
-
-def test_a_second_star_at_another_velocity():
-    """Residuals that are the lines of a template at 0 km/s count for a star at 300 km/s, and not for one at 0."""
-    model = default_model()
-    lines = np.repeat(model.shifted[len(model.velocities) // 2, 0], 4)
-    flux = np.full((2, 4096), 0.5)
-    fit = SimpleNamespace(flux=flux, good=np.ones(flux.shape, bool), velocity=np.array([0.0, 300.0]))
-    gain = second_velocity(fit, flux + 0.1 * lines, np.full(flux.shape, 0.01))
-    assert gain[1] > 3 * gain[0]
 
 
 def test_a_poor_fit_is_one_that_matters():

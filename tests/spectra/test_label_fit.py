@@ -165,6 +165,16 @@ def test_a_second_star_is_seen(stars, fit):
     assert np.quantile(fit.blend_gain, 0.9) < 13
 
 
+def test_a_second_star_at_another_velocity_is_seen(stars, fit):
+    """The same star again, 300 km/s away, is a second one; at the same velocity it is none."""
+    _, flux, error = stars
+    bright = np.flatnonzero(np.median(flux / error, axis=1) > 40)[:6]
+    apart = CubicSpline(WAVE, flux[bright], axis=1, extrapolate=True)(WAVE / (1 + 300 / LIGHT_SPEED)).astype(np.float32)
+    pairs = fit_labels(0.5 * (flux[bright] + apart), np.float32(np.sqrt(0.5)) * error[bright])
+    assert np.median(pairs.second_gain) > 50
+    assert np.quantile(fit.second_gain, 0.9) < 19
+
+
 def test_the_unit_of_the_flux_does_not_matter(stars, fit):
     _, flux, error = (array[:4] for array in stars)
     tiny = fit_labels(flux * np.float32(1e-17), error * np.float32(1e-17))
