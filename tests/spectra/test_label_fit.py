@@ -162,6 +162,7 @@ def test_a_second_star_is_seen(stars, fit):
     n = min(len(hot), len(cool))
     pairs = fit_labels(0.5 * (flux[hot[:n]] + flux[cool[:n]]), np.float32(np.sqrt(0.5)) * error[hot[:n]])
     assert np.median(pairs.blend_gain) > 15
+    assert np.median(pairs.second_gain) < 8.7  # lines at the same velocity do not count
     assert np.quantile(fit.blend_gain, 0.9) < 13
 
 
