@@ -29,7 +29,7 @@ where the mixture or the local experts answer):
     n_masked           pixels of the model that are masked in the file, not reached by the spectrum, or stand out
     flags              names of what is unusual, joined by |:
       poor_fit           a misfit that leaves log g uncertain by more than 0.5, or drove a label to the edge of the grid,
-                         lines broader than the fit knows (a resolution below 1,667), or chi2 above 100
+                         lines broader than the fit knows (a resolution below 1,777), or chi2 above 100
       blended            a second star in the spectrum, also at another velocity, describes the residuals; log g is wrong
       outside_cells      it is sure (99.9 %) that the star lies outside the mixture's cells; log g is that of the fit
       emission_lines     three or more lines in emission; they were masked

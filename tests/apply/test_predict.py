@@ -230,10 +230,10 @@ def test_resolutions_at_which_the_answer_was_not_trained(model):
     assert np.isfinite(table["log_g"]).all()
     assert table[["mixture_log_g", "mixture_uncertainty", "weight_0", "distance"]].isna().all(axis=None)
     assert prepare_application(model, model.wave, "night.h5", "mixture", 4950.0).overlap is None
-    with pytest.raises(InputError, match="night.h5: resolution is 1200, expected at least 1667, the least that the fit"):
+    with pytest.raises(InputError, match="night.h5: resolution is 1200, expected at least 1777, the least that the fit"):
         prepare_application(model, model.wave, "night.h5", "fit", 1200.0)
     blurred = model._replace(resolution=1000.0)  # no option names it: it is that of the training stars
-    with pytest.raises(InputError, match="night.h5: resolution is 1000, expected at least 1667, the least that the fit"):
+    with pytest.raises(InputError, match="night.h5: resolution is 1000, expected at least 1777, the least that the fit"):
         prepare_application(blurred, model.wave, "night.h5", "fit")
     assert prepare_application(blurred, model.wave, "night.h5", "mixture").resolution == 1000
     with pytest.raises(InputError, match="resolution is nan, expected a positive number"):
