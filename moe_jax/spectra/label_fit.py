@@ -271,7 +271,7 @@ def _rare(products: jax.Array, data: Stars) -> tuple[jax.Array, jax.Array, jax.A
     slope = solve_small(_with_ridge(products[:, :f, :f]), cross)
     joint = products[:, f + 1 :, f + 1 :] - jnp.einsum("nik,nij->nkj", slope, cross)
     power, information = (jnp.einsum("nkk->nk", each) for each in (products[:, f + 1 :, f + 1 :], joint))
-    rare_error = 1.0 / jnp.sqrt(jnp.maximum(information, 1e-6 * power + 1e-10))  # float32 knows no smaller part
+    rare_error = 1.0 / jnp.sqrt(jnp.maximum(jnp.maximum(information, 1e-6 * power), 1e-10))  # float32 knows no smaller part
     score = products[:, f, f + 1 :] - jnp.einsum("nik,ni->nk", slope, gradient)
     one = jnp.ones_like(data.additive)
     unknown = jnp.stack([one - data.additive, one, one], axis=1)  # a constant that was fitted is not rare
@@ -322,4 +322,5 @@ def _second_gain(model: LabelModel, velocity: jax.Array, residual: jax.Array, we
 
 def _with_ridge(normal: jax.Array) -> jax.Array:
     """Normal equations (n, k, k) with a ridge that keeps them from being singular."""
-    return normal * (1.0 + 1e-6 * jnp.eye(normal.shape[1], dtype=normal.dtype)[None])
+    eye = jnp.eye(normal.shape[1], dtype=normal.dtype)[None]
+    return normal * (1.0 + 1e-6 * eye) + 1e-12 * eye

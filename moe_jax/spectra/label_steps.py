@@ -67,7 +67,8 @@ def _evaluate(problem: Problem, x: jax.Array, data: Stars) -> State:
     inverse = solve_small(inner + 1e-6 * jnp.einsum("nii->n", inner)[:, None, None] * eye, eye)
     coef, constant_coef = (jnp.einsum("nij,nj->ni", inverse, each[:, :k]) for each in right)
     residual, rest = (each - matmul(its, terms[:k]) * spectrum for each, its in ((flux, coef), (root, constant_coef)))
-    constant = data.additive * jnp.sum(residual * rest, axis=1) / jnp.maximum(jnp.sum(jnp.square(rest), axis=1), 1e-30)
+    least = 1e-9 * jnp.sum(data.weight, axis=1) + 1e-30  # of the constant's own part; float32 knows no smaller one
+    constant = data.additive * jnp.sum(residual * rest, axis=1) / jnp.maximum(jnp.sum(jnp.square(rest), axis=1), least)
     residual = residual - constant[:, None] * rest
     coef = coef - constant[:, None] * constant_coef
     polynomial = matmul(coef, terms[:k])
@@ -79,7 +80,7 @@ def _evaluate(problem: Problem, x: jax.Array, data: Stars) -> State:
     chi2 = products[:, f, f]
     cross = matmul((rows * spectrum[:, None]).reshape(-1, n_pixels), terms[:k].T).reshape(n, f + 4, k)
     products = products - jnp.einsum("nik,nkl,njl->nij", cross, inverse, cross)
-    along = products[:, f + 1] * (data.additive / jnp.maximum(products[:, f + 1, f + 1], 1e-30))[:, None]
+    along = products[:, f + 1] * (data.additive / jnp.maximum(products[:, f + 1, f + 1], least))[:, None]
     products = products - along[:, :, None] * products[:, f + 1, None]
     model_flux = polynomial * point.spectrum + constant[:, None]
     return State(x, chi2, products, coef, constant, model_flux, jnp.full(n, _DAMPING, x.dtype))

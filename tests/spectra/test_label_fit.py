@@ -140,6 +140,15 @@ def test_what_the_residuals_say_is_what_a_fit_finds(stars, fit):
     assert not fitted.rare_correlation[:, 0].any()
 
 
+def test_what_says_nothing_of_a_constant_has_finite_results(stars):
+    """70 pixels, and spectra without lines."""
+    _, flux, error = (array[:8] for array in stars)
+    few = np.broadcast_to((np.arange(len(WAVE)) >= 100) & (np.arange(len(WAVE)) < 170), flux.shape)
+    for spectra, errors, good in ((flux, error, few), (np.full_like(flux, 0.5), error, None)):
+        found = fit_labels(spectra, errors, good, additive=True)
+        assert all(np.isfinite(leaf).all() for leaf in found)
+
+
 def test_a_stretch_is_found(stars, fit):
     """Wavelengths that are wrong by 10 km/s at the red end, and by -10 km/s at the blue one."""
     _, flux, error = stars
