@@ -89,7 +89,7 @@ class RobustFit(NamedTuple):
     outside: Float[np.ndarray, " N"]  #: probability that the star lies outside the cells of the mixture
     at_edge: Bool[np.ndarray, " N"]  #: whether a label lies at the edge of the grid
     fitted: Bool[np.ndarray, " N"]
-    flux: Float[np.ndarray, "N P"]  #: on the pixels of the grid, scaled to a median of 0.5
+    flux: Float[np.ndarray, "N P"]  #: on the pixels of the grid, scaled to a median of about 0.5
     flux_error: Float[np.ndarray, "N P"]
     model: Float[np.ndarray, "N P"]  #: the fit
     used: Int[np.ndarray, "N P"]  #: 1 where a pixel was used, 0 where it stands out, -1 where the file masks it
@@ -179,9 +179,9 @@ def fit_robustly(spectra: MaskedSpectra, wave: Float[AnyArray, " Q"], resolution
 
 
 def _typical(values: Float[np.ndarray, "N P"], good: Bool[np.ndarray, "N P"]) -> Float[np.ndarray, " N"]:
-    """Median of every fourth good pixel, to a per cent; of all where none of those is good."""
+    """Median of every fourth pixel, to a per cent; of all pixels where few of these are good."""
     medians = good_medians(values[:, ::4], good[:, ::4])
-    rest = np.isnan(medians)
+    rest = 8 * np.count_nonzero(good[:, ::4], axis=1) < np.count_nonzero(good, axis=1)
     medians[rest] = good_medians(values[rest], good[rest])
     return medians
 

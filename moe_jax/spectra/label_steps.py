@@ -63,9 +63,9 @@ def _evaluate(problem: Problem, x: jax.Array, data: Stars) -> State:
     moments, *right = (matmul(spectrum * other, terms.T) for other in (spectrum, flux, root))
     # Products of Chebyshev polynomials are sums of two others: 2 T_j T_k = T_(j + k) + T_|j - k|.
     inner = 0.5 * (moments[:, order[:, None] + order[None]] + moments[:, np.abs(order[:, None] - order[None])])
-    eye = jnp.broadcast_to(jnp.eye(k, dtype=inner.dtype), inner.shape)
-    inverse = solve_small(inner + 1e-6 * jnp.einsum("nii->n", inner)[:, None, None] * eye, eye)
-    coef, constant_coef = (jnp.einsum("nij,nj->ni", inverse, each[:, :k]) for each in right)
+    # To solve is more precise than to invert, where the good pixels cover a part of the range.
+    normal = inner + 1e-6 * jnp.einsum("nii->n", inner)[:, None, None] * jnp.eye(k, dtype=inner.dtype)[None]
+    coef, constant_coef = jnp.moveaxis(solve_small(normal, jnp.stack([each[:, :k] for each in right], axis=2)), 2, 0)
     residual, rest = (each - matmul(its, terms[:k]) * spectrum for each, its in ((flux, coef), (root, constant_coef)))
     least = 1e-9 * jnp.sum(data.weight, axis=1) + 1e-30  # of the constant's own part; float32 knows no smaller one
     constant = data.additive * jnp.sum(residual * rest, axis=1) / jnp.maximum(jnp.sum(jnp.square(rest), axis=1), least)
@@ -79,7 +79,7 @@ def _evaluate(problem: Problem, x: jax.Array, data: Stars) -> State:
     products = jnp.einsum("nip,njp->nij", rows, rows)
     chi2 = products[:, f, f]
     cross = matmul((rows * spectrum[:, None]).reshape(-1, n_pixels), terms[:k].T).reshape(n, f + 4, k)
-    products = products - jnp.einsum("nik,nkl,njl->nij", cross, inverse, cross)
+    products = products - jnp.einsum("nik,nkj->nij", cross, solve_small(normal, jnp.swapaxes(cross, 1, 2)))
     along = products[:, f + 1] * (data.additive / jnp.maximum(products[:, f + 1, f + 1], least))[:, None]
     products = products - along[:, :, None] * products[:, f + 1, None]
     model_flux = polynomial * point.spectrum + constant[:, None]

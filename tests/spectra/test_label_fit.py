@@ -140,6 +140,18 @@ def test_what_the_residuals_say_is_what_a_fit_finds(stars, fit):
     assert not fitted.rare_correlation[:, 0].any()
 
 
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_part_of_the_range_is_fitted_as_well(additive):
+    """Half of the pixels of bright stars, in float32: chi2 is that of noise, and every variance is positive."""
+    survey = moe_jax.simulate_survey(jax.random.key(8), 64)
+    flux = np.asarray(survey.flux)
+    error = np.tile(np.median(flux, axis=1, keepdims=True) / 100, (1, len(WAVE))).astype(np.float32)
+    noisy = flux + error * np.random.default_rng(0).normal(size=flux.shape).astype(np.float32)
+    found = fit_labels(noisy, error, np.tile(np.arange(len(WAVE)) > 2048, (64, 1)), additive=additive)
+    assert np.median(found.chi2) < 1.02
+    assert (np.einsum("nii->ni", found.covariance) > 0).all()
+
+
 def test_what_says_nothing_of_a_constant_has_finite_results(stars):
     """70 pixels, and spectra without lines."""
     _, flux, error = (array[:8] for array in stars)
