@@ -128,7 +128,7 @@ MUTATIONS = [
     ("moe_jax/core/convert.py", "if name in finite and not isinstance(array, jax.core.Tracer) and not", "if False and not"),
     ("moe_jax/apply/robust.py", "(ratio < LIMITS).all(axis=1) & (local.max", "(local.max"),
     ("moe_jax/apply/robust.py", "error * np.sqrt(local)", "error * local"),
-    ("moe_jax/apply/robust.py", "rest = 8 * np", "rest = -8 * np"),
+    ("moe_jax/apply/robust.py", "< np.count_nonzero(good, axis=1)", "< 0 * np.count_nonzero(good, axis=1)"),
     ("moe_jax/apply/robust.py", "put = (new_ratio < LIMITS).all(", "put = (new_ratio < np.inf).all("),
     ("moe_jax/apply/robust.py", "good[rows] & keep(good[rows] & ~fit.good[rows])", "good[rows]"),
     ("moe_jax/apply/robust.py", "other.n_masked[:] = (good[rows] & ~other.good).sum(axis=1)", "pass"),
