@@ -22,12 +22,10 @@ from jaxtyping import Bool, Float
 
 from moe_jax.apply.conformal import LEVELS
 from moe_jax.apply.model import MixturePrediction, Model, Uncertainty, predict_model, with_variance
-from moe_jax.apply.robust import BROADEST, COOL, QUANTILES, RobustFit, fit_robustly
+from moe_jax.apply.robust import COOL, LEAST_RESOLUTION, QUANTILES, RobustFit, fit_robustly
 from moe_jax.core.arrays import AnyArray, InputError
 from moe_jax.gates.features import LINE_WINDOWS, SIDEBAND
 from moe_jax.spectra.broadening import broadening_width
-from moe_jax.spectra.grid import GRID_RESOLUTION
-from moe_jax.spectra.label_model import GRID_WIDTH
 from moe_jax.spectra.resample import LEAST_OVERLAP, MaskedSpectra, good_medians, overlaps, pixel_edges, resample
 
 UNLIKE_TRAINING, MANY_MASKED, NOT_PREDICTED = "unlike_training", "many_masked", "not_predicted"
@@ -35,8 +33,6 @@ MANY = 0.1  # a star is flagged if a larger part of its pixels, or of those in o
 TOO_MANY = 0.5  # nothing is predicted if a larger part of a star's pixels is masked
 SAME_WAVE = 1e-3  # Angstrom; wavelengths that differ by less count as the same
 SAME_RESOLUTION = 0.98  # resolutions that differ by less than 2 % count as the same
-#: Of spectra that the fit of the model grid can describe.
-LEAST_RESOLUTION = GRID_RESOLUTION / np.sqrt(1 + (BROADEST / GRID_WIDTH) ** 2)
 SAME_SCALE = 0.02  # spectra are on the training scale if their typical median differs by less than this part, and ...
 SCALE_SCATTER = 0.1  # ... the medians of more than half of them differ by less than this part
 MEDIAN_ERROR = 1.2533  # standard deviation of a median in units of that of the mean, for normal errors: sqrt(pi / 2)

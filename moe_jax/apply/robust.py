@@ -31,14 +31,7 @@ from moe_jax.spectra.broadening import broadening_width
 from moe_jax.spectra.fisher import LABEL_UNITS
 from moe_jax.spectra.grid import GRID_RESOLUTION
 from moe_jax.spectra.label_fit import N_CONTINUUM, LabelFit, fit_labels
-from moe_jax.spectra.label_model import (
-    BROADENING_NODES,
-    CALCIUM,
-    GRID_WIDTH,
-    LIGHT_SPEED,
-    default_model,
-    rebin,
-)
+from moe_jax.spectra.label_model import BROADENING_NODES, CALCIUM, GRID_WIDTH, LIGHT_SPEED, default_model, rebin
 from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.resample import MaskedSpectra, good_medians, overlaps, resample
 from moe_jax.spectra.simulate import LABEL_LATTICE
@@ -60,6 +53,7 @@ SECOND_VELOCITY = 19.0  #: the same of one at another velocity; more templates a
 ABSURD = 100.0  #: chi2 above which the errors, or the fit, mean nothing
 COOL = 4250.0  #: K; below, molecules matter that the grid does not have
 BROADEST = 0.93 * np.sqrt(BROADENING_NODES[-1]) * GRID_WIDTH  #: km/s; of broader lines the fit may find as little
+LEAST_RESOLUTION = GRID_RESOLUTION / np.sqrt(1 + (BROADEST / GRID_WIDTH) ** 2)  #: of spectra whose lines are not too broad
 SURELY = 0.999  #: probability of lying outside the cells that is flagged
 _CERTAIN = 3.0  # standard deviations above which a constant is fitted, or the cores are masked
 _MANY_MASKED = 10  # pixels that stand out, above which a star is fitted again

@@ -43,7 +43,7 @@ from moe_jax.spectra.label_point import (
     model_rows,
     take_pixels,
 )
-from moe_jax.spectra.label_start import SEPARATION, find_velocity, flatten, nearest_node, smooth_continuum, velocity_gains
+from moe_jax.spectra.label_start import best_apart, find_velocity, flatten, nearest_node, smooth_continuum, velocity_gains
 from moe_jax.spectra.label_steps import Problem, State, free_rows, next_place, solve
 from moe_jax.spectra.pixels import WAVE
 from moe_jax.spectra.simulate import median_rows
@@ -248,20 +248,20 @@ def _report(
         state.constant,
         good,
         model_flux,
-        *_rare(state.products, data),
+        *_rare(state.products, data.additive),
         _blend_gain(problem, state, data, smooth),
         _second_gain(problem.model, x[:, 4], flux - model_flux, jnp.where(good, given, 0.0), smooth),
     )
 
 
-def _rare(products: jax.Array, data: Stars) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def _rare(products: jax.Array, additive: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """What the residuals say of a constant, a stretch of the wavelengths, and emission: a linear step along each, a score test.
 
     Whatever the parameters of the fit can imitate does not count.
 
     Args:
         products: those of the state.
-        data: the spectra.
+        additive: that of the spectra.
 
     Returns:
         ``rare``, ``rare_error``, ``rare_slope`` and ``rare_correlation`` of ``LabelFit``.
@@ -273,8 +273,8 @@ def _rare(products: jax.Array, data: Stars) -> tuple[jax.Array, jax.Array, jax.A
     power, information = (jnp.einsum("nkk->nk", each) for each in (products[:, f + 1 :, f + 1 :], joint))
     rare_error = 1.0 / jnp.sqrt(jnp.maximum(jnp.maximum(information, 1e-6 * power), 1e-10))  # float32 knows no smaller part
     score = products[:, f, f + 1 :] - jnp.einsum("nik,ni->nk", slope, gradient)
-    one = jnp.ones_like(data.additive)
-    unknown = jnp.stack([one - data.additive, one, one], axis=1)  # a constant that was fitted is not rare
+    one = jnp.ones_like(additive)
+    unknown = jnp.stack([one - additive, one, one], axis=1)  # a constant that was fitted is not rare
     rare = score * jnp.square(rare_error) * unknown
     scale = rare_error * unknown
     correlation = joint * scale[:, :, None] * scale[:, None, :]
@@ -316,8 +316,7 @@ def _second_gain(model: LabelModel, velocity: jax.Array, residual: jax.Array, we
     velocity, so they are held.
     """
     gain = velocity_gains(rebin(weight * residual) * smooth, rebin(weight) * jnp.square(smooth), model)
-    apart = jnp.abs(jnp.asarray(model.velocities)[None] - velocity[:, None]) > SEPARATION
-    return jnp.max(jnp.where(apart, gain, 0.0), axis=1)
+    return best_apart(gain, velocity, model)
 
 
 def _with_ridge(normal: jax.Array) -> jax.Array:

@@ -58,6 +58,12 @@ def velocity_gains(product: jax.Array, weight: jax.Array, model: LabelModel) -> 
     return (overlap**2 / power).reshape(len(product), *model.shifted.shape[:2]).max(axis=2)
 
 
+def best_apart(gain: jax.Array, velocity: jax.Array, model: LabelModel) -> jax.Array:
+    """The largest of the gains (N, V) at velocities that lie apart from one of each star (N,)."""
+    apart = jnp.abs(jnp.asarray(model.velocities)[None, :] - velocity[:, None]) > SEPARATION
+    return jnp.max(jnp.where(apart, gain, 0.0), axis=1)
+
+
 def find_velocity(
     flat: Float[jax.Array, "N P4"], weight: Float[jax.Array, "N P4"], model: LabelModel
 ) -> tuple[Float[jax.Array, " N"], Float[jax.Array, " N"]]:
@@ -81,8 +87,7 @@ def find_velocity(
     curvature = jnp.minimum(left - 2.0 * middle + right, -1e-30)
     shift = jnp.clip(0.5 * (left - right) / curvature, -1.0, 1.0)
     total = jnp.sum(weight * jnp.square(flat), axis=1) - middle
-    apart = jnp.abs(v[None, :] - v[best][:, None]) > SEPARATION
-    second = jnp.max(jnp.where(apart, gain, 0.0), axis=1)
+    second = best_apart(gain, v[best], model)
     reduced = total / jnp.maximum(jnp.sum(weight > 0, axis=1), 1)
     return v[best] + shift * VELOCITY_STEP, (middle - second) / jnp.maximum(reduced, 1e-30)
 
